@@ -1,0 +1,3 @@
+from mergekit_pave.cli import main
+
+main(prog_name="mergekit-pave")

@@ -1,0 +1,40 @@
+"""Ranks across the models that are merged into one tensor ("spectral rank allocation", PAVE section 3.3)."""
+
+import heapq
+from collections.abc import Sequence
+
+
+def fair_share(components: int, rank_ratio: float) -> int:
+    """Number of components a model drops if all drop alike: n - max(1, round(n * ratio))."""
+    return components - max(1, round(components * rank_ratio))
+
+
+def most_dropped(components: int, share: int) -> int:
+    """The most components that spectral allocation may take from one model: 1.5 times its fair share."""
+    return min(components - 1, round(1.5 * share))
+
+
+def allocate_ranks(tails: Sequence[Sequence[float]], shares: Sequence[int], caps: Sequence[int]) -> list[int]:
+    """How many components each model drops, by spectral allocation.
+
+    The smallest normalised singular value over all models is dropped again and again, until as many are
+    dropped as the fair shares add up to. On a tie the earlier model loses first.
+
+    Args:
+        tails: per model, its smallest singular values of W C divided by its largest one, in ascending
+            order; at least `caps[i]` of them.
+        shares: per model, its fair share of drops (see `fair_share`).
+        caps: per model, the most that it may lose (see `most_dropped`).
+
+    Returns:
+        The number of dropped components per model; they sum to `sum(shares)`.
+    """
+    dropped = [0] * len(tails)
+    queue = [(tail[0], model) for model, tail in enumerate(tails) if caps[model] > 0]
+    heapq.heapify(queue)
+    for _ in range(sum(shares)):
+        _, model = heapq.heappop(queue)
+        dropped[model] += 1
+        if dropped[model] < caps[model]:
+            heapq.heappush(queue, (tails[model][dropped[model]], model))
+    return dropped

@@ -1,0 +1,134 @@
+"""Which weights of a model are linear layers of its backbone, found on a model without weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.pytorch_utils import Conv1D
+
+from mergekit_pave.errors import PaveError
+
+# Heads that some architectures keep inside what they declare as their backbone.
+_HEADS = {"lm_head", "classifier", "score", "qa_outputs"}
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer of the backbone.
+
+    Attributes:
+        module: its path in the model.
+        shape: (d_out, d_in).
+        transposed: the stored weight is (d_in, d_out), as in GPT-2's Conv1D.
+    """
+
+    module: str
+    shape: tuple[int, int]
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What is known of a model from its configuration alone.
+
+    Attributes:
+        linears: backbone layers by the name of their weight.
+        heads: names of the weights of linear layers outside the backbone.
+        weights: all names of parameters.
+        prefix: what a checkpoint of the bare backbone leaves out of each name, with its dot.
+        positions: the longest sequence it can take, or None.
+    """
+
+    linears: dict[str, Linear]
+    heads: frozenset[str]
+    weights: frozenset[str]
+    prefix: str
+    positions: int | None
+
+    def weight_name(self, names: list[str]) -> str | None:
+        """The parameter that goes by one of these names in a checkpoint."""
+        for name in names:
+            for candidate in (name, self.prefix + name, name.removeprefix(self.prefix)):
+                if candidate in self.weights:
+                    return candidate
+        return None
+
+
+def model_class(config: transformers.PretrainedConfig, folder: str, trust_remote_code: bool) -> Any:
+    """The model's own architecture class.
+
+    Raises:
+        PaveError: transformers does not have it, and remote code is absent or not trusted.
+    """
+    name = (config.architectures or ["(none in config.json)"])[0]
+    if hasattr(transformers, name):
+        return getattr(transformers, name)
+    remote = next((ref for ref in getattr(config, "auto_map", {}).values() if str(ref).endswith(f".{name}")), None)
+    if remote is None:
+        raise PaveError(
+            f"{folder}: transformers {transformers.__version__} has no architecture {name}, so it cannot be calibrated"
+        )
+    if not trust_remote_code:
+        raise PaveError(f"{folder}: {name} is remote code; calibration has to run it, so pass --trust-remote-code")
+    return get_class_from_dynamic_module(remote, folder)
+
+
+def describe(config: transformers.PretrainedConfig, folder: str, trust_remote_code: bool) -> Architecture:
+    """Find the linear layers of a model without reading its weights."""
+    cls = model_class(config, folder, trust_remote_code)
+    with torch.device("meta"):
+        model = cls(config)
+    backbone = {id(module) for module in model.base_model.modules()}
+    output = model.get_output_embeddings()
+    linears, heads = {}, set()
+    for path, module in model.named_modules():
+        if not isinstance(module, (nn.Linear, Conv1D)):
+            continue
+        if id(module) not in backbone or module is output or path.split(".")[0] in _HEADS:
+            heads.add(f"{path}.weight")
+            continue
+        transposed = isinstance(module, Conv1D)
+        d_out, d_in = module.weight.T.shape if transposed else module.weight.shape
+        linears[f"{path}.weight"] = Linear(path, (d_out, d_in), transposed)
+    return Architecture(
+        linears=linears,
+        heads=frozenset(heads),
+        weights=frozenset(name for name, _ in model.named_parameters(remove_duplicate=False)),
+        prefix=f"{model.base_model_prefix}." if model.base_model_prefix else "",
+        positions=_longest_sequence(model),
+    )
+
+
+def _longest_sequence(model: nn.Module) -> int | None:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for path, module in model.named_modules():
+        # RoBERTa counts positions from its padding index on.
+        if path.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            positions = module.num_embeddings - module.padding_idx - 1
+    return positions
+
+
+def load_model(config: transformers.PretrainedConfig, folder: str, device: str, trust_remote_code: bool) -> nn.Module:
+    """The whole model, ready for inference.
+
+    On a CPU half precision is widened to float32, which is both faster there and more exact.
+
+    Raises:
+        PaveError: the checkpoint lacks weights of the backbone, which would be filled with random numbers.
+    """
+    cls = model_class(config, folder, trust_remote_code)
+    dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
+    model, info = cls.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
+    backbone = {id(parameter) for parameter in model.base_model.parameters()}
+    missing = [name for name in sorted(info["missing_keys"]) if id(model.get_parameter(name)) in backbone]
+    if missing:
+        raise PaveError(
+            f"{folder}: {len(missing)} weights of {cls.__name__} are not in the checkpoint (the first: {missing[0]}), "
+            "so it cannot be run for calibration"
+        )
+    return model.eval().requires_grad_(False).to(device)

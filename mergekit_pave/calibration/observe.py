@@ -1,0 +1,104 @@
+"""Watching the inputs of linear layers during a forward pass."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from mergekit_pave.calibration.batches import Batch
+from mergekit_pave.covariance import Covariance, SecondMoment
+from mergekit_pave.errors import PaveError
+
+
+@dataclass
+class _Group:
+    """Layers that are called with one and the same tensor, measured once."""
+
+    moment: SecondMoment
+    members: list[str]
+    calls: int = 0
+
+
+class Observer:
+    """Accumulates the second moment of the input of every layer it watches.
+
+    Layers that see the same tensor (query, key and value; gate and up) are found on their first call and share one
+    accumulation from then on.
+    """
+
+    def __init__(self, model: nn.Module, layers: list[str], name: str):
+        self._model = model
+        self._layers = layers
+        self._name = name
+        self._groups: dict[str, _Group] = {}
+        self._batch: Batch | None = None
+        self._last: tuple[weakref.ref[Tensor], int, _Group] | None = None
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[Callable[[Batch], None]]:
+        """Watch until the block ends, however it ends. Yields what is to be told of each batch before it runs."""
+        modules = dict(self._model.named_modules())
+        handles = [
+            modules[layer].register_forward_pre_hook(
+                lambda _, args, kwargs, layer=layer: self._see(layer, *args, *kwargs.values()), with_kwargs=True
+            )
+            for layer in self._layers
+        ]
+        try:
+            yield self._begin
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _begin(self, batch: Batch) -> None:
+        self._batch = batch
+        self._last = None
+
+    def _see(self, layer: str, x: Tensor) -> None:
+        group = self._groups.get(layer)
+        last = self._last
+        same = last is not None and last[0]() is x and last[1] == x._version
+        if same and group is last[2] and layer != group.members[0]:
+            return
+        if same and group is None and last[2].calls == 1:
+            last[2].members.append(layer)
+            self._groups[layer] = last[2]
+            return
+        if group is None:
+            group = self._groups[layer] = _Group(SecondMoment(x.shape[-1]), [layer])
+        elif layer != group.members[0]:
+            raise PaveError(
+                f"{self._name}: {layer} shared its input with {group.members[0]} in the first calibration batch but not "
+                "in a later one; list one of the two under pave.exclude"
+            )
+        rows = self._counted_rows(x)
+        if rows.shape[0]:
+            if not rows.isfinite().all():
+                raise PaveError(f"{self._name}: the input of {layer} is not finite for {self._culprit(x)}")
+            group.moment.add(rows)
+        group.calls += 1
+        self._last = (weakref.ref(x), x._version, group)
+
+    def _counted_rows(self, x: Tensor) -> Tensor:
+        """The rows of x that belong to counted tokens; all of them where x is not aligned with the tokens."""
+        counted = self._batch.counted
+        if x.shape[:-1] == counted.shape:
+            return x[counted]
+        flat = x.reshape(-1, x.shape[-1])
+        return flat[counted.flatten()] if x.dim() == 2 and flat.shape[0] == counted.numel() else flat
+
+    def _culprit(self, x: Tensor) -> str:
+        counted = self._batch.counted
+        if x.shape[: counted.dim()] == counted.shape:
+            bad = (~x.isfinite().all(dim=-1) & counted).any(dim=1)
+            return "sample " + ", ".join(str(row) for row, is_bad in zip(self._batch.rows, bad.tolist()) if is_bad)
+        return f"one of the samples {self._batch.rows}"
+
+    def results(self) -> list[tuple[list[str], Covariance]]:
+        """Each covariance with the layers that it belongs to. Layers that saw nothing have none."""
+        unique = {id(group): group for group in self._groups.values()}
+        return [(group.members, group.moment.result()) for group in unique.values() if group.moment.tokens]

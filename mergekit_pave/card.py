@@ -1,0 +1,83 @@
+"""The PAVE section of mergekit's model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import ModelCard
+
+from mergekit_pave.report import REPORT_NAME, by_model, read_report
+
+PAPER = "https://arxiv.org/abs/2510.14697"
+
+
+def append_to_card(out_path: str) -> None:
+    """Add the section and the metadata to the card of a merged model, from the report beside it."""
+    readme = Path(out_path) / "README.md"
+    if not readme.is_file():  # some architectures have mergekit move its output elsewhere
+        return
+    report = read_report(out_path)
+    card = ModelCard.load(readme)
+    card.data.tags = [*(card.data.tags or []), "pave"]
+    hub = sorted({d["path"] for d in _data(report) if not _is_local(d["path"])})
+    if hub:
+        card.data.datasets = hub
+    card.text = card.text.rstrip() + "\n\n" + section(report)
+    card.save(readme)
+
+
+def section(report: dict) -> str:
+    """The section's Markdown."""
+    settings = report["settings"]
+    outputs = len({row["output"] for row in report["purified"]})
+    lines = [
+        "### PAVE",
+        "",
+        f"Before the merge the task vectors were purified with [PAVE]({PAPER}) by mergekit-pave "
+        f"{report['versions']['mergekit-pave']}: in {outputs} of {report['tensors']} tensors, the directions that matter least to the "
+        "model's own task, as seen on a few calibration samples, were removed. "
+        f"Every figure per tensor is in `{REPORT_NAME}`.",
+        "",
+        "| setting | value |",
+        "|---|---|",
+        f"| `rank_ratio` (ρ) | {_value(settings['rank_ratio'])} |",
+        f"| `allocation` | {settings['allocation']} |",
+        f"| `regularization` (λ) | {_value(settings['regularization'])} |",
+        f"| `target` | {settings['target']} |",
+        "",
+        "| model | calibration data | samples | tokens | tensors purified | mean rank kept | removed part / change |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for model, sums in by_model(report).items():
+        source = report["models"][model]
+        ratio = f"{sums['removed_norm'] / sums['change_norm']:.3g}" if sums["change_norm"] else "-"
+        lines.append(
+            f"| {_escape(model)} | {_escape(_describe(source['data']))} | {source['samples']} | {source['tokens']} | {sums['tensors']} "
+            f"| {sums['mean_rank']:.1f} ({100 * sums['mean_kept']:.1f} %) | {ratio} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _data(report: dict) -> list[dict]:
+    return [source["data"] for source in report["models"].values()]
+
+
+def _describe(data: dict) -> str:
+    parts = [data["path"], data.get("name"), data["split"]]
+    if _is_local(data["path"]):
+        parts[0] = Path(data["path"]).name
+    return " / ".join(part for part in parts if part)
+
+
+def _is_local(path: str) -> bool:
+    return Path(path).expanduser().exists() or path.startswith((".", "/", "~")) or path.count("/") > 1
+
+
+def _value(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {number}" for key, number in value.items())
+    return f"`{value}`" if isinstance(value, list) else str(value)
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|")

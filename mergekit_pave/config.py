@@ -1,0 +1,217 @@
+"""The `pave:` block of a mergekit YAML: its keys, their ranges, and the errors for what does not fit.
+
+Everything that can be judged from the YAML alone is judged here, when mergekit parses it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from mergekit.common import ModelReference
+from mergekit.config import ConditionalParameter, ParameterSetting
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_serializer, model_validator
+
+from mergekit_pave.errors import PaveError
+
+
+class _Block(BaseModel, frozen=True):
+    @model_validator(mode="before")
+    @classmethod
+    def _reject_unknown_keys(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            for key in value:
+                if key not in cls.model_fields:
+                    close = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.5)
+                    hint = f"; did you mean {close[0]!r}?" if close else ""
+                    raise ValueError(f"unknown key {key!r}{hint} (known keys: {', '.join(cls.model_fields)})")
+        return value
+
+
+def _check_rank_ratio(setting: ParameterSetting) -> ParameterSetting:
+    conditions = setting if isinstance(setting, list) else [setting]
+    if not conditions:
+        raise ValueError("an empty list sets nothing; give a number, a gradient, or a list of {filter, value}")
+    for condition in conditions:
+        value = condition.value if isinstance(condition, ConditionalParameter) else condition
+        for number in value if isinstance(value, list) else [value]:
+            try:
+                valid = not isinstance(number, bool) and 0 < float(number) <= 1
+            except ValueError:
+                valid = False
+            if not valid:
+                raise ValueError(f"must be a share of components, 0 < x <= 1, not {number!r}")
+    return setting
+
+
+RankRatio = Annotated[ParameterSetting, AfterValidator(_check_rank_ratio)]
+
+
+class RelativeRegularization(_Block):
+    """λ as a share of the mean diagonal of C."""
+
+    relative: float = Field(gt=0, allow_inf_nan=False)
+
+
+Regularization = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=False)] | RelativeRegularization
+
+
+class Calibration(_Block):
+    """How calibration samples are read. What is unset here comes from the next wider scope."""
+
+    samples: int | None = Field(default=None, ge=1)
+    max_length: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+    batch_size: int | None = Field(default=None, ge=1)
+    seed: int | None = None
+
+
+DEFAULT_CALIBRATION = Calibration(samples=256, max_length=512, max_tokens=65536, batch_size=8, seed=42)
+
+
+class Data(_Block):
+    """Which samples: the arguments of `datasets.load_dataset`, and which columns make up a sample."""
+
+    path: str = Field(min_length=1)
+    name: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    data_files: str | list[str] | dict[str, str | list[str]] | None = None
+    streaming: bool = False
+    text: str | None = None
+    text_pair: str | None = None
+    messages: str | None = None
+
+    @model_validator(mode="after")
+    def _one_kind_of_sample(self) -> Data:
+        if self.messages is not None and self.text is not None:
+            raise ValueError("give either text or messages, not both")
+        if self.text_pair is not None and self.text is None:
+            raise ValueError("text_pair needs text, the first of the pair")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _stay_whole(self, handler, info):
+        # mergekit-multi replaces every string of a dumped config that equals the name of a merge step by a model
+        # reference. A data set's name is no model; kept as an object it is out of reach.
+        return self if info.mode == "python" else handler(self)
+
+
+class PaveModel(_Block):
+    """One model of the merge: its data, and settings that differ from those of the whole block."""
+
+    model: ModelReference
+    data: Data | None = None
+    purify: bool = True
+    rank_ratio: RankRatio | None = None
+    regularization: Regularization | None = None
+    target: Literal["weights", "task_vector"] | None = None
+    exclude: list[str] | None = None
+    include: list[str] | None = None
+    calibration: Calibration = Calibration()
+
+    @model_validator(mode="after")
+    def _data_if_purified(self) -> PaveModel:
+        if self.purify and self.data is None:
+            raise ValueError(f"{self.model} has no data: give `data`, or `purify: false` to merge it as it is")
+        return self
+
+
+class PaveConfig(_Block):
+    """The whole `pave:` block."""
+
+    rank_ratio: RankRatio = 0.984
+    allocation: Literal["spectral", "uniform"] = "spectral"
+    regularization: Regularization = RelativeRegularization(relative=0.01)
+    target: Literal["weights", "task_vector"] = "weights"
+    exclude: list[str] = []
+    include: list[str] = []
+    cache_dir: str | None = None
+    calibration: Calibration = Calibration()
+    models: list[PaveModel] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _each_model_once(self) -> PaveConfig:
+        seen = set()
+        for entry in self.models:
+            if entry.model in seen:
+                raise ValueError(f"{entry.model} is listed twice under models")
+            seen.add(entry.model)
+        return self
+
+    def entry(self, model: ModelReference) -> PaveModel | None:
+        """The model's entry, or None when it is not to be purified."""
+        return next((entry for entry in self.models if entry.model == model and entry.purify), None)
+
+    def setting(self, model: ModelReference, key: str) -> Any:
+        """A setting of one model: its own value if it has one, else that of the block."""
+        own = getattr(self.entry(model), key)
+        return getattr(self, key) if own is None else own
+
+    def calibration_of(self, model: ModelReference) -> Calibration:
+        """The calibration settings of one model, every one of them set."""
+        scopes = (DEFAULT_CALIBRATION, self.calibration, self.entry(model).calibration)
+        return Calibration(**{k: v for scope in scopes for k, v in scope.model_dump(exclude_none=True).items()})
+
+
+def parse(value: Any, handler, info) -> PaveConfig | None:
+    """Validate the block as a field of mergekit's configuration, against the merge around it.
+
+    Raises:
+        PaveError: naming each key or model that is wrong. Not a `ValidationError`: this one is for people.
+    """
+    if value is None:
+        return None
+    try:
+        config = handler(value)
+    except ValidationError as error:
+        raise PaveError("\n".join(_describe(value, error))) from None
+    base = info.data.get("base_model")
+    merged = set(_merged_models(info.data, base))
+    for entry in config.models:
+        if entry.model == base and entry.purify:
+            raise PaveError(f"pave.models: {entry.model} is the base model, which is never purified; remove its entry")
+        if entry.model not in merged and entry.model != base:
+            known = ", ".join(sorted(map(str, merged)))
+            raise PaveError(f"pave.models: {entry.model} is not part of this merge (its models: {known})")
+    listed = {entry.model for entry in config.models}
+    for model in sorted(merged - listed, key=str):
+        raise PaveError(
+            f"pave.models: {model} is merged but has no entry; give it `data` to calibrate with, "
+            "or `purify: false` to merge it as it is"
+        )
+    return config
+
+
+def _merged_models(scope: dict[str, Any], base: ModelReference | None) -> Iterator[ModelReference]:
+    """Every model that is merged somewhere without being the base there."""
+    for module in (scope.get("modules") or {}).values():
+        yield from _merged_models({"models": module.models, "slices": module.slices}, base)
+    for source in scope.get("models") or ():
+        if source.model != base:
+            yield source.model
+    for output in scope.get("slices") or ():
+        yield from (source.model for source in output.sources if source.model != (output.base_model or base))
+
+
+def _describe(value: Any, error: ValidationError) -> Iterator[str]:
+    """One line per wrong key, with its path in the YAML; a union's alternatives are told once."""
+    told = set()
+    for problem in error.errors():
+        path, at = "pave", value
+        for part in problem["loc"]:
+            if isinstance(at, dict) and part in at:
+                path, at = f"{path}.{part}", at[part]
+            elif isinstance(at, list) and isinstance(part, int) and part < len(at):
+                at = at[part]
+                named = isinstance(at, dict) and "model" in at
+                path += f"[{at['model']}]" if named else f"[{part}]"
+            elif problem["type"] == "missing" and part == problem["loc"][-1]:
+                path = f"{path}.{part}"
+        if path in told:
+            continue
+        told.add(path)
+        message = problem["msg"].removeprefix("Value error, ")
+        shown = f" (got {problem['input']!r})" if problem["type"] not in ("missing", "value_error") else ""
+        yield f"{path}: {message[0].lower()}{message[1:]}{shown}"

@@ -1,0 +1,326 @@
+"""Which tensors of a planned merge are purified, and the tasks that do it.
+
+Works on what mergekit has planned (`PlannedTensor`) and returns what has to take the place of its inputs. Reads
+configurations, tokenizers and samples, but no weights, so that every mistake in the `pave:` block shows before any work.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+import transformers
+from mergekit.common import ModelReference
+from mergekit.config import evaluate_setting
+from mergekit.io.tasks import GatherTensors
+
+from mergekit_pave import cache, versions
+from mergekit_pave.allocation import fair_share, most_dropped
+from mergekit_pave.calibration.batches import encode
+from mergekit_pave.calibration.data import load_samples
+from mergekit_pave.calibration.layers import Architecture, Linear, describe
+from mergekit_pave.calibration.run import Job, covariance_key
+from mergekit_pave.config import PaveConfig, RelativeRegularization
+from mergekit_pave.errors import PaveError
+from mergekit_pave.tasks import (
+    AllocateRanks,
+    CalibrateModel,
+    DecomposeWeight,
+    GatherPurified,
+    LoadTail,
+    PurificationStats,
+    PurifiedTensor,
+    PurifyTensor,
+    has_tail,
+    load_stored,
+)
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One output tensor as mergekit has planned it.
+
+    Attributes:
+        name: its name in the output.
+        gather: the task that gathers its inputs, or None where mergekit does more than gather (vocabularies).
+        models: the models in the order of the config.
+        base: the base model of this tensor.
+        t: its place in its slice, for gradients.
+    """
+
+    name: str
+    gather: Optional[GatherTensors]
+    models: tuple[ModelReference, ...]
+    base: Optional[ModelReference]
+    t: float
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What a run has to offer: options of the command, and where checkpoints lie."""
+
+    device: str
+    trust_remote_code: bool
+    quiet: bool
+    transformers_cache: Optional[str]
+    checkpoint: Callable[[ModelReference], tuple[str, list[str]]]
+
+
+@dataclass
+class Plan:
+    """What purification adds to a merge.
+
+    Attributes:
+        gathers: the new gather task by the output tensor's place in the list of planned tensors.
+        decompositions: the tasks that fill the caches.
+        stats: the tasks that make the rows of the report.
+        header: the report without its rows.
+    """
+
+    gathers: dict[int, GatherPurified] = field(default_factory=dict)
+    decompositions: list[DecomposeWeight] = field(default_factory=list)
+    stats: list[PurificationStats] = field(default_factory=list)
+    header: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """One weight of one model that is purified: its layer and the components it would drop on its own."""
+
+    model: ModelReference
+    tensor: str
+    linear: Linear
+    share: int
+
+
+def make_plan(config: PaveConfig, tensors: list[PlannedTensor], environment: Environment) -> Plan:
+    """Plan the purification of a merge.
+
+    Raises:
+        PaveError: anything in the block that does not fit the models or the data.
+    """
+    models = {model: None for planned in tensors for model in planned.models if config.entry(model)}
+    sources = {model: _Source(config, model, environment) for model in models}
+    chosen, reasons = _select(config, tensors, sources)
+    purified = {choice.model for choices in chosen.values() for choice in choices}
+    if idle := [model for model in models if model not in purified]:
+        told = "; ".join(f"{count} {reason}" for reason, count in collections.Counter(reasons[idle[0]].values()).items())
+        raise PaveError(
+            f"pave: no tensor of {idle[0]} would be purified ({told}). Widen rank_ratio, include or exclude, "
+            "or give the model `purify: false`"
+        )
+    for model in models:
+        sources[model].prepare()
+
+    plan = Plan()
+    for place, choices in chosen.items():
+        _add_tensor(plan, config, tensors[place], place, choices, sources)
+    plan.header = _header(config, tensors, sources, reasons)
+    return plan
+
+
+class _Source:
+    """One model that is to be purified: its architecture, its samples and the keys of its artefacts."""
+
+    def __init__(self, config: PaveConfig, model: ModelReference, environment: Environment):
+        self._pave = config
+        self._environment = environment
+        self.model = model
+        self.entry = config.entry(model)
+        self.folder, self._shards = environment.checkpoint(model)
+        self._config = model.config(trust_remote_code=environment.trust_remote_code)
+        self.architecture: Architecture = describe(self._config, self.folder, environment.trust_remote_code)
+
+    def prepare(self) -> None:
+        """Read and tokenise the samples, which checks all of the `data` entry, and name the artefacts."""
+        settings = self._pave.calibration_of(self.model)
+        samples = load_samples(self.entry.data, settings, str(self.model))
+        encoded = encode(samples, self._tokenizer(), settings, self.architecture.positions, str(self.model))
+        self.samples = len(encoded)
+        self.tokens = sum(len(sample.counted) for sample in encoded)
+        key = covariance_key(cache.weights_identity(self.folder, self._shards), encoded)
+        root = cache.cache_root(self._pave.cache_dir)
+        regularization = self._pave.setting(self.model, "regularization")
+        described = regularization.model_dump() if isinstance(regularization, RelativeRegularization) else regularization
+        self._tails = root / "subspace" / cache.digest("subspace", key, described)
+        self.calibration = CalibrateModel(
+            folder=str(root / "covariance" / key),
+            job=Job(
+                name=str(self.model),
+                folder=self.folder,
+                config=self._config,
+                encoded=encoded,
+                layers=[linear.module for linear in self.architecture.linears.values()],
+                batch_size=settings.batch_size,
+                about={"model": str(self.model), "data": self.entry.data.model_dump(mode="json", exclude_none=True)},
+            ),
+            device=self._environment.device,
+            trust_remote_code=self._environment.trust_remote_code,
+            quiet=self._environment.quiet,
+        )
+
+    def tail_folder(self, tensor: str) -> Path:
+        return self._tails / tensor.replace("/", "_")
+
+    def _tokenizer(self) -> Any:
+        # An adapter may bring a tokenizer of its own.
+        places = [path for path in (self.model.lora, self.model.model) if path]
+        for path in places:
+            try:
+                return transformers.AutoTokenizer.from_pretrained(
+                    path.path,
+                    revision=path.revision,
+                    cache_dir=self._environment.transformers_cache,
+                    trust_remote_code=self._environment.trust_remote_code,
+                )
+            except (OSError, ValueError, KeyError) as error:
+                failure = error
+        reason = " ".join(str(failure).split())
+        raise PaveError(f"{self.model}: its tokenizer cannot be loaded, and calibration needs it: {reason}") from failure
+
+
+def _select(
+    config: PaveConfig, tensors: list[PlannedTensor], sources: dict[ModelReference, _Source]
+) -> tuple[dict[int, list[_Choice]], dict[ModelReference, dict[str, str]]]:
+    """The weights to purify by output tensor, and per model why each other tensor is left as it is."""
+    chosen: dict[int, list[_Choice]] = {}
+    reasons: dict[ModelReference, dict[str, str]] = {model: {} for model in sources}
+    unmatched = {(key, pattern) for model in sources for key in ("include", "exclude") for pattern in config.setting(model, key)}
+    for place, planned in enumerate(tensors):
+        for model in planned.models:
+            if model not in sources or model == planned.base:
+                continue
+            info = planned.gather.weight_info[model] if planned.gather else None
+            tensor = info.name if info else planned.name
+            linear, reason = _linear(sources[model].architecture, info)
+            if linear:
+                include, exclude = config.setting(model, "include"), config.setting(model, "exclude")
+                unmatched -= {("include", p) for p in include if p in tensor} | {("exclude", p) for p in exclude if p in tensor}
+                if include and not any(pattern in tensor for pattern in include):
+                    reason = "not under include"
+                elif any(pattern in tensor for pattern in exclude):
+                    reason = "under exclude"
+            if not reason:
+                share = fair_share(min(linear.shape), _rank_ratio(config, model, tensor, planned.t))
+                if share:
+                    chosen.setdefault(place, []).append(_Choice(model, tensor, linear, share))
+                    continue
+                reason = "rank_ratio keeps every component"
+            reasons[model][tensor] = reason
+    for key, pattern in sorted(unmatched):
+        raise PaveError(f"pave.{key}: {pattern!r} is part of no linear weight's name, so it selects nothing")
+    return chosen, reasons
+
+
+def _linear(architecture: Architecture, info: Any) -> tuple[Optional[Linear], Optional[str]]:
+    """The layer that a tensor is the weight of, or why it is none that can be purified."""
+    if info is None or info.vocabulary_axis is not None:
+        return None, "vocabulary"
+    name = architecture.weight_name([info.name, *(info.aliases or ())])
+    if name is None:
+        return None, "unknown to the architecture"
+    if name in architecture.heads:
+        return None, "head"
+    if name not in architecture.linears:
+        return None, "not the weight of a linear layer"
+    return architecture.linears[name], None
+
+
+def _rank_ratio(config: PaveConfig, model: ModelReference, tensor: str, t: float) -> float:
+    """mergekit's resolution of a parameter: the first scope with a value for this tensor, else the default."""
+    for setting in (config.entry(model).rank_ratio, config.rank_ratio):
+        if setting is not None:
+            value = evaluate_setting(tensor, setting, t, validate=float)
+            if value is not None:
+                return value
+    return PaveConfig.model_fields["rank_ratio"].default
+
+
+def _add_tensor(
+    plan: Plan,
+    config: PaveConfig,
+    planned: PlannedTensor,
+    place: int,
+    choices: list[_Choice],
+    sources: dict[ModelReference, _Source],
+) -> None:
+    """Add the tasks that purify one output tensor's inputs."""
+    gather = planned.gather
+    shares = [choice.share for choice in choices]
+    # Uniform allocation is spectral allocation in which no model may lose more than its fair share.
+    caps = shares
+    if config.allocation == "spectral" and len(choices) > 1:
+        caps = [most_dropped(min(choice.linear.shape), choice.share) for choice in choices]
+
+    tails = []
+    for choice, cap in zip(choices, caps):
+        source = sources[choice.model]
+        folder = source.tail_folder(choice.tensor)
+        if has_tail(folder, cap):
+            tails.append(LoadTail(model=choice.model, tensor=choice.tensor, folder=str(folder)))
+            continue
+        decomposition = DecomposeWeight(
+            model=choice.model,
+            tensor=choice.tensor,
+            weight=load_stored(gather, choice.model),
+            calibration=source.calibration,
+            layer=choice.linear.module,
+            shape=choice.linear.shape,
+            transposed=choice.linear.transposed,
+            regularization=config.setting(choice.model, "regularization"),
+            count=cap,
+            folder=str(folder),
+        )
+        tails.append(decomposition)
+        plan.decompositions.append(decomposition)
+
+    allocation = AllocateRanks(output=planned.name, tails=tuple(tails), shares=tuple(shares), caps=tuple(caps))
+    has_base = planned.base is not None and planned.base in gather.weight_info.keys()
+    purified = {}
+    for position, choice in enumerate(choices):
+        purify = PurifyTensor(
+            model=choice.model,
+            tensor=choice.tensor,
+            weight=load_stored(gather, choice.model),
+            base=load_stored(gather, planned.base) if has_base else None,
+            tail=tails[position],
+            allocation=allocation,
+            position=position,
+            transposed=choice.linear.transposed,
+            target=config.setting(choice.model, "target"),
+            dtype=gather.weight_info[choice.model].force_dtype or gather.dtype,
+        )
+        purified[choice.model] = PurifiedTensor(model=choice.model, tensor=choice.tensor, purify=purify)
+        plan.stats.append(PurificationStats(model=choice.model, tensor=choice.tensor, purify=purify))
+    plan.gathers[place] = GatherPurified(
+        weight_info=gather.weight_info, dtype=gather.dtype, device=gather.device, purified=purified
+    )
+
+
+def _header(
+    config: PaveConfig,
+    tensors: list[PlannedTensor],
+    sources: dict[ModelReference, _Source],
+    reasons: dict[ModelReference, dict[str, str]],
+) -> dict[str, Any]:
+    return {
+        "versions": versions.installed(),
+        "settings": json.loads(config.model_dump_json(exclude={"models", "cache_dir"})),
+        "models": {
+            str(model): {
+                "data": source.entry.data.model_dump(mode="json", exclude_none=True),
+                "samples": source.samples,
+                "tokens": source.tokens,
+                "left_as_they_are": reasons[model],
+            }
+            for model, source in sources.items()
+        },
+        "tensors": len(tensors),
+    }

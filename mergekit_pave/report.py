@@ -1,0 +1,49 @@
+"""`pave_report.json`: what was done to which tensor of which model, and the lines that sum it up."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+REPORT_NAME = "pave_report.json"
+
+
+def read_report(out_path: str) -> dict[str, Any]:
+    """The report of a merged model."""
+    return json.loads(Path(out_path, REPORT_NAME).read_text())
+
+
+def by_model(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Per model: tensors purified, mean share of rank kept, tokens seen, and the removed part beside the change."""
+    rows = defaultdict(list)
+    for row in report["purified"]:
+        rows[row["model"]].append(row)
+    result = {}
+    for model, of_model in rows.items():
+        changes = [row["change_norm"] for row in of_model]
+        removed = sum(row["removed_norm"] ** 2 for row in of_model) ** 0.5
+        changed = None if None in changes else sum(change**2 for change in changes) ** 0.5
+        result[model] = {
+            "tensors": len(of_model),
+            "mean_kept": sum(row["kept"] / row["components"] for row in of_model) / len(of_model),
+            "mean_rank": sum(row["kept"] for row in of_model) / len(of_model),
+            "tokens": max(row["tokens"] for row in of_model),
+            "removed_norm": removed,
+            "change_norm": changed,
+        }
+    return result
+
+
+def summary(report: dict[str, Any]) -> str:
+    """One line for the log."""
+    models = by_model(report)
+    outputs = len({row["output"] for row in report["purified"]})
+    parts = []
+    for model, sums in models.items():
+        part = f"{model} kept {100 * sums['mean_kept']:.1f} % of its rank"
+        if sums["change_norm"]:
+            part += f", removed {sums['removed_norm'] / sums['change_norm']:.2g} x its change"
+        parts.append(part)
+    return f"PAVE purified {outputs} of {report['tensors']} tensors: {'; '.join(parts)}"
