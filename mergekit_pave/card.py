@@ -34,8 +34,8 @@ def section(report: dict) -> str:
         "### PAVE",
         "",
         f"Before the merge the task vectors were purified with [PAVE]({PAPER}) by mergekit-pave "
-        f"{report['versions']['mergekit-pave']}: in {outputs} of {report['tensors']} tensors, the directions that matter least to the "
-        "model's own task, as seen on a few calibration samples, were removed. "
+        f"{report['versions']['mergekit-pave']}: in {outputs} of {report['tensors']} tensors, the directions that matter "
+        "least to the model's own task, as seen on a few calibration samples, were removed. "
         f"Every figure per tensor is in `{REPORT_NAME}`.",
         "",
         "| setting | value |",
@@ -51,10 +51,16 @@ def section(report: dict) -> str:
     for model, sums in by_model(report).items():
         source = report["models"][model]
         ratio = f"{sums['removed_norm'] / sums['change_norm']:.3g}" if sums["change_norm"] else "-"
-        lines.append(
-            f"| {_escape(model)} | {_escape(_describe(source['data']))} | {source['samples']} | {source['tokens']} | {sums['tensors']} "
-            f"| {sums['mean_rank']:.1f} ({100 * sums['mean_kept']:.1f} %) | {ratio} |"
+        cells = (
+            _escape(model),
+            _escape(_describe(source["data"])),
+            source["samples"],
+            source["tokens"],
+            sums["tensors"],
+            f"{sums['mean_rank']:.1f} ({100 * sums['mean_kept']:.1f} %)",
+            ratio,
         )
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
 
 

@@ -282,7 +282,7 @@ def _add_tensor(
         plan.decompositions.append(decomposition)
 
     allocation = AllocateRanks(output=planned.name, tails=tuple(tails), shares=tuple(shares), caps=tuple(caps))
-    has_base = planned.base is not None and planned.base in gather.weight_info.keys()
+    has_base = planned.base is not None and planned.base in gather.weight_info
     purified = {}
     for position, choice in enumerate(choices):
         purify = PurifyTensor(
@@ -312,10 +312,11 @@ def _header(
 ) -> dict[str, Any]:
     return {
         "versions": versions.installed(),
-        "settings": json.loads(config.model_dump_json(exclude={"models", "cache_dir"})),
+        "settings": json.loads(config.model_dump_json(exclude={"models", "cache_dir", "calibration"})),
         "models": {
             str(model): {
                 "data": source.entry.data.model_dump(mode="json", exclude_none=True),
+                "calibration": config.calibration_of(model).model_dump(),
                 "samples": source.samples,
                 "tokens": source.tokens,
                 "left_as_they_are": reasons[model],

@@ -104,8 +104,8 @@ class DecomposeWeight(_TensorTask):
         weight = weight.mT if self.transposed else weight
         if weight.shape != self.shape or not weight.is_floating_point():
             raise PaveError(
-                f"{self.model}: {self.tensor} is a {weight.dtype} tensor of shape {tuple(weight.shape)}, but the layer {self.layer} "
-                f"of the architecture has a float weight of shape {self.shape}; it cannot be purified"
+                f"{self.model}: {self.tensor} is a {weight.dtype} tensor of shape {tuple(weight.shape)}, but the layer "
+                f"{self.layer} of the architecture has a float weight of shape {self.shape}; it cannot be purified"
             )
         if not weight.isfinite().all():
             raise PaveError(f"{self.model}: {self.tensor} has values that are not finite")
@@ -115,7 +115,7 @@ class DecomposeWeight(_TensorTask):
             shift = shift.relative * covariance.mean_diagonal()
         if not shift > 0:
             raise PaveError(
-                f"{self.model}: all calibration inputs of {self.layer} are zero, so a relative regularization of them is zero too; "
+                f"{self.model}: all calibration inputs of {self.layer} are zero, so a relative regularization is zero too; "
                 "set an absolute pave.regularization or exclude the layer"
             )
         tail = tail_components(weight, covariance, shift, self.count)
@@ -256,7 +256,7 @@ class GatherPurified(GatherTensors):
 
     def arguments(self) -> dict[str, Task]:
         return {
-            f"{model}:{info.name}": self.purified[model] if model in self.purified.keys() else load_stored(self, model)
+            f"{model}:{info.name}": self.purified[model] if model in self.purified else load_stored(self, model)
             for model, info in self.weight_info.items()
         }
 
