@@ -84,12 +84,12 @@ class Observer:
         self._last = (weakref.ref(x), x._version, group)
 
     def _counted_rows(self, x: Tensor) -> Tensor:
-        """The rows of x that belong to counted tokens; all of them where x is not aligned with the tokens."""
+        """The rows of x that belong to counted tokens; all of them where x is not aligned with the tokens. A copy."""
         counted = self._batch.counted
         if x.shape[:-1] == counted.shape:
             return x[counted]
         flat = x.reshape(-1, x.shape[-1])
-        return flat[counted.flatten()] if x.dim() == 2 and flat.shape[0] == counted.numel() else flat
+        return flat[counted.flatten()] if x.dim() == 2 and flat.shape[0] == counted.numel() else flat.clone()
 
     def _culprit(self, x: Tensor) -> str:
         counted = self._batch.counted
