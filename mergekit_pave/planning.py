@@ -24,7 +24,7 @@ from mergekit_pave.allocation import fair_share, most_dropped
 from mergekit_pave.calibration.batches import encode
 from mergekit_pave.calibration.data import load_samples
 from mergekit_pave.calibration.layers import Architecture, Linear, describe
-from mergekit_pave.calibration.run import Job, covariance_key
+from mergekit_pave.calibration.run import Job, Runtime, covariance_key
 from mergekit_pave.config import PaveConfig, RelativeRegularization
 from mergekit_pave.errors import PaveError
 from mergekit_pave.tasks import (
@@ -66,9 +66,7 @@ class PlannedTensor:
 class Environment:
     """What a run has to offer: options of the command, and where checkpoints lie."""
 
-    device: str
-    trust_remote_code: bool
-    quiet: bool
+    runtime: Runtime
     transformers_cache: Optional[str]
     checkpoint: Callable[[ModelReference], tuple[str, list[str]]]
 
@@ -135,8 +133,8 @@ class _Source:
         self.model = model
         self.entry = config.entry(model)
         self.folder, self._shards = environment.checkpoint(model)
-        self._config = model.config(trust_remote_code=environment.trust_remote_code)
-        self.architecture: Architecture = describe(self._config, self.folder, environment.trust_remote_code)
+        self._config = model.config(trust_remote_code=environment.runtime.trust_remote_code)
+        self.architecture: Architecture = describe(self._config, self.folder, environment.runtime.trust_remote_code)
 
     def prepare(self) -> None:
         """Read and tokenise the samples, which checks all of the `data` entry, and name the artefacts."""
@@ -161,9 +159,7 @@ class _Source:
                 batch_size=settings.batch_size,
                 about={"model": str(self.model), "data": self.entry.data.model_dump(mode="json", exclude_none=True)},
             ),
-            device=self._environment.device,
-            trust_remote_code=self._environment.trust_remote_code,
-            quiet=self._environment.quiet,
+            runtime=self._environment.runtime,
         )
 
     def tail_folder(self, tensor: str) -> Path:
@@ -178,7 +174,7 @@ class _Source:
                     path.path,
                     revision=path.revision,
                     cache_dir=self._environment.transformers_cache,
-                    trust_remote_code=self._environment.trust_remote_code,
+                    trust_remote_code=self._environment.runtime.trust_remote_code,
                 )
             except (OSError, ValueError, KeyError) as error:
                 failure = error

@@ -31,6 +31,7 @@ from pydantic import WrapValidator
 from pydantic.fields import FieldInfo
 
 from mergekit_pave import config as pave_config
+from mergekit_pave.calibration.run import Runtime
 from mergekit_pave.card import append_to_card
 from mergekit_pave.errors import PaveError
 from mergekit_pave.planning import Environment, Plan, PlannedTensor, make_plan
@@ -138,9 +139,7 @@ def _with_card(run_merge):
 
 def _environment(options: MergeOptions) -> Environment:
     return Environment(
-        device=options.device,
-        trust_remote_code=options.trust_remote_code,
-        quiet=options.quiet,
+        runtime=Runtime(options.device, options.trust_remote_code, options.quiet),
         transformers_cache=options.transformers_cache,
         checkpoint=_checkpoint,
     )

@@ -40,10 +40,9 @@ class CalibrateModel(Task[str]):
     """Make sure that a model's covariances are in the cache. Value: their folder."""
 
     folder: str
-    job: Any  # a Job; it has come from us, so pydantic need not look into it
-    device: str
-    trust_remote_code: bool
-    quiet: bool
+    # A Job and a Runtime; they have come from us, so pydantic need not look into them.
+    job: Any
+    runtime: Any
 
     # The folder's name is a hash of everything that determines the result.
     def __hash__(self) -> int:
@@ -56,7 +55,7 @@ class CalibrateModel(Task[str]):
         return {}
 
     def execute(self) -> str:
-        calibrate(self.job, Artefact(Path(self.folder)), self.device, self.trust_remote_code, self.quiet)
+        calibrate(self.job, Artefact(Path(self.folder)), self.runtime)
         return self.folder
 
     def priority(self) -> int:

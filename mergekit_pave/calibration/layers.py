@@ -113,16 +113,20 @@ def _longest_sequence(model: nn.Module) -> int | None:
     return positions
 
 
+def inference_dtype(config: transformers.PretrainedConfig, device: str) -> torch.dtype:
+    """The precision to run a model in: its own, but float32 on a CPU, which is both faster there and more exact."""
+    own = getattr(config, "dtype", None)
+    return torch.float32 if torch.device(device).type == "cpu" or own is None else own
+
+
 def load_model(config: transformers.PretrainedConfig, folder: str, device: str, trust_remote_code: bool) -> nn.Module:
     """The whole model, ready for inference.
-
-    On a CPU half precision is widened to float32, which is both faster there and more exact.
 
     Raises:
         PaveError: the checkpoint lacks weights of the backbone, which would be filled with random numbers.
     """
     cls = model_class(config, folder, trust_remote_code)
-    dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
+    dtype = inference_dtype(config, device)
     model, info = cls.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
     backbone = {id(parameter) for parameter in model.base_model.parameters()}
     missing = [name for name in sorted(info["missing_keys"]) if id(model.get_parameter(name)) in backbone]

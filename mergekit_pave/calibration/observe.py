@@ -23,6 +23,10 @@ class _Group:
     calls: int = 0
 
 
+class ReenteredError(Exception):
+    """A layer was called again after its covariance had been taken."""
+
+
 class Observer:
     """Accumulates the second moment of the input of every layer it watches.
 
@@ -35,12 +39,13 @@ class Observer:
         self._layers = layers
         self._name = name
         self._groups: dict[str, _Group] = {}
+        self._taken: set[str] = set()
         self._batch: Batch | None = None
         self._last: tuple[weakref.ref[Tensor], int, _Group] | None = None
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[Callable[[Batch], None]]:
-        """Watch until the block ends, however it ends. Yields what is to be told of each batch before it runs."""
+        """Watch while the context lasts, however it ends. Yields what is to be told of each batch before it runs."""
         modules = dict(self._model.named_modules())
         handles = [
             modules[layer].register_forward_pre_hook(
@@ -59,6 +64,8 @@ class Observer:
         self._last = None
 
     def _see(self, layer: str, x: Tensor) -> None:
+        if layer in self._taken:
+            raise ReenteredError(layer)
         group = self._groups.get(layer)
         last = self._last
         same = last is not None and last[0]() is x and last[1] == x._version
@@ -98,7 +105,15 @@ class Observer:
             return "sample " + ", ".join(str(row) for row, is_bad in zip(self._batch.rows, bad.tolist()) if is_bad)
         return f"one of the samples {self._batch.rows}"
 
-    def results(self) -> list[tuple[list[str], Covariance]]:
-        """Each covariance with the layers that it belongs to. Layers that saw nothing have none."""
-        unique = {id(group): group for group in self._groups.values()}
-        return [(group.members, group.moment.result()) for group in unique.values() if group.moment.tokens]
+    def take(self, block: str = "") -> list[tuple[list[str], Covariance]]:
+        """Each covariance under one module's path with the layers that it belongs to; it is not kept.
+
+        Layers that saw nothing have none.
+        """
+        prefix = f"{block}." if block else ""
+        groups = {id(group): group for layer, group in self._groups.items() if f"{layer}.".startswith(prefix)}
+        for group in groups.values():
+            for layer in group.members:
+                del self._groups[layer]
+            self._taken.update(group.members)
+        return [(group.members, group.moment.result()) for group in groups.values() if group.moment.tokens]

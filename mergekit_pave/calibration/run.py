@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import inspect
 import logging
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import tqdm
 import transformers
+from torch import nn
 
 from mergekit_pave import cache
-from mergekit_pave.calibration.batches import Encoded, make_batches
-from mergekit_pave.calibration.layers import load_model
-from mergekit_pave.calibration.observe import Observer
+from mergekit_pave.calibration.batches import Batch, Encoded, make_batches
+from mergekit_pave.calibration.layers import inference_dtype, load_model, model_class
+from mergekit_pave.calibration.lockstep import find_blocks, run_in_lockstep
+from mergekit_pave.calibration.observe import Observer, ReenteredError
+from mergekit_pave.calibration.weights import StreamedModel, UnknownWeightError
 from mergekit_pave.covariance import Covariance
 from mergekit_pave.errors import PaveError
 
@@ -44,6 +49,18 @@ class Job:
     about: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how calibration runs: mergekit's options of these names."""
+
+    device: str
+    trust_remote_code: bool
+    quiet: bool
+
+
+Measured = Iterator[tuple[list[str], Covariance]]
+
+
 def covariance_key(weights: str, encoded: list[Encoded]) -> str:
     """Key of the covariances: the weights, and exactly the tokens that the model sees and that count.
 
@@ -52,10 +69,10 @@ def covariance_key(weights: str, encoded: list[Encoded]) -> str:
     return cache.digest("covariance", weights, [[sample.inputs, sample.counted] for sample in encoded])
 
 
-def calibrate(job: Job, artefact: cache.Artefact, device: str, trust_remote_code: bool, quiet: bool) -> None:
+def calibrate(job: Job, artefact: cache.Artefact, runtime: Runtime) -> None:
     """Make sure that the covariances of a model are in the cache, intact.
 
-    Memory: the model, plus one float64 (d, d) matrix for each distinct layer input (or the rows, where fewer).
+    Memory: see `lockstep` and `measure_whole`.
 
     Raises:
         PaveError: an activation is not finite, a watched layer is never called, or the cache cannot be written.
@@ -65,48 +82,97 @@ def calibrate(job: Job, artefact: cache.Artefact, device: str, trust_remote_code
             LOG.info("%s: covariances are in the cache", job.name)
             return
         artefact.discard()
-        groups = measure(job, device, trust_remote_code, quiet)
-        files, layers = {}, {}
-        for i, (members, covariance) in enumerate(groups):
-            name = f"{i:05}.safetensors"
-            files[name] = artefact.write(name, covariance.to_tensors())
-            for layer in members:
-                layers[layer] = {"file": name, "tokens": covariance.tokens, "dim": covariance.dim}
+        try:
+            files, layers = _store(measure_in_lockstep(job, runtime), artefact)
+        except (ReenteredError, UnknownWeightError) as error:
+            # ALBERT calls one block over and over; some checkpoints need transformers' own loader.
+            LOG.info("%s: cannot be run block by block (%s), loading it whole", job.name, error)
+            files, layers = _store(measure_whole(job, runtime), artefact)
+        if unseen := [layer for layer in job.layers if layer not in layers]:
+            LOG.warning("%s: %d linear layers were never called (the first: %s)", job.name, len(unseen), unseen[0])
         artefact.complete({"files": files, "layers": layers, **job.about})
 
 
-def measure(job: Job, device: str, trust_remote_code: bool, quiet: bool) -> list[tuple[list[str], Covariance]]:
-    """Run the model over all batches and return each covariance with the layers that it belongs to."""
-    model = load_model(job.config, job.folder, device, trust_remote_code)
-    if hasattr(model.config, "use_cache"):
-        model.config.use_cache = False
-    # Heads are not measured, and a language model's is often the costliest layer: run the backbone alone.
-    backbone = model.base_model
-    accepted = inspect.signature(backbone.forward).parameters
-    observer = Observer(model, job.layers, job.name)
-    batches = make_batches(job.encoded, job.batch_size)
-    total = sum(batch.counted.sum().item() for batch in batches)
+def _store(measured: Measured, artefact: cache.Artefact) -> tuple[dict[str, Any], dict[str, Any]]:
+    files, layers = {}, {}
+    for members, covariance in measured:
+        name = f"{len(files):05}.safetensors"
+        files[name] = artefact.write(name, covariance.to_tensors())
+        for layer in members:
+            layers[layer] = {"file": name, "tokens": covariance.tokens, "dim": covariance.dim}
+    return files, layers
+
+
+def measure_in_lockstep(job: Job, runtime: Runtime) -> Measured:
+    """Each covariance with the layers that it belongs to, block by block.
+
+    Raises:
+        ReenteredError: the model calls a block again after all batches have left it.
+        UnknownWeightError: a weight cannot be found in the checkpoint.
+    """
+    cls = model_class(job.config, job.folder, runtime.trust_remote_code)
+    dtype = inference_dtype(job.config, runtime.device)
+    streamed = StreamedModel(cls, job.config, job.folder, dtype, runtime.device)
+    observer = Observer(streamed.model, job.layers, job.name)
+    run = _runner(streamed.model)
+    batches = [batch.to(runtime.device) for batch in make_batches(job.encoded, job.batch_size)]
+    tokens = sum(int(batch.inputs["attention_mask"].sum()) for batch in batches)
+    blocks = len(find_blocks(streamed.model))
     with (
         torch.no_grad(),
         observer.watching() as begin,
-        tqdm.tqdm(total=total, desc=f"Calibrating {job.name}", unit="tok", disable=quiet) as progress,
+        tqdm.tqdm(total=blocks, desc=f"Calibrating {job.name}", unit="block", disable=runtime.quiet) as progress,
     ):
-        for batch in batches:
-            batch = batch.to(device)
+        start = time.monotonic()
+        for block in run_in_lockstep(streamed, batches, run, begin):
+            if block is not None:
+                yield from observer.take(block)
+                progress.update()
+                speed = tokens * progress.n / blocks / (time.monotonic() - start)
+                progress.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
+    yield from observer.take()
+
+
+def measure_whole(job: Job, runtime: Runtime) -> Measured:
+    """The same with the whole model, and all of its covariances, in memory."""
+    model = load_model(job.config, job.folder, runtime.device, runtime.trust_remote_code)
+    observer = Observer(model, job.layers, job.name)
+    run = _runner(model)
+    batches = make_batches(job.encoded, job.batch_size)
+    with torch.no_grad(), observer.watching() as begin:
+        for batch in tqdm.tqdm(batches, desc=f"Calibrating {job.name}", unit="batch", disable=runtime.quiet):
+            batch = batch.to(runtime.device)
             begin(batch)
-            backbone(**{name: values for name, values in batch.inputs.items() if name in accepted})
-            progress.update(batch.counted.sum().item())
-    results = observer.results()
-    seen = {layer for members, _ in results for layer in members}
-    if unseen := [layer for layer in job.layers if layer not in seen]:
-        raise PaveError(
-            f"{job.name}: {len(unseen)} of {len(job.layers)} linear layers were never called during calibration "
-            f"(the first: {unseen[0]}); list them under pave.exclude to merge them as they are"
-        )
-    return results
+            run(batch)
+    yield from observer.take()
+
+
+def _runner(model: nn.Module) -> Any:
+    """A function that runs the model on a batch.
+
+    Heads are not measured, and a language model's is often the costliest layer: only the backbone is run.
+    """
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False
+    backbone = model.base_model
+    accepted = inspect.signature(backbone.forward).parameters
+
+    def run(batch: Batch) -> None:
+        backbone(**{name: values for name, values in batch.inputs.items() if name in accepted})
+
+    return run
 
 
 def load_covariance(artefact: cache.Artefact, layer: str) -> Covariance:
-    """The covariance of one layer's input, from an intact artefact."""
-    entry = artefact.manifest()["layers"][layer]
+    """The covariance of one layer's input, from an intact artefact.
+
+    Raises:
+        PaveError: the layer was never called during calibration.
+    """
+    entry = artefact.manifest()["layers"].get(layer)
+    if entry is None:
+        raise PaveError(
+            f"{artefact.manifest()['model']}: {layer} was never called during calibration; "
+            "list it under pave.exclude to merge it as it is"
+        )
     return Covariance.from_tensors(artefact.read(entry["file"]), entry["tokens"], entry["dim"])

@@ -1,0 +1,83 @@
+"""All batches through a model block by block, so that each block's weights are in memory once and briefly.
+
+Every batch runs the model's ordinary `forward` in a greenlet of its own. A hook on each block (the children of the
+model's outermost `ModuleList`s) hands control back before the block runs. When every batch waits before a
+block, the block is loaded, each batch runs through it, and the block is let go. Nothing needs to be known about the
+architecture, and what a batch computes is what it would compute alone.
+
+Memory: one block's weights and covariances, and the hidden states of all samples, whatever the depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from greenlet import getcurrent, greenlet
+from torch import nn
+
+from mergekit_pave.calibration.batches import Batch
+from mergekit_pave.calibration.weights import StreamedModel
+
+
+def find_blocks(model: nn.Module) -> dict[nn.Module, str]:
+    """The children of the outermost `ModuleList`s, with their paths."""
+    blocks: dict[nn.Module, str] = {}
+    lists: list[str] = []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(path.startswith(f"{outer}.") for outer in lists):
+            lists.append(path)
+            blocks.update({block: f"{path}.{name}" for name, block in module.named_children()})
+    return blocks
+
+
+def run_in_lockstep(
+    streamed: StreamedModel, batches: list[Batch], run: Callable[[Batch], None], begin: Callable[[Batch], None]
+) -> Iterator[str | None]:
+    """Run all batches, and yield each block's path when the last of them has left it; None before the first block.
+
+    Args:
+        streamed: the model, nothing of it loaded.
+        batches: at least one.
+        run: runs the model on a batch.
+        begin: is told of a batch whenever it starts or goes on.
+    """
+    scheduler = getcurrent()
+    blocks = find_blocks(streamed.model)
+
+    def pause(module: nn.Module, _) -> None:
+        if getcurrent() is not scheduler:
+            scheduler.switch(module)
+
+    handles = []
+    for module in streamed.model.modules():
+        if module in blocks:
+            handles.append(module.register_forward_pre_hook(pause, prepend=True))
+        # Outside the blocks weights come one module at a time: embeddings before the first block, norms after the last.
+        elif module._parameters:
+            handles.append(module.register_forward_pre_hook(lambda m, _: streamed.load(m, recurse=False), prepend=True))
+
+    try:
+        waiting: list[tuple[greenlet, Batch, nn.Module]] = []
+        for batch in batches:
+            begin(batch)
+            runner = greenlet(run)
+            if (block := runner.switch(batch)) is not None:
+                waiting.append((runner, batch, block))
+        streamed.release()
+        yield None
+        while waiting:
+            current = waiting[0][2]
+            streamed.load(current)
+            later = []
+            for runner, batch, block in waiting:
+                if block is current:
+                    begin(batch)
+                    block = runner.switch()
+                if block is not None:
+                    later.append((runner, batch, block))
+            waiting = later
+            streamed.release()
+            yield blocks[current]
+    finally:
+        for handle in handles:
+            handle.remove()
