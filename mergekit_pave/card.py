@@ -53,7 +53,7 @@ def section(report: dict) -> str:
         ratio = f"{sums['removed_norm'] / sums['change_norm']:.3g}" if sums["change_norm"] else "-"
         cells = (
             _escape(model),
-            _escape(_describe(source["data"])),
+            _escape(", ".join(map(_describe, source["data"]))),
             source["samples"],
             source["tokens"],
             sums["tensors"],
@@ -65,7 +65,7 @@ def section(report: dict) -> str:
 
 
 def _data(report: dict) -> list[dict]:
-    return [source["data"] for source in report["models"].values()]
+    return [data for source in report["models"].values() for data in source["data"]]
 
 
 def _describe(data: dict) -> str:

@@ -102,7 +102,7 @@ class PaveModel(_Block):
     """One model of the merge: its data, and settings that differ from those of the whole block."""
 
     model: ModelReference
-    data: Data | None = None
+    data: Data | list[Data] | None = None
     purify: bool = True
     rank_ratio: RankRatio | None = None
     regularization: Regularization | None = None
@@ -113,9 +113,14 @@ class PaveModel(_Block):
 
     @model_validator(mode="after")
     def _data_if_purified(self) -> PaveModel:
-        if self.purify and self.data is None:
+        if self.purify and not self.data:
             raise ValueError(f"{self.model} has no data: give `data`, or `purify: false` to merge it as it is")
         return self
+
+    @property
+    def sources(self) -> list[Data]:
+        """The data sets, one or several."""
+        return self.data if isinstance(self.data, list) else [self.data]
 
 
 class PaveConfig(_Block):

@@ -139,10 +139,19 @@ class _Source:
     def prepare(self) -> None:
         """Read and tokenise the samples, which checks all of the `data` entry, and name the artefacts."""
         settings = self._pave.calibration_of(self.model)
-        samples = load_samples(self.entry.data, settings, str(self.model))
+        samples = load_samples(self.entry.sources, settings, str(self.model))
         encoded = encode(samples, self._tokenizer(), settings, self.architecture.positions, str(self.model))
         self.samples = len(encoded)
         self.tokens = sum(len(sample.counted) for sample in encoded)
+        widest = max(linear.shape[1] for linear in self.architecture.linears.values())
+        if self.tokens < widest:
+            LOG.warning(
+                "%s: %d calibration tokens for layers that are up to %d wide; directions that no token shows are told "
+                "apart by the weights alone. More samples make the result steadier",
+                self.model,
+                self.tokens,
+                widest,
+            )
         key = covariance_key(cache.weights_identity(self.folder, self._shards), encoded)
         root = cache.cache_root(self._pave.cache_dir)
         regularization = self._pave.setting(self.model, "regularization")
@@ -157,10 +166,15 @@ class _Source:
                 encoded=encoded,
                 layers=[linear.module for linear in self.architecture.linears.values()],
                 batch_size=settings.batch_size,
-                about={"model": str(self.model), "data": self.entry.data.model_dump(mode="json", exclude_none=True)},
+                about={"model": str(self.model), "data": self.described_data},
             ),
             runtime=self._environment.runtime,
         )
+
+    @property
+    def described_data(self) -> list[dict[str, Any]]:
+        """The `data` entries as they stand in manifests and reports."""
+        return [data.model_dump(mode="json", exclude_defaults=True) | {"split": data.split} for data in self.entry.sources]
 
     def tail_folder(self, tensor: str) -> Path:
         return self._tails / tensor.replace("/", "_")
@@ -311,7 +325,7 @@ def _header(
         "settings": json.loads(config.model_dump_json(exclude={"models", "cache_dir", "calibration"})),
         "models": {
             str(model): {
-                "data": source.entry.data.model_dump(mode="json", exclude_none=True),
+                "data": source.described_data,
                 "calibration": config.calibration_of(model).model_dump(),
                 "samples": source.samples,
                 "tokens": source.tokens,

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
-from mergekit_pave.calibration.data import Sample
+from mergekit_pave.calibration.data import Sample, share_evenly
 from mergekit_pave.config import Calibration
 from mergekit_pave.errors import PaveError
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -18,54 +23,67 @@ class Encoded:
     """One sample as token ids.
 
     Attributes:
-        row: its place among the samples, for messages.
+        origin: where it comes from, for messages.
         inputs: what the tokenizer made of it, by name, each of the sample's length.
         counted: ascending positions whose layer inputs enter C.
     """
 
-    row: int
+    origin: str
     inputs: dict[str, list[int]]
     counted: list[int]
 
 
 def encode(samples: list[Sample], tokenizer: Any, calibration: Calibration, positions: int | None, model: str) -> list[Encoded]:
-    """Tokenise samples and draw the token positions that count.
+    """Tokenise samples and draw the token positions that count. Rows that cannot be used are skipped and told.
 
     Args:
         positions: the longest sequence that the model can take, or None.
         model: the model's name, for messages.
 
     Raises:
-        PaveError: nothing is left to calibrate with, or the tokenizer lacks a chat template that is needed.
+        PaveError: most rows cannot be used, or the tokenizer lacks a chat template that is needed.
     """
+    where = f"pave.models[{model}].data"
+    if any(sample.messages is not None for sample in samples) and tokenizer.chat_template is None:
+        raise PaveError(
+            f"{where}.messages: the model's tokenizer has no chat template; use `text` with a template over the columns"
+        )
     longest = min(x for x in (calibration.max_length, tokenizer.model_max_length, positions) if x)
-    encoded = []
-    for row, sample in enumerate(samples):
-        options = {"truncation": True, "max_length": longest}
-        if sample.messages is None:
-            inputs = tokenizer(sample.text, sample.text_pair, **options) if sample.text or sample.text_pair else {}
+    encoded: list[tuple[str, dict[str, list[int]]]] = []
+    problems: Counter[str] = Counter()
+    for sample in samples:
+        inputs, problem = {}, sample.problem
+        if problem is None:
+            try:
+                inputs = _tokenize(sample, tokenizer, longest)
+                problem = None if inputs else "empty"
+            except TemplateError as error:
+                problem = f"refused by the chat template ({error})"
+        if problem is None:
+            encoded.append((sample.origin, inputs))
         else:
-            inputs = tokenizer(_render(sample.messages, tokenizer, model), add_special_tokens=False, **options)
-        inputs = {name: values for name, values in inputs.items() if name in tokenizer.model_input_names}
-        if inputs.get("input_ids"):
-            encoded.append((row, inputs))
-    if not encoded:
-        raise PaveError(f"pave.models[{model}].data: none of the {len(samples)} samples has any text")
+            problems[problem] += 1
+    if problems:
+        told = ", ".join(f"{count} {problem}" for problem, count in problems.most_common(3))
+        if 2 * problems.total() > len(samples):
+            raise PaveError(f"{where}: {problems.total()} of {len(samples)} rows cannot be used: {told}")
+        LOG.warning("%s: skipped %d of %d rows: %s", where, problems.total(), len(samples), told)
     lengths = [len(inputs["input_ids"]) for _, inputs in encoded]
     counted = draw_positions(lengths, calibration.max_tokens, calibration.seed)
-    return [Encoded(row, inputs, places) for (row, inputs), places in zip(encoded, counted)]
+    return [Encoded(origin, inputs, places) for (origin, inputs), places in zip(encoded, counted)]
 
 
-def _render(messages: list[dict[str, Any]], tokenizer: Any, model: str) -> str:
-    if tokenizer.chat_template is None:
-        raise PaveError(
-            f"pave.models[{model}].data.messages: the model's tokenizer has no chat template; "
-            "use `text` with a template over the columns"
-        )
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception as error:  # a template is a program of the model's author and may raise anything
-        raise PaveError(f"pave.models[{model}].data.messages: the chat template refuses a sample: {error}") from error
+def _tokenize(sample: Sample, tokenizer: Any, longest: int) -> dict[str, list[int]]:
+    """The model's inputs by name, or nothing where there is no text."""
+    options = {"truncation": True, "max_length": longest}
+    if sample.messages is None:
+        if not sample.text and not sample.text_pair:
+            return {}
+        inputs = tokenizer(sample.text, sample.text_pair, **options)
+    else:
+        chat = tokenizer.apply_chat_template(sample.messages, tools=sample.tools, tokenize=False)
+        inputs = tokenizer(chat, add_special_tokens=False, **options)
+    return {name: ids for name, ids in inputs.items() if name in tokenizer.model_input_names} if inputs["input_ids"] else {}
 
 
 def draw_positions(lengths: list[int], budget: int, seed: int) -> list[list[int]]:
@@ -73,11 +91,7 @@ def draw_positions(lengths: list[int], budget: int, seed: int) -> list[list[int]
 
     A sample shorter than an even share gives all of its tokens, and the rest is shared among the others.
     """
-    quotas = [0] * len(lengths)
-    left = budget
-    for remaining, i in zip(range(len(lengths), 0, -1), sorted(range(len(lengths)), key=lengths.__getitem__)):
-        quotas[i] = min(lengths[i], -(-left // remaining))
-        left -= quotas[i]
+    quotas = share_evenly(lengths, budget)
     generator = torch.Generator().manual_seed(seed)
     return [
         list(range(length)) if quota == length else torch.randperm(length, generator=generator)[:quota].sort().values.tolist()
@@ -92,17 +106,17 @@ class Batch:
     Attributes:
         inputs: keyword arguments of the model, each (samples, length).
         counted: bool (samples, length), the positions that enter C; never padding.
-        rows: each sample's place in the data set, for messages.
+        origins: where each sample comes from, for messages.
     """
 
     inputs: dict[str, Tensor]
     counted: Tensor
-    rows: list[int]
+    origins: list[str]
 
     def to(self, device: str) -> Batch:
         """The same batch on another device."""
         inputs = {name: values.to(device) for name, values in self.inputs.items()}
-        return Batch(inputs, self.counted.to(device), self.rows)
+        return Batch(inputs, self.counted.to(device), self.origins)
 
 
 def make_batches(encoded: list[Encoded], batch_size: int) -> list[Batch]:
@@ -124,5 +138,5 @@ def make_batches(encoded: list[Encoded], batch_size: int) -> list[Batch]:
                 inputs[name][i, :length] = torch.tensor(values)
             inputs["attention_mask"][i, :length] = 1
             counted[i, sample.counted] = True
-        batches.append(Batch(inputs, counted, [sample.row for sample in group]))
+        batches.append(Batch(inputs, counted, [sample.origin for sample in group]))
     return batches

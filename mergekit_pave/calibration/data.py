@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import string
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 
 from mergekit_pave.config import Calibration, Data
 from mergekit_pave.errors import PaveError
@@ -18,59 +20,95 @@ _LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parqu
 
 @dataclass(frozen=True)
 class Sample:
-    """One row: a text, a pair of texts, or the messages of a chat."""
+    """One row: a text, a pair of texts, the messages of a chat, or what keeps the row from being one of these.
 
+    `origin` says where it comes from, for messages.
+    """
+
+    origin: str
     text: str | None = None
     text_pair: str | None = None
     messages: list[dict[str, Any]] | None = None
+    tools: list[Any] | None = None
+    problem: str | None = None
 
 
-def load_samples(data: Data, calibration: Calibration, model: str) -> list[Sample]:
-    """Read a data set and pick samples from it.
+def load_samples(sources: list[Data], calibration: Calibration, model: str) -> list[Sample]:
+    """Read the data sets of a model and pick samples from them, evenly.
 
-    All rows are taken when there are no more than `calibration.samples`, otherwise as many by a seeded shuffle.
+    All rows are taken when there are no more than `calibration.samples`, otherwise as many by a seeded shuffle. A data
+    set too small for an even share gives all of its rows, and the rest comes from the others.
 
     Args:
-        data: which data set, and which of its columns.
+        sources: which data sets, and which of their columns.
         calibration: settings, every one of them set.
         model: the model's name, for messages.
 
     Raises:
-        PaveError: the data set cannot be loaded, has no rows or lacks a column that is asked for.
+        PaveError: a data set cannot be loaded, has no rows or lacks a column that is asked for.
     """
-    rows = _load(data, model)
-    if data.streaming:
-        rows = rows.shuffle(seed=calibration.seed, buffer_size=max(1000, 4 * calibration.samples))
-        rows = list(rows.take(calibration.samples))
-        columns = list(rows[0]) if rows else []
-    else:
+    loaded = [_Rows(data, calibration, model) for data in sources]
+    shares = share_evenly([len(rows) for rows in loaded], calibration.samples)
+    return [sample for rows, share in zip(loaded, shares) for sample in rows.samples(share)]
+
+
+def share_evenly(sizes: list[int], budget: int) -> list[int]:
+    """Share a budget among parts, none more than its size: what small parts leave goes to the larger ones."""
+    shares = [0] * len(sizes)
+    for remaining, i in zip(range(len(sizes), 0, -1), sorted(range(len(sizes)), key=sizes.__getitem__)):
+        shares[i] = min(sizes[i], -(-budget // remaining))
+        budget -= shares[i]
+    return shares
+
+
+class _Rows:
+    """The rows of one `data` entry and how a sample is made of each."""
+
+    def __init__(self, data: Data, calibration: Calibration, model: str):
+        where = f"pave.models[{model}].data"
+        self._seed, self._path = calibration.seed, data.path
+        rows = _load(data, f"{where}.path")
+        if data.streaming:
+            rows = rows.shuffle(seed=calibration.seed, buffer_size=max(1000, 4 * calibration.samples))
+            rows = datasets.Dataset.from_list(list(rows.take(calibration.samples)))
+        if not len(rows):
+            raise PaveError(f"{where}: {data.path} (split {data.split!r}) has no rows")
+        self._rows = rows
         columns = rows.column_names
-        if len(rows) > calibration.samples:
-            rows = rows.shuffle(seed=calibration.seed).select(range(calibration.samples))
-    if not len(rows):
-        raise PaveError(f"pave.models[{model}].data: {data.path} (split {data.split!r}) has no rows")
+        self._messages, text = data.messages, data.text
+        if self._messages is None and text is None:
+            text = "text" if "text" in columns else None
+            self._messages = "messages" if text is None and "messages" in columns else None
+            if text is None and self._messages is None:
+                raise PaveError(
+                    f"{where}: {data.path} has neither a `text` nor a `messages` column; name the column with "
+                    f"`text` or `messages`, or give a template over the columns there are: {', '.join(columns)}"
+                )
+        if self._messages is not None and self._messages not in columns:
+            raise PaveError(_no_column(f"{where}.messages", self._messages, data.path, columns))
+        self._text = _template(text, columns, f"{where}.text", data.path) if text else None
+        self._pair = _template(data.text_pair, columns, f"{where}.text_pair", data.path) if data.text_pair else None
 
-    where = f"pave.models[{model}].data"
-    messages, text = data.messages, data.text
-    if messages is None and text is None:
-        text = "text" if "text" in columns else None
-        messages = "messages" if text is None and "messages" in columns else None
-        if text is None and messages is None:
-            raise PaveError(
-                f"{where}: {data.path} has neither a `text` nor a `messages` column; name the column with "
-                f"`text` or `messages`, or give a template over the columns there are: {', '.join(columns)}"
-            )
-    if messages is not None:
-        if messages not in columns:
-            raise PaveError(_no_column(f"{where}.messages", messages, data.path, columns))
-        return [Sample(messages=_chat(row[messages], f"{where}.messages")) for row in rows]
-    first = _template(text, columns, f"{where}.text", data.path)
-    second = _template(data.text_pair, columns, f"{where}.text_pair", data.path) if data.text_pair else None
-    return [Sample(text=first.format_map(_Row(row)), text_pair=second.format_map(_Row(row)) if second else None) for row in rows]
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def samples(self, count: int) -> list[Sample]:
+        chosen = range(len(self))
+        if count < len(self):
+            chosen = sorted(np.random.default_rng(self._seed).permutation(len(self))[:count].tolist())
+        return [self._sample(f"row {i} of {self._path}", row) for i, row in zip(chosen, self._rows.select(chosen))]
+
+    def _sample(self, origin: str, row: dict[str, Any]) -> Sample:
+        try:
+            if self._messages is not None:
+                return Sample(origin, messages=_chat(row[self._messages]), tools=_tools(row.get("tools")))
+            pair = _fill(self._pair, row) if self._pair else None
+            return Sample(origin, text=_fill(self._text, row), text_pair=pair)
+        except ValueError as error:
+            return Sample(origin, problem=str(error))
 
 
-def _load(data: Data, model: str) -> Any:
-    where = f"pave.models[{model}].data.path"
+def _load(data: Data, where: str) -> Any:
     loader = _LOADERS.get(os.path.splitext(data.path)[1].lower())
     path = Path(data.path).expanduser()
     if loader and not path.is_file():
@@ -88,7 +126,10 @@ def _load(data: Data, model: str) -> Any:
     try:
         return datasets.load_dataset(source, **options)
     except Exception as error:  # the library raises a dozen kinds, all of them about this one entry
-        reason = " ".join(str(error.__cause__ or error).split())
+        cause = error.__cause__ or error
+        reason = " ".join(str(cause).split())
+        if isinstance(cause, UnicodeDecodeError):
+            reason += "; calibration data has to be UTF-8"
         raise PaveError(f"{where}: cannot load {data.path} (split {data.split!r}): {reason}") from error
 
 
@@ -112,15 +153,27 @@ def _no_column(where: str, name: str, path: str, columns: list[str]) -> str:
     return f"{where}: {path} has no column {name!r}; its columns are: {', '.join(columns)}"
 
 
-class _Row(dict):
-    """A row to format: an empty cell is an empty text."""
+def _fill(template: str, row: dict[str, Any]) -> str:
+    """A row's text. An empty cell is an empty text; a list or a dict is no text.
 
-    def __getitem__(self, key: str) -> Any:
-        value = super().__getitem__(key)
-        return "" if value is None else value
+    Raises:
+        ValueError: the row does not make a text.
+    """
+    fields = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+    cells = {name: "" if row[name] is None else row[name] for name in fields}
+    for name, cell in cells.items():
+        if not isinstance(cell, (str, int, float)):
+            raise ValueError(f"column {name} is not text but {type(cell).__name__}")
+    return template.format_map(cells) if any(str(cell).strip() for cell in cells.values()) else ""
 
 
-def _chat(messages: Any, where: str) -> list[dict[str, Any]]:
-    if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
-        raise PaveError(f"{where}: a chat is a list of {{role, content}}, not {str(messages)[:80]!r}")
-    return messages
+def _chat(messages: Any) -> list[dict[str, Any]]:
+    if not isinstance(messages, list) or not all(isinstance(turn, dict) and turn.get("role") for turn in messages):
+        raise ValueError("not a list of {role, content}")
+    # A table gives every turn the keys of all turns; a chat template takes a key that is there for one that is meant.
+    return [{key: value for key, value in turn.items() if value is not None} for turn in messages]
+
+
+def _tools(tools: Any) -> list[Any] | None:
+    tools = json.loads(tools) if isinstance(tools, str) and tools else tools
+    return tools or None

@@ -102,8 +102,8 @@ class Observer:
         counted = self._batch.counted
         if x.shape[: counted.dim()] == counted.shape:
             bad = (~x.isfinite().all(dim=-1) & counted).any(dim=1)
-            return "sample " + ", ".join(str(row) for row, is_bad in zip(self._batch.rows, bad.tolist()) if is_bad)
-        return f"one of the samples {self._batch.rows}"
+            return ", ".join(origin for origin, is_bad in zip(self._batch.origins, bad.tolist()) if is_bad)
+        return f"one of {', '.join(self._batch.origins)}"
 
     def take(self, block: str = "") -> list[tuple[list[str], Covariance]]:
         """Each covariance under one module's path with the layers that it belongs to; it is not kept.
