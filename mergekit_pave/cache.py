@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -122,9 +123,35 @@ class Artefact:
         with _replacing(self.folder / MANIFEST) as temporary:
             temporary.write_text(json.dumps(manifest, indent=1))
 
+    def require_space(self, size: int) -> None:
+        """Fail early where the disk has no room for so many bytes.
+
+        Raises:
+            PaveError: there is not enough space.
+        """
+        free = shutil.disk_usage(next(folder for folder in self.folder.parents if folder.exists())).free
+        if free < size:
+            raise PaveError(
+                f"the PAVE cache at {self.folder} may need {size / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free. Choose "
+                "another place with pave.cache_dir or MERGEKIT_PAVE_CACHE, or lower pave.calibration.max_tokens"
+            )
+
+    @contextlib.contextmanager
+    def discarded_on_error(self) -> Iterator[None]:
+        """Start from an empty folder, and remove it again unless the block succeeds."""
+        self.discard()
+        try:
+            yield
+        except BaseException:
+            self.discard()
+            raise
+
     def discard(self) -> None:
-        """Declare the artefact incomplete."""
-        (self.folder / MANIFEST).unlink(missing_ok=True)
+        """Remove the artefact, its manifest first."""
+        with _writable(self.folder):
+            (self.folder / MANIFEST).unlink(missing_ok=True)
+            if self.folder.exists():
+                shutil.rmtree(self.folder)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

@@ -32,6 +32,10 @@ class Encoded:
     inputs: dict[str, list[int]]
     counted: list[int]
 
+    @property
+    def length(self) -> int:
+        return len(self.inputs["input_ids"])
+
 
 def encode(samples: list[Sample], tokenizer: Any, calibration: Calibration, positions: int | None, model: str) -> list[Encoded]:
     """Tokenise samples and draw the token positions that count. Rows that cannot be used are skipped and told.
@@ -125,15 +129,15 @@ def make_batches(encoded: list[Encoded], batch_size: int) -> list[Batch]:
     What stands at a padded position never matters: attention ignores it and it is not counted.
     """
     batches = []
-    ordered = sorted(encoded, key=lambda sample: len(sample.inputs["input_ids"]))
+    ordered = sorted(encoded, key=lambda sample: sample.length)
     for start in range(0, len(ordered), batch_size):
         group = ordered[start : start + batch_size]
-        shape = (len(group), len(group[-1].inputs["input_ids"]))
+        shape = (len(group), group[-1].length)
         inputs = {name: torch.zeros(shape, dtype=torch.long) for name in group[0].inputs}
         inputs["attention_mask"] = torch.zeros(shape, dtype=torch.long)
         counted = torch.zeros(shape, dtype=torch.bool)
         for i, sample in enumerate(group):
-            length = len(sample.inputs["input_ids"])
+            length = sample.length
             for name, values in sample.inputs.items():
                 inputs[name][i, :length] = torch.tensor(values)
             inputs["attention_mask"][i, :length] = 1

@@ -42,6 +42,8 @@ class Architecture:
         weights: all names of parameters.
         prefix: what a checkpoint of the bare backbone leaves out of each name, with its dot.
         positions: the longest sequence it can take, or None.
+        hidden_size: width of the hidden states between blocks.
+        blocks: number of parameters of each block by its path, and under "" of all that is in no block.
     """
 
     linears: dict[str, Linear]
@@ -49,6 +51,12 @@ class Architecture:
     weights: frozenset[str]
     prefix: str
     positions: int | None
+    hidden_size: int
+    blocks: dict[str, int]
+
+    def block_of(self, module: str) -> str:
+        """The path of the block that a module is part of, or ""."""
+        return next((path for path in self.blocks if path and f"{module}.".startswith(f"{path}.")), "")
 
     def weight_name(self, names: list[str]) -> str | None:
         """The parameter that goes by one of these names in a checkpoint."""
@@ -101,7 +109,25 @@ def describe(config: transformers.PretrainedConfig, folder: str, trust_remote_co
         weights=frozenset(name for name, _ in model.named_parameters(remove_duplicate=False)),
         prefix=f"{model.base_model_prefix}." if model.base_model_prefix else "",
         positions=_longest_sequence(model),
+        hidden_size=getattr(config.get_text_config(), "hidden_size", 0),
+        blocks=_sizes(model.base_model, f"{model.base_model_prefix}." if model.base_model is not model else ""),
     )
+
+
+def find_blocks(model: nn.Module) -> dict[nn.Module, str]:
+    """The children of a model's outermost `ModuleList`s, with their paths."""
+    blocks: dict[nn.Module, str] = {}
+    lists: list[str] = []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(path.startswith(f"{outer}.") for outer in lists):
+            lists.append(path)
+            blocks.update({block: f"{path}.{name}" for name, block in module.named_children()})
+    return blocks
+
+
+def _sizes(backbone: nn.Module, prefix: str) -> dict[str, int]:
+    sizes = {prefix + path: sum(p.numel() for p in block.parameters()) for block, path in find_blocks(backbone).items()}
+    return sizes | {"": sum(p.numel() for p in backbone.parameters()) - sum(sizes.values())}
 
 
 def _longest_sequence(model: nn.Module) -> int | None:

@@ -16,18 +16,8 @@ from greenlet import getcurrent, greenlet
 from torch import nn
 
 from mergekit_pave.calibration.batches import Batch
+from mergekit_pave.calibration.layers import find_blocks
 from mergekit_pave.calibration.weights import StreamedModel
-
-
-def find_blocks(model: nn.Module) -> dict[nn.Module, str]:
-    """The children of the outermost `ModuleList`s, with their paths."""
-    blocks: dict[nn.Module, str] = {}
-    lists: list[str] = []
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(path.startswith(f"{outer}.") for outer in lists):
-            lists.append(path)
-            blocks.update({block: f"{path}.{name}" for name, block in module.named_children()})
-    return blocks
 
 
 def run_in_lockstep(

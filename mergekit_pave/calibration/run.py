@@ -16,8 +16,9 @@ from torch import nn
 
 from mergekit_pave import cache
 from mergekit_pave.calibration.batches import Batch, Encoded, make_batches
-from mergekit_pave.calibration.layers import inference_dtype, load_model, model_class
-from mergekit_pave.calibration.lockstep import find_blocks, run_in_lockstep
+from mergekit_pave.calibration.estimate import Estimate, estimate, readable
+from mergekit_pave.calibration.layers import Architecture, find_blocks, inference_dtype, load_model, model_class
+from mergekit_pave.calibration.lockstep import run_in_lockstep
 from mergekit_pave.calibration.observe import Observer, ReenteredError
 from mergekit_pave.calibration.weights import StreamedModel, UnknownWeightError
 from mergekit_pave.covariance import Covariance
@@ -34,8 +35,8 @@ class Job:
         name: the model's name, for messages.
         folder: where its checkpoint lies.
         config: its configuration.
+        architecture: its linear layers, all of which are watched.
         encoded: its tokenised samples.
-        layers: paths of the modules to watch.
         batch_size: samples in one forward pass.
         about: what the manifest says about the data, JSON-serialisable.
     """
@@ -43,10 +44,18 @@ class Job:
     name: str
     folder: str
     config: transformers.PretrainedConfig
+    architecture: Architecture
     encoded: list[Encoded]
-    layers: list[str]
     batch_size: int
     about: dict[str, Any]
+
+    @property
+    def layers(self) -> list[str]:
+        return [linear.module for linear in self.architecture.linears.values()]
+
+    def estimate(self, device: str) -> Estimate:
+        """What the calibration will cost on a device."""
+        return estimate(self.architecture, self.encoded, self.batch_size, inference_dtype(self.config, device).itemsize)
 
 
 @dataclass(frozen=True)
@@ -72,25 +81,58 @@ def covariance_key(weights: str, encoded: list[Encoded]) -> str:
 def calibrate(job: Job, artefact: cache.Artefact, runtime: Runtime) -> None:
     """Make sure that the covariances of a model are in the cache, intact.
 
-    Memory: see `lockstep` and `measure_whole`.
+    Whatever interrupts it leaves nothing behind but, after a kill, files that the next run replaces.
 
     Raises:
-        PaveError: an activation is not finite, a watched layer is never called, or the cache cannot be written.
+        PaveError: an activation is not finite, memory runs out, or the cache cannot be written.
     """
+    if artefact.is_intact():  # needs no lock, and so works in a cache that is read-only
+        LOG.info("%s: covariances are in the cache", job.name)
+        return
     with artefact.lock():
         if artefact.is_intact():
-            LOG.info("%s: covariances are in the cache", job.name)
-            return
-        artefact.discard()
+            return  # another process has just made them
+        cost = job.estimate(runtime.device)
+        tokens = sum(len(sample.counted) for sample in job.encoded)
+        LOG.info(
+            "%s: calibrating with %d tokens; at most %s of cache and about %s of memory",
+            job.name,
+            tokens,
+            readable(cost.cache),
+            readable(cost.peak),
+        )
+        artefact.require_space(cost.cache)
         try:
-            files, layers = _store(measure_in_lockstep(job, runtime), artefact)
-        except (ReenteredError, UnknownWeightError) as error:
-            # ALBERT calls one block over and over; some checkpoints need transformers' own loader.
-            LOG.info("%s: cannot be run block by block (%s), loading it whole", job.name, error)
-            files, layers = _store(measure_whole(job, runtime), artefact)
-        if unseen := [layer for layer in job.layers if layer not in layers]:
-            LOG.warning("%s: %d linear layers were never called (the first: %s)", job.name, len(unseen), unseen[0])
-        artefact.complete({"files": files, "layers": layers, **job.about})
+            with artefact.discarded_on_error():
+                artefact.complete(_measure_and_store(job, artefact, runtime))
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error):
+                raise PaveError(_out_of_memory(job, cost, runtime.device)) from error
+            raise
+
+
+def _measure_and_store(job: Job, artefact: cache.Artefact, runtime: Runtime) -> dict[str, Any]:
+    try:
+        files, layers = _store(measure_in_lockstep(job, runtime), artefact)
+    except (ReenteredError, UnknownWeightError) as error:
+        # ALBERT calls one block over and over; some checkpoints need transformers' own loader.
+        LOG.info("%s: cannot be run block by block (%s), loading it whole", job.name, error)
+        files, layers = _store(measure_whole(job, runtime), artefact)
+    if unseen := [layer for layer in job.layers if layer not in layers]:
+        LOG.warning("%s: %d linear layers were never called (the first: %s)", job.name, len(unseen), unseen[0])
+    return {"files": files, "layers": layers, **job.about}
+
+
+def _out_of_memory(job: Job, cost: Estimate, device: str) -> str:
+    halved = max(1, job.batch_size // 2)
+    return (
+        f"{job.name}: calibration ran out of memory on {device}. It needs about {readable(cost.peak)}: "
+        f"{readable(cost.weights)} for a block's weights, {readable(cost.covariances)} for its covariances, "
+        f"{readable(cost.hidden)} for hidden states and {readable(cost.batch)} for one batch. "
+        f"pave.calibration.batch_size: {halved} would save about {readable(cost.batch * (1 - halved / job.batch_size))}, "
+        f"half of `samples` or of `max_length` about {readable(cost.hidden / 2)}, and a `max_tokens` small enough to keep "
+        "rows instead of sums most of the covariances; or use another device"
+    )
 
 
 def _store(measured: Measured, artefact: cache.Artefact) -> tuple[dict[str, Any], dict[str, Any]]:

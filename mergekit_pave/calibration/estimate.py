@@ -1,0 +1,68 @@
+"""What a calibration will cost, from the architecture and the tokenised samples alone."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+from mergekit_pave.calibration.batches import Encoded
+from mergekit_pave.calibration.layers import Architecture
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes that a calibration needs. Upper bounds where layers turn out to share an input.
+
+    Attributes:
+        cache: covariances on disk.
+        weights: the largest block's weights, or the embeddings' where these are larger.
+        covariances: accumulators of the block that has most.
+        hidden: hidden states of all samples between two blocks.
+        batch: activations of the largest batch within a block.
+    """
+
+    cache: int
+    weights: int
+    covariances: int
+    hidden: int
+    batch: int
+
+    @property
+    def peak(self) -> int:
+        """Memory at the worst moment, beyond what Python and its libraries take."""
+        return self.weights + self.covariances + self.hidden + self.batch
+
+
+def estimate(architecture: Architecture, encoded: list[Encoded], batch_size: int, itemsize: int) -> Estimate:
+    """Estimate a calibration of one model.
+
+    Args:
+        itemsize: bytes of one number in the precision that the model runs in.
+    """
+    tokens = sum(len(sample.counted) for sample in encoded)
+    lengths = sorted(sample.length for sample in encoded)
+    # Siblings with inputs of one width nearly always see the same input.
+    inputs = {(linear.module.rpartition(".")[0], linear.shape[1]) for linear in architecture.linears.values()}
+    cache = 0
+    accumulators: dict[str, int] = defaultdict(int)
+    for parent, width in inputs:
+        rows, triangle = tokens * width * itemsize, 2 * width * (width + 1)
+        cache += min(rows, triangle)
+        accumulators[architecture.block_of(parent)] += rows if rows <= triangle else 8 * width * width
+    wide = max((sum(linear.shape) for linear in architecture.linears.values()), default=0)
+    return Estimate(
+        cache=cache,
+        weights=max(architecture.blocks.values()) * itemsize,
+        covariances=max(accumulators.values(), default=0),
+        hidden=sum(lengths) * architecture.hidden_size * itemsize,
+        batch=lengths[-1] * batch_size * 4 * wide * itemsize,
+    )
+
+
+def readable(size: float) -> str:
+    """Bytes for people."""
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
