@@ -1,0 +1,46 @@
+"""Where tests keep their files, the models they merge, and the two ways to run a merge: in process and as a command."""
+
+import os
+import shutil
+import tempfile
+
+# Before any import of Hugging Face libraries, which read these once.
+_HOME = tempfile.mkdtemp(prefix="pave-tests-")
+os.environ |= {
+    "HF_HOME": f"{_HOME}/hf",
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "MERGEKIT_PAVE_CACHE": f"{_HOME}/pave-cache",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",
+}
+for _name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "TRANSFORMERS_CACHE", "TORCH_DEVICE_BACKEND_AUTOLOAD"):
+    os.environ.pop(_name, None)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from models import Family, make_family  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+def pytest_unconfigure():
+    shutil.rmtree(_HOME, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory) -> dict[str, Family]:
+    """The models of each architecture. Shared by all tests: nobody may write there."""
+    return {kind: make_family(kind, tmp_path_factory.mktemp(kind)) for kind in ("llama", "gpt2", "bert")}
+
+
+@pytest.fixture
+def llama(families) -> Family:
+    return families["llama"]
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A PAVE cache of the test's own, also for commands that it starts."""
+    monkeypatch.setenv("MERGEKIT_PAVE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
