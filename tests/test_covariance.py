@@ -1,0 +1,137 @@
+"""Second moments: both forms, the crossover between them, and what is stored."""
+
+import pytest
+import torch
+
+from mergekit_pave.covariance import Covariance, SecondMoment
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def moment(rows: torch.Tensor) -> torch.Tensor:
+    return rows.double().mT @ rows.double() / len(rows)
+
+
+def accumulated(batches) -> Covariance:
+    second = SecondMoment(batches[0].shape[1])
+    for batch in batches:
+        second.add(batch)
+    return second.result()
+
+
+# Rows are the smaller form here even in float64.
+FORMS = {"rows": 5, "gram": 500}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_the_mean_of_outer_products(form, dtype):
+    rows = draw(FORMS[form], 24, dtype=dtype)
+    covariance = Covariance.from_rows(rows)
+    assert (covariance.rows is None) == (form == "gram")
+    assert (covariance.gram is None) == (form == "rows")
+    assert (covariance.tokens, covariance.dim) == (FORMS[form], 24)
+    expected = moment(rows)
+    torch.testing.assert_close(covariance.matrix(), expected, rtol=0, atol=2e-6)
+    assert covariance.matrix().dtype == torch.float64
+    assert torch.equal(covariance.matrix(), covariance.matrix().mT)
+    assert covariance.mean_diagonal() == pytest.approx(float(expected.diagonal().mean()), rel=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_multiply_is_the_product_with_the_shifted_matrix(form):
+    covariance = Covariance.from_rows(draw(FORMS[form], 24))
+    weight = draw(7, 24, seed=1, dtype=torch.float64)
+    before = weight.clone()
+    expected = weight @ (covariance.matrix() + 0.3 * torch.eye(24, dtype=torch.float64))
+    torch.testing.assert_close(covariance.multiply(weight, 0.3), expected, rtol=1e-12, atol=1e-13)
+    assert torch.equal(weight, before)
+
+
+def test_rows_are_kept_as_they_came():
+    batches = [draw(3, 24, seed=i, dtype=torch.bfloat16) for i in range(3)]
+    covariance = accumulated(batches)
+    assert torch.equal(covariance.rows, torch.cat(batches))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("extra", [0, 1])
+def test_the_smaller_form_is_kept(dtype, extra):
+    # A float32 triangle of 24 has 300 numbers, i.e. 1200 bytes.
+    crossover = 1200 // (24 * dtype.itemsize)
+    covariance = Covariance.from_rows(draw(crossover + extra, 24, dtype=dtype))
+    assert (covariance.rows is None) == bool(extra)
+    stored = sum(tensor.nbytes for tensor in covariance.to_tensors().values())
+    assert stored == (1200 if extra else crossover * 24 * dtype.itemsize)
+
+
+@pytest.mark.parametrize("sizes", [[500], [1] * 500, [499, 1], [7, 200, 293], [20, 480]])
+def test_how_rows_are_batched_hardly_matters(sizes):
+    rows = draw(500, 24)
+    covariance = accumulated(list(rows.split(sizes)))
+    assert covariance.tokens == 500
+    torch.testing.assert_close(covariance.matrix(), moment(rows), rtol=0, atol=1e-6)
+
+
+def test_the_order_of_batches_hardly_matters():
+    batches = list(draw(3000, 24).split(250))
+    forward, backward = accumulated(batches), accumulated(batches[::-1])
+    torch.testing.assert_close(forward.matrix(), backward.matrix(), rtol=0, atol=1e-6)
+
+
+def test_float32_products_stay_far_above_a_float32_sum():
+    """Many rows with one channel 50 times larger: where a small direction of C would drown in a running float32 sum."""
+    rows = draw(20000, 40)
+    rows[:, 0] *= 50
+    exact = moment(rows)
+    scale = exact.diagonal().sqrt()
+    error = (Covariance.from_rows(rows).matrix() - exact) / (scale[:, None] * scale)
+    assert error.abs().max() < 1e-6
+
+
+def test_wide_inputs_are_multiplied_in_strips():
+    rows = draw(700, 1100)
+    covariance = Covariance.from_rows(rows)
+    assert covariance.gram is not None
+    torch.testing.assert_close(covariance.matrix(), moment(rows), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_stored_comes_back(form):
+    covariance = Covariance.from_rows(draw(FORMS[form], 24))
+    back = Covariance.from_tensors(covariance.to_tensors(), covariance.tokens, 24)
+    assert (back.tokens, back.dim) == (covariance.tokens, 24)
+    if form == "rows":
+        assert torch.equal(back.rows, covariance.rows)
+        return
+    # Stored in float32, rounded once; symmetric again when it is back.
+    assert torch.equal(back.gram, covariance.gram.float().double())
+    assert back.gram.dtype == torch.float64
+    assert torch.equal(back.gram, back.gram.mT)
+
+
+def test_the_packed_triangle_goes_row_by_row():
+    gram = torch.tensor([[1.0, 2, 3], [2, 4, 5], [3, 5, 6]], dtype=torch.float64)
+    assert Covariance(9, gram=gram).to_tensors()["triangle"].tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_to_another_device_is_the_same_covariance():
+    for count in FORMS.values():
+        covariance = Covariance.from_rows(draw(count, 24))
+        moved = covariance.to(torch.device("cpu"))
+        assert moved.tokens == covariance.tokens
+        assert torch.equal(moved.matrix(), covariance.matrix())
+
+
+def test_one_row():
+    row = draw(1, 24)
+    covariance = Covariance.from_rows(row)
+    torch.testing.assert_close(covariance.matrix(), row.double().mT @ row.double())
+
+
+def test_zero_rows_of_input_count_as_tokens():
+    assert Covariance.from_rows(torch.zeros(4, 24)).mean_diagonal() == 0
+    half = torch.cat([draw(10, 24), torch.zeros(10, 24)])
+    torch.testing.assert_close(Covariance.from_rows(half).matrix(), moment(draw(10, 24)) / 2, rtol=0, atol=1e-6)
