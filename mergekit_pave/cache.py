@@ -118,6 +118,10 @@ class Artefact:
             entry = {"size": temporary.stat().st_size, "sha256": _sha256(temporary)}
         return entry
 
+    def remove(self, name: str) -> None:
+        """Remove one file that no manifest names yet."""
+        (self.folder / name).unlink()
+
     def complete(self, manifest: dict[str, Any]) -> None:
         """Write the manifest, which must name every file under `files`."""
         with _replacing(self.folder / MANIFEST) as temporary:
@@ -158,7 +162,7 @@ class Artefact:
         """Keep other processes from making the same artefact at the same time."""
         with _writable(self.folder):
             self.folder.parent.mkdir(parents=True, exist_ok=True)
-            lock = filelock.FileLock(f"{self.folder}.lock")
+            lock = filelock.FileLock(self.folder.parent / f".{self.folder.name}.lock")
             lock.acquire()
         try:
             yield

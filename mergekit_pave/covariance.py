@@ -59,10 +59,13 @@ class Covariance:
             product = (weight @ rows.mT) @ rows
         return product.div_(self.tokens).add_(weight, alpha=shift)
 
+    def unscaled(self) -> Tensor:
+        """X^T X, (d, d) float64."""
+        return self.rows.double().mT @ self.rows.double() if self.gram is None else self.gram
+
     def matrix(self) -> Tensor:
         """C itself, (d, d) float64."""
-        gram = self.rows.double().mT @ self.rows.double() if self.gram is None else self.gram
-        return gram / self.tokens
+        return self.unscaled() / self.tokens
 
     def to_tensors(self) -> dict[str, Tensor]:
         """What has to be stored: the rows, or the packed upper triangle of the sum in float32."""

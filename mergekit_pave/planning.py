@@ -77,12 +77,14 @@ class Plan:
 
     Attributes:
         gathers: the new gather task by the output tensor's place in the list of planned tensors.
-        decompositions: the tasks that fill the caches.
+        calibrations: the tasks that fill the cache of covariances, one a model that something is to be decomposed of.
+        decompositions: the tasks that fill the cache of subspaces.
         stats: the tasks that make the rows of the report.
         header: the report without its rows.
     """
 
     gathers: dict[int, GatherPurified] = field(default_factory=dict)
+    calibrations: list[CalibrateModel] = field(default_factory=list)
     decompositions: list[DecomposeWeight] = field(default_factory=list)
     stats: list[PurificationStats] = field(default_factory=list)
     header: dict[str, Any] = field(default_factory=dict)
@@ -120,6 +122,7 @@ def make_plan(config: PaveConfig, tensors: list[PlannedTensor], environment: Env
     plan = Plan()
     for place, choices in chosen.items():
         _add_tensor(plan, config, tensors[place], place, choices, sources)
+    plan.calibrations = list(dict.fromkeys(decomposition.calibration for decomposition in plan.decompositions))
     plan.header = _header(config, tensors, sources, reasons)
     return plan
 

@@ -31,6 +31,7 @@ from pydantic import WrapValidator
 from pydantic.fields import FieldInfo
 
 from mergekit_pave import config as pave_config
+from mergekit_pave.calibration import distributed
 from mergekit_pave.calibration.run import Runtime
 from mergekit_pave.card import append_to_card
 from mergekit_pave.errors import PaveError
@@ -167,15 +168,22 @@ def plan_merge(config: MergeConfiguration, options: MergeOptions) -> Plan:
         options=options,
         out_model_config=base.config(trust_remote_code=options.trust_remote_code),
     )
-    planner.plan_in_memory()
+    planner._plan()
     return planner._pave_plan
 
 
 def fill_caches(config: MergeConfiguration, options: MergeOptions) -> Plan:
-    """Calibrate and decompose whatever the caches lack for a merge."""
+    """Calibrate and decompose whatever the caches lack for a merge, in as many processes as were started."""
+    distributed.start()
+    options = options.model_copy(update={"device": distributed.local_device(options.device)})
     plan = plan_merge(config, options)
+    # In one order everywhere, which an executor does not promise: processes wait for each other in every block.
+    for calibration in plan.calibrations:
+        calibration.execute()
+    share = plan.decompositions[distributed.rank() :: distributed.world_size()]
+    distributed.stop()
     storage = options.device if options.low_cpu_memory else "cpu"
-    executor = Executor(plan.decompositions, math_device=options.device, storage_device=storage)
+    executor = Executor(share, math_device=options.device, storage_device=storage)
     for _ in executor.run(quiet=options.quiet, desc="Decomposing"):
         pass
     return plan

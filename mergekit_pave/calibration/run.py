@@ -15,7 +15,8 @@ import transformers
 from torch import nn
 
 from mergekit_pave import cache
-from mergekit_pave.calibration.batches import Batch, Encoded, make_batches
+from mergekit_pave.calibration import distributed
+from mergekit_pave.calibration.batches import Batch, Encoded
 from mergekit_pave.calibration.estimate import Estimate, estimate, readable
 from mergekit_pave.calibration.layers import Architecture, find_blocks, inference_dtype, load_model, model_class
 from mergekit_pave.calibration.lockstep import run_in_lockstep
@@ -86,11 +87,15 @@ def calibrate(job: Job, artefact: cache.Artefact, runtime: Runtime) -> None:
     Raises:
         PaveError: an activation is not finite, memory runs out, or the cache cannot be written.
     """
-    if artefact.is_intact():  # needs no lock, and so works in a cache that is read-only
+    if distributed.agree(artefact.is_intact()):  # needs no lock, and so works in a cache that is read-only
         LOG.info("%s: covariances are in the cache", job.name)
         return
+    if distributed.rank() > 0:
+        for _ in _measure(job, runtime):
+            pass
+        return
     with artefact.lock():
-        if artefact.is_intact():
+        if distributed.world_size() == 1 and artefact.is_intact():
             return  # another process has just made them
         cost = job.estimate(runtime.device)
         tokens = sum(len(sample.counted) for sample in job.encoded)
@@ -112,12 +117,16 @@ def calibrate(job: Job, artefact: cache.Artefact, runtime: Runtime) -> None:
 
 
 def _measure_and_store(job: Job, artefact: cache.Artefact, runtime: Runtime) -> dict[str, Any]:
-    try:
-        files, layers = _store(measure_in_lockstep(job, runtime), artefact)
-    except (ReenteredError, UnknownWeightError) as error:
-        # ALBERT calls one block over and over; some checkpoints need transformers' own loader.
-        LOG.info("%s: cannot be run block by block (%s), loading it whole", job.name, error)
-        files, layers = _store(measure_whole(job, runtime), artefact)
+    files, layers = {}, {}
+    for members, covariance in _measure(job, runtime):
+        name = f"{len(files):05}.safetensors"
+        files[name] = artefact.write(name, covariance.to_tensors())
+        for layer in members:
+            layers[layer] = {"file": name, "tokens": covariance.tokens, "dim": covariance.dim}
+    used = {entry["file"] for entry in layers.values()}
+    for name in files.keys() - used:
+        del files[name]
+        artefact.remove(name)
     if unseen := [layer for layer in job.layers if layer not in layers]:
         LOG.warning("%s: %d linear layers were never called (the first: %s)", job.name, len(unseen), unseen[0])
     return {"files": files, "layers": layers, **job.about}
@@ -135,14 +144,14 @@ def _out_of_memory(job: Job, cost: Estimate, device: str) -> str:
     )
 
 
-def _store(measured: Measured, artefact: cache.Artefact) -> tuple[dict[str, Any], dict[str, Any]]:
-    files, layers = {}, {}
-    for members, covariance in measured:
-        name = f"{len(files):05}.safetensors"
-        files[name] = artefact.write(name, covariance.to_tensors())
-        for layer in members:
-            layers[layer] = {"file": name, "tokens": covariance.tokens, "dim": covariance.dim}
-    return files, layers
+def _measure(job: Job, runtime: Runtime) -> Measured:
+    """Block by block where that is possible. What comes later replaces what came before for the same layers."""
+    try:
+        yield from measure_in_lockstep(job, runtime)
+    except (ReenteredError, UnknownWeightError) as error:
+        # ALBERT calls one block over and over; some checkpoints need transformers' own loader.
+        LOG.info("%s: cannot be run block by block (%s), loading it whole", job.name, error)
+        yield from measure_whole(job, runtime)
 
 
 def measure_in_lockstep(job: Job, runtime: Runtime) -> Measured:
@@ -157,7 +166,7 @@ def measure_in_lockstep(job: Job, runtime: Runtime) -> Measured:
     streamed = StreamedModel(cls, job.config, job.folder, dtype, runtime.device)
     observer = Observer(streamed.model, job.layers, job.name)
     run = _runner(streamed.model)
-    batches = [batch.to(runtime.device) for batch in make_batches(job.encoded, job.batch_size)]
+    batches = [batch.to(runtime.device) for batch in distributed.share(job.encoded, job.batch_size)]
     tokens = sum(int(batch.inputs["attention_mask"].sum()) for batch in batches)
     blocks = len(find_blocks(streamed.model))
     with (
@@ -168,11 +177,11 @@ def measure_in_lockstep(job: Job, runtime: Runtime) -> Measured:
         start = time.monotonic()
         for block in run_in_lockstep(streamed, batches, run, begin):
             if block is not None:
-                yield from observer.take(block)
+                yield from distributed.add_up(observer.take(block))
                 progress.update()
                 speed = tokens * progress.n / blocks / (time.monotonic() - start)
                 progress.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
-    yield from observer.take()
+    yield from distributed.add_up(observer.take())
 
 
 def measure_whole(job: Job, runtime: Runtime) -> Measured:
@@ -180,13 +189,13 @@ def measure_whole(job: Job, runtime: Runtime) -> Measured:
     model = load_model(job.config, job.folder, runtime.device, runtime.trust_remote_code)
     observer = Observer(model, job.layers, job.name)
     run = _runner(model)
-    batches = make_batches(job.encoded, job.batch_size)
+    batches = distributed.share(job.encoded, job.batch_size)
     with torch.no_grad(), observer.watching() as begin:
         for batch in tqdm.tqdm(batches, desc=f"Calibrating {job.name}", unit="batch", disable=runtime.quiet):
             batch = batch.to(runtime.device)
             begin(batch)
             run(batch)
-    yield from observer.take()
+    yield from distributed.add_up(observer.take())
 
 
 def _runner(model: nn.Module) -> Any:

@@ -1,0 +1,103 @@
+"""Calibration over several processes: each takes a share of the batches, and the sums are added up.
+
+Second moments are sums, so the result is that of one process up to the order of addition. Processes are started by
+`accelerate launch` or `torchrun`, which tell each of them its place in the environment.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+
+from mergekit_pave.calibration.batches import Batch, Encoded, make_batches
+from mergekit_pave.covariance import Covariance, SecondMoment
+from mergekit_pave.errors import PaveError
+
+
+def start() -> None:
+    """Join the other processes, where there are any."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        # Sums travel through main memory: they are on their way to the disk anyway.
+        dist.init_process_group("gloo")
+
+
+def stop() -> None:
+    """Wait for the other processes and leave them."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number; 0 writes the cache."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_device(device: str) -> str:
+    """The device of this process: with several on one machine, each takes a GPU of its own."""
+    if world_size() > 1 and device == "cuda":
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return device
+
+
+def agree(value: bool) -> bool:
+    """Process 0's value, in every process."""
+    values = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def share(encoded: list[Encoded], batch_size: int) -> list[Batch]:
+    """This process's batches: every so many-th, so that long and short ones are spread evenly.
+
+    Raises:
+        PaveError: there are more processes than samples.
+    """
+    if len(encoded) < world_size():
+        raise PaveError(f"{world_size()} processes cannot share {len(encoded)} calibration samples; start fewer")
+    batches = make_batches(encoded, min(batch_size, len(encoded) // world_size()))
+    return batches[rank() :: world_size()]
+
+
+Measured = list[tuple[list[str], Covariance]]
+
+
+def add_up(measured: Measured) -> Measured:
+    """The covariances of all processes' rows, in process 0; what the others get is of no use.
+
+    Args:
+        measured: this process's covariances, each with the layers it belongs to. Another process may have seen other
+            layers: an expert that no token of this one was routed to, say.
+    """
+    if world_size() == 1:
+        return measured
+    own = {tuple(members): covariance for members, covariance in measured}
+    known: list[dict[tuple[str, ...], tuple[int, bool]]] = [{} for _ in range(world_size())]
+    dist.all_gather_object(known, {members: (c.dim, c.gram is not None) for members, c in own.items()})
+    dims = {members: dim for of_process in known for members, (dim, _) in of_process.items()}
+    result = []
+    for members, dim in dims.items():
+        part = own.get(members, Covariance(0, rows=torch.zeros(0, dim))).to(torch.device("cpu"))
+        if any(of_process.get(members, (dim, False))[1] for of_process in known):
+            # Where one process has a sum already, the rows of the others are summed, too.
+            gram = part.unscaled()
+            tokens = torch.tensor(part.tokens)
+            dist.reduce(gram, dst=0)
+            dist.reduce(tokens, dst=0)
+            result.append((list(members), Covariance(int(tokens), gram=gram)))
+            continue
+        parts = [part] * world_size()
+        dist.gather_object(part, parts if rank() == 0 else None, dst=0)
+        total = SecondMoment(dim)
+        for other in parts:
+            total.add(other.rows)
+        result.append((list(members), total.result()))
+    return result
