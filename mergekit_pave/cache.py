@@ -14,6 +14,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,29 +48,35 @@ def digest(*parts: Any) -> str:
     return sha.hexdigest()[:32]
 
 
-def weights_identity(folder: str, shards: list[str]) -> str:
-    """Key of a checkpoint's content, from its files without reading them whole.
+def weights_fingerprint(folder: str, shards: list[str]) -> str:
+    """Key of a checkpoint's content that is the same wherever its files lie, from samples of every file.
 
-    A file in the Hub's cache is named by its hash already. Of any other file this takes size, modification time, header
-    and small samples spread over it: two fine-tunes of one model differ nearly everywhere, even where
-    an archive tool has levelled their times.
+    Headers and 256 blocks spread over each file: two fine-tunes of one model differ nearly everywhere.
     """
     parts: list[Any] = []
     for shard in sorted(set(shards)):
         path = Path(folder, shard)
-        blob = path.resolve().name
-        if path.is_symlink() and len(blob) == 64:
-            parts.append([shard, blob])
-            continue
-        stat = path.stat()
-        parts.append([shard, stat.st_size, stat.st_mtime_ns])
+        size = path.stat().st_size
+        parts.append([shard, size])
         with path.open("rb") as file:
             header = int.from_bytes(file.read(8), "little") if shard.endswith(".safetensors") else 0
-            parts.append(file.read(min(header, stat.st_size)))
+            parts.append(file.read(min(header, size)))
             for i in range(256):
-                file.seek(stat.st_size * i // 256)
+                file.seek(size * i // 256)
                 parts.append(file.read(4096))
-    parts.append(Path(folder, "config.json").read_bytes())
+    return digest(*parts)
+
+
+def weights_identity(folder: str, shards: list[str]) -> str:
+    """The fingerprint, and what tells apart checkpoints that differ only between its samples.
+
+    A file in the Hub's cache is named by its hash; of any other the time of its last change is taken.
+    """
+    parts: list[Any] = [weights_fingerprint(folder, shards), Path(folder, "config.json").read_bytes()]
+    for shard in sorted(set(shards)):
+        path = Path(folder, shard)
+        blob = path.resolve().name
+        parts.append(blob if path.is_symlink() and len(blob) == 64 else path.stat().st_mtime_ns)
     return digest(*parts)
 
 
@@ -168,6 +175,60 @@ class Artefact:
             yield
         finally:
             lock.release()
+
+
+KINDS = ("covariance", "subspace")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the cache holds under one key: the covariances of a model, or the subspaces of its weights.
+
+    Attributes:
+        kind: one of `KINDS`.
+        artefacts: one of covariances; one a weight of subspaces.
+    """
+
+    kind: str
+    folder: Path
+    artefacts: list[Artefact]
+
+    @property
+    def key(self) -> str:
+        return self.folder.name
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
+
+
+def entries(root: Path) -> list[Entry]:
+    """Everything in a cache."""
+    found = []
+    for kind in KINDS:
+        for folder in sorted((root / kind).glob("[!.]*")):
+            parts = [folder] if kind == "covariance" else sorted(folder.glob("[!.]*"))
+            found.append(Entry(kind, folder, [Artefact(part) for part in parts]))
+    return found
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a complete artefact, its manifest last.
+
+    Raises:
+        PaveError: the source is incomplete or damaged, or there is something at the target.
+    """
+    artefact = Artefact(source)
+    if not artefact.is_intact():
+        raise PaveError(f"{source} is not complete and intact, so it is not copied")
+    if target.exists() and any(target.iterdir()):
+        raise PaveError(f"{target} is there already and not empty; choose another folder, or remove it first")
+    with _writable(target):
+        target.mkdir(parents=True, exist_ok=True)
+        for name in artefact.manifest()["files"]:
+            shutil.copyfile(source / name, target / name)
+    Artefact(target).complete(artefact.manifest())
 
 
 def _sha256(path: Path) -> str:

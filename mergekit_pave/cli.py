@@ -13,8 +13,10 @@ import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
+from mergekit_pave import cache as caches
 from mergekit_pave import plugin, versions
-from mergekit_pave.cache import cache_root
+from mergekit_pave.calibration.estimate import readable
+from mergekit_pave.errors import PaveError
 
 _PROBE = (
     "import mergekit.merge; from mergekit.config import MergeConfiguration as C;"
@@ -37,7 +39,92 @@ def calibrate(config_file: str, merge_options: MergeOptions) -> None:
     config = MergeConfiguration.model_validate(yaml.safe_load(Path(config_file).read_text(encoding="utf-8")))
     plan = plugin.fill_caches(config, merge_options)
     done = len(plan.decompositions)
-    click.echo(f"{len(plan.stats)} weights ready: {done} decomposed now, {len(plan.stats) - done} were in the cache.")
+    if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+        click.echo(f"{len(plan.stats)} weights ready: {done} decomposed now, {len(plan.stats) - done} were in the cache.")
+
+
+@main.group()
+def cache() -> None:
+    """Look after the cache of covariances and subspaces."""
+
+
+_cache_dir = click.option("--cache-dir", help="The cache, where it is not the default one.")
+_keys = click.argument("keys", nargs=-1, required=True)
+
+
+@cache.command("list")
+@_cache_dir
+def list_cache(cache_dir: str | None) -> None:
+    """List what is in the cache, with sizes."""
+    entries = caches.entries(caches.cache_root(cache_dir))
+    for entry in entries:
+        manifests = [manifest for artefact in entry.artefacts if (manifest := artefact.manifest())]
+        model = manifests[0]["model"] if manifests else "(incomplete)"
+        if entry.kind == "covariance":
+            content = f"{len(manifests[0]['layers'])} layers, {manifests[0]['tokens']} tokens" if manifests else "-"
+        else:
+            content = f"{len(manifests)} weights"
+        click.echo(f"{entry.key[:12]}  {entry.kind:10}  {readable(entry.size):>8}  {content:28}  {model}")
+    click.echo(f"{readable(sum(entry.size for entry in entries))} in {caches.cache_root(cache_dir)}")
+
+
+@cache.command()
+@_cache_dir
+def verify(cache_dir: str | None) -> None:
+    """Compare every file with the hash in its manifest. Exits with 1 where one differs."""
+    damaged = 0
+    for entry in caches.entries(caches.cache_root(cache_dir)):
+        for artefact in entry.artefacts:
+            if not artefact.is_intact():
+                damaged += 1
+                state = "incomplete" if artefact.manifest() is None else "DAMAGED"
+                click.echo(f"{entry.key[:12]}  {entry.kind:10}  {state}  {artefact.folder}")
+    click.echo("Everything is intact." if not damaged else f"{damaged} not intact; the next run that needs them makes them anew.")
+    raise SystemExit(1 if damaged else 0)
+
+
+@cache.command()
+@_cache_dir
+@_keys
+def remove(keys: tuple[str, ...], cache_dir: str | None) -> None:
+    """Remove entries, named by the first digits of their KEYS."""
+    for entry in [_find(key, cache_dir) for key in keys]:
+        size = entry.size
+        caches.Artefact(entry.folder).discard()
+        click.echo(f"removed {entry.kind} {entry.key[:12]} ({readable(size)})")
+
+
+@cache.command()
+@_cache_dir
+@click.argument("key")
+@click.argument("folder", type=click.Path(path_type=Path))
+def export(key: str, folder: Path, cache_dir: str | None) -> None:
+    """Copy the covariances under KEY to FOLDER, ready to be published and named as `covariance:` in a config."""
+    entry = _find(key, cache_dir)
+    if entry.kind != "covariance":
+        raise PaveError(f"{entry.key[:12]} holds subspaces, which belong to one machine; export covariances")
+    caches.copy(entry.folder, folder)
+    click.echo(f"exported to {folder}")
+
+
+@cache.command("import")
+@_cache_dir
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+def import_folder(folder: Path, cache_dir: str | None) -> None:
+    """Copy exported covariances from FOLDER, so that they are found for the same model and data."""
+    manifest = caches.Artefact(folder).manifest()
+    if manifest is None or "key" not in manifest:
+        raise PaveError(f"{folder} has no exported covariances")
+    caches.copy(folder, caches.cache_root(cache_dir) / "covariance" / manifest["key"])
+    click.echo(f"imported as {manifest['key'][:12]}, covariances of {manifest['model']}")
+
+
+def _find(key: str, cache_dir: str | None) -> caches.Entry:
+    root = caches.cache_root(cache_dir)
+    found = [entry for entry in caches.entries(root) if entry.key.startswith(key)]
+    if len(found) != 1:
+        raise PaveError(f"{'no entry' if not found else 'more than one entry'} in {root} begins with {key}; see `cache list`")
+    return found[0]
 
 
 @main.command()
@@ -46,9 +133,8 @@ def doctor() -> None:
     logging.disable(logging.INFO)
     for package, version in versions.installed().items():
         click.echo(f"{package:14} {version}")
-    root = cache_root(None)
-    size = sum(file.stat().st_size for file in root.rglob("*") if file.is_file())
-    click.echo(f"{'cache':14} {root} ({size / 1e6:.1f} MB)")
+    root = caches.cache_root(None)
+    click.echo(f"{'cache':14} {root} ({readable(sum(entry.size for entry in caches.entries(root)))})")
     # Only a fresh interpreter shows what `mergekit-yaml` will do: this one has registered the plugin itself.
     live = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True)
     click.echo(f"{'hook':14} {'live' if live.returncode == 0 else 'NOT LIVE'}")

@@ -103,6 +103,7 @@ class PaveModel(_Block):
 
     model: ModelReference
     data: Data | list[Data] | None = None
+    covariance: str | None = Field(default=None, min_length=1)
     purify: bool = True
     rank_ratio: RankRatio | None = None
     regularization: Regularization | None = None
@@ -113,7 +114,9 @@ class PaveModel(_Block):
 
     @model_validator(mode="after")
     def _data_if_purified(self) -> PaveModel:
-        if self.purify and not self.data:
+        if self.data and self.covariance:
+            raise ValueError("give either data or the covariance that was made from it, not both")
+        if self.purify and not self.data and not self.covariance:
             raise ValueError(f"{self.model} has no data: give `data`, or `purify: false` to merge it as it is")
         return self
 

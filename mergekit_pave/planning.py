@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
+import huggingface_hub
 import transformers
 from mergekit.common import ModelReference
 from mergekit.config import evaluate_setting
@@ -32,6 +33,7 @@ from mergekit_pave.tasks import (
     CalibrateModel,
     DecomposeWeight,
     GatherPurified,
+    GivenCovariance,
     LoadTail,
     PurificationStats,
     PurifiedTensor,
@@ -84,7 +86,7 @@ class Plan:
     """
 
     gathers: dict[int, GatherPurified] = field(default_factory=dict)
-    calibrations: list[CalibrateModel] = field(default_factory=list)
+    calibrations: list[CalibrateModel | GivenCovariance] = field(default_factory=list)
     decompositions: list[DecomposeWeight] = field(default_factory=list)
     stats: list[PurificationStats] = field(default_factory=list)
     header: dict[str, Any] = field(default_factory=dict)
@@ -141,11 +143,11 @@ class _Source:
 
     def prepare(self) -> None:
         """Read and tokenise the samples, which checks all of the `data` entry, and name the artefacts."""
-        settings = self._pave.calibration_of(self.model)
-        samples = load_samples(self.entry.sources, settings, str(self.model))
-        encoded = encode(samples, self._tokenizer(), settings, self.architecture.positions, str(self.model))
-        self.samples = len(encoded)
-        self.tokens = sum(len(sample.counted) for sample in encoded)
+        root = cache.cache_root(self._pave.cache_dir)
+        key = self._use_given() if self.entry.covariance else self._use_data(root)
+        regularization = self._pave.setting(self.model, "regularization")
+        described = regularization.model_dump() if isinstance(regularization, RelativeRegularization) else regularization
+        self._tails = root / "subspace" / cache.digest("subspace", key, described)
         widest = max(linear.shape[1] for linear in self.architecture.linears.values())
         if self.tokens < widest:
             LOG.warning(
@@ -155,29 +157,52 @@ class _Source:
                 self.tokens,
                 widest,
             )
-        key = covariance_key(cache.weights_identity(self.folder, self._shards), encoded)
-        root = cache.cache_root(self._pave.cache_dir)
-        regularization = self._pave.setting(self.model, "regularization")
-        described = regularization.model_dump() if isinstance(regularization, RelativeRegularization) else regularization
-        self._tails = root / "subspace" / cache.digest("subspace", key, described)
-        self.calibration = CalibrateModel(
-            folder=str(root / "covariance" / key),
-            job=Job(
-                name=str(self.model),
-                folder=self.folder,
-                config=self._config,
-                architecture=self.architecture,
-                encoded=encoded,
-                batch_size=settings.batch_size,
-                about={"model": str(self.model), "data": self.described_data},
-            ),
-            runtime=self._environment.runtime,
-        )
 
-    @property
-    def described_data(self) -> list[dict[str, Any]]:
-        """The `data` entries as they stand in manifests and reports."""
-        return [data.model_dump(mode="json", exclude_defaults=True) | {"split": data.split} for data in self.entry.sources]
+    def _use_data(self, root: Path) -> str:
+        settings = self._pave.calibration_of(self.model)
+        samples = load_samples(self.entry.sources, settings, str(self.model))
+        encoded = encode(samples, self._tokenizer(), settings, self.architecture.positions, str(self.model))
+        self.samples = len(encoded)
+        self.tokens = sum(len(sample.counted) for sample in encoded)
+        self.data = [data.model_dump(mode="json", exclude_defaults=True) | {"split": data.split} for data in self.entry.sources]
+        key = covariance_key(cache.weights_identity(self.folder, self._shards), encoded)
+        about = {
+            "key": key,
+            "model": str(self.model),
+            "weights": cache.weights_fingerprint(self.folder, self._shards),
+            "data": self.data,
+            "samples": self.samples,
+            "tokens": self.tokens,
+            "versions": versions.installed(),
+        }
+        job = Job(
+            name=str(self.model),
+            folder=self.folder,
+            config=self._config,
+            architecture=self.architecture,
+            encoded=encoded,
+            batch_size=settings.batch_size,
+            about=about,
+        )
+        folder = str(root / "covariance" / key)
+        self.calibration = CalibrateModel(folder=folder, job=job, runtime=self._environment.runtime)
+        return key
+
+    def _use_given(self) -> str:
+        where = f"pave.models[{self.model}].covariance"
+        folder = Path(self.entry.covariance).expanduser()
+        if not folder.exists():
+            folder = _download(self.entry.covariance, where)
+        manifest = cache.Artefact(folder).manifest()
+        if manifest is None or "weights" not in manifest:
+            raise PaveError(f"{where}: {folder} has no covariances (there is no complete {cache.MANIFEST} in it)")
+        if manifest["weights"] != cache.weights_fingerprint(self.folder, self._shards):
+            raise PaveError(
+                f"{where}: these covariances were measured on other weights ({manifest['model']}); use `data` instead"
+            )
+        self.samples, self.tokens, self.data = manifest["samples"], manifest["tokens"], manifest["data"]
+        self.calibration = GivenCovariance(folder=str(folder))
+        return cache.digest(manifest["files"])
 
     def tail_folder(self, tensor: str) -> Path:
         return self._tails / tensor.replace("/", "_")
@@ -197,6 +222,14 @@ class _Source:
                 failure = error
         reason = " ".join(str(failure).split())
         raise PaveError(f"{self.model}: its tokenizer cannot be loaded, and calibration needs it: {reason}") from failure
+
+
+def _download(repository: str, where: str) -> Path:
+    try:
+        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=["*.safetensors", cache.MANIFEST]))
+    except Exception as error:  # the Hub's client raises a dozen kinds, all of them about this one entry
+        reason = " ".join(str(error).split())
+        raise PaveError(f"{where}: {repository} is no folder here, and the Hub does not give it either: {reason}") from error
 
 
 def _select(
@@ -328,8 +361,8 @@ def _header(
         "settings": json.loads(config.model_dump_json(exclude={"models", "cache_dir", "calibration"})),
         "models": {
             str(model): {
-                "data": source.described_data,
-                "calibration": config.calibration_of(model).model_dump(),
+                "data": source.data,
+                "calibration": config.calibration_of(model).model_dump() if source.entry.data else None,
                 "samples": source.samples,
                 "tokens": source.tokens,
                 "left_as_they_are": reasons[model],

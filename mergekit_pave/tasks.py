@@ -67,6 +67,28 @@ class CalibrateModel(Task[str]):
         return True
 
 
+class GivenCovariance(Task[str]):
+    """Make sure that covariances which somebody else has made are intact. Value: their folder."""
+
+    folder: str
+
+    def arguments(self) -> dict[str, Task]:
+        return {}
+
+    def execute(self) -> str:
+        if not Artefact(Path(self.folder)).is_intact():
+            raise PaveError(
+                f"the covariances at {self.folder} are damaged: a file is not what their manifest says; fetch them again"
+            )
+        return self.folder
+
+    def priority(self) -> int:
+        return 20000
+
+    def main_thread_only(self) -> bool:
+        return True
+
+
 class _TensorTask(Task[Any]):
     """A task that belongs to one source tensor of one model and is scheduled beside mergekit's own for it."""
 
@@ -88,7 +110,7 @@ class DecomposeWeight(_TensorTask):
     """The tail of one weight, computed and put into the cache. Value: see `LoadTail`."""
 
     weight: LoadTensor
-    calibration: CalibrateModel
+    calibration: CalibrateModel | GivenCovariance
     layer: str
     shape: tuple[int, int]
     transposed: bool
@@ -123,7 +145,8 @@ class DecomposeWeight(_TensorTask):
         artefact = Artefact(Path(self.folder))
         known = {"largest": tail.largest, "energy": tail.energy, "tokens": covariance.tokens}
         entry = artefact.write(_TAIL_FILE, {"directions": directions, "values": tail.values})
-        artefact.complete({"files": {_TAIL_FILE: entry}, "tensor": self.tensor, "count": self.count, **known})
+        about = {"model": str(self.model), "tensor": self.tensor, "count": self.count}
+        artefact.complete({"files": {_TAIL_FILE: entry}, **about, **known})
         return {"directions": directions, "values": tail.values, **known}
 
 
