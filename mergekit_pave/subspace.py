@@ -8,11 +8,17 @@ U_r S_r V_r^T = U_r U_r^T W C_s, the inverse cancels:
 
 so only the few smallest singular directions are ever computed. All of it is float64: the tail lives at the far end of
 a spectrum that covers six decades and more.
+
+In A A^T (A = W C_s) the tail would drown in the rounding error of the largest values, which can be 1e7 times larger.
+In (A A^T)^-1 it comes first and is well separated, so that is what is worked with, as a factorisation of A: block
+Krylov steps find the few leading eigenvectors, LAPACK many of them, and where A is singular to working
+precision (a weight that is rank-deficient, say) a full SVD takes over. Nothing but a checked result leaves this file.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import scipy.linalg
@@ -20,6 +26,8 @@ import torch
 from torch import Tensor
 
 from mergekit_pave.covariance import Covariance
+
+_EPS = torch.finfo(torch.float64).eps
 
 
 @dataclass(frozen=True)
@@ -42,12 +50,8 @@ class Tail:
 def tail_components(weight: Tensor, covariance: Covariance, shift: float, count: int) -> Tail:
     """The `count` smallest singular components of W C_s.
 
-    A QR factorisation reduces W C_s to a triangle T with the same singular values. The tail of T is the head of
-    (T T^T)^-1 = T^-T T^-1, where it is well separated and so computed to full accuracy; in T T^T itself it would
-    drown in the rounding error of the largest values, which can be 1e7 times larger. Only a triangle too close to
-    singular to be inverted safely (a weight that is rank-deficient, say) gets a full SVD instead.
-
-    Where two singular values at the cut coincide the components are not unique, and LAPACK's choice is taken.
+    Where two singular values at the cut coincide the components are not unique: what lies below the cut is dropped,
+    and of the coinciding ones as many as `count` leaves room for, in whichever basis the iteration arrives at.
 
     Args:
         weight: W, (d_out, d_in), any float dtype.
@@ -55,51 +59,134 @@ def tail_components(weight: Tensor, covariance: Covariance, shift: float, count:
         shift: the regularisation added to C's diagonal, > 0.
         count: how many components, 0 < count < min(d_out, d_in).
     """
-    activated = covariance.multiply(weight.double(), shift)  # (d_out, d_in)
-    d_out, d_in = activated.shape
+    weight = weight.double()
+    d_out, d_in = weight.shape
+    # W = Q R with d_out > d_in: the left singular vectors of W C_s are Q times those of R C_s, which is square.
+    triangle, times_q = _triangle(weight) if d_out > d_in else (weight, None)
+    activated = covariance.multiply(triangle, shift)  # A, (n, d_in), n = min(d_out, d_in)
     energy = activated.square().sum().item()
     if energy == 0:
         directions = torch.eye(d_out, count, dtype=torch.float64, device=weight.device)
         return Tail(directions, directions.new_zeros(count), 0.0, 0.0)
-    if d_out <= d_in:
-        # A^T = Q R, so A A^T = R^T R and R^T has A's left singular vectors.
-        triangle = torch.linalg.qr(activated.mT, mode="r").R.mT  # lower, (d_out, d_out)
+    largest = _largest(activated)
+    directions, values = _smallest(activated, count, largest)
+    return Tail(directions if times_q is None else times_q(directions), values, largest, energy)
+
+
+def _triangle(weight: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """R of W = Q R for a tall W, and the product with Q."""
+    # W^T W = R^T R costs a fraction of Householder's QR. It squares W's condition, but C's large one is not in it.
+    triangle, failed = torch.linalg.cholesky_ex(weight.mT @ weight, upper=True)
+    if not failed:
+        probes = _random(weight.shape[1], 8, weight)
+        condition = triangle.norm() * torch.linalg.solve_triangular(triangle, probes, upper=True).norm()
+        if condition < 1e4:
+            return triangle, lambda x: torch.linalg.qr(weight @ torch.linalg.solve_triangular(triangle, x, upper=True)).Q
+    orthogonal, triangle = torch.linalg.qr(weight)
+    return triangle, lambda x: orthogonal @ x
+
+
+def _smallest(a: Tensor, count: int, largest: float) -> tuple[Tensor, Tensor]:
+    """Left singular vectors (n, count) and values of A (n, m), n <= m, for its `count` smallest values, ascending."""
+    n = a.shape[0]
+    inverse = _inverse_gram(a)
+    if inverse:
+        found = _leading(inverse, n, count, a) or _leading_dense(inverse(torch.eye(n, dtype=a.dtype, device=a.device)), count)
+        values, vectors = found[0].rsqrt(), found[1]  # values of A, ascending
+        # Rounding moves the cut by about eps * (cut / smallest)^2, and below eps * largest everything is rounding.
+        if values[0] > 10 * n * _EPS * largest and n * _EPS * (values[-1] / values[0]) ** 2 < 1e-7:
+            # One more step takes out what is left of the largest directions, which weigh most in A.
+            vectors = torch.linalg.qr(inverse(vectors)).Q
+            # Within their span, the singular vectors themselves: U_t^T A = P S_t V_t^T.
+            rotation, exact, _ = torch.linalg.svd(vectors.mT @ a, full_matrices=False)
+            if (exact.flip(0) - values).norm() < 1e-6 * values[-1]:
+                return vectors @ rotation.flip(1), exact.flip(0)
+    left, values, _ = torch.linalg.svd(a, full_matrices=False)
+    return left[:, -count:].flip(1), values[-count:].flip(0)
+
+
+def _inverse_gram(a: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """The map X -> (A A^T)^-1 X for A (n, m), n <= m, or None where A has not full rank."""
+    n, m = a.shape
+    # A^T = P L U with pivoting, so A A^T = U^T (L^T L) U. L is well-conditioned: its Gram matrix can be trusted, A's not.
+    factors = torch.linalg.lu_factor_ex(a.mT).LU
+    upper = factors[:n]
+    if not upper.diagonal().abs().min() > 0:
+        return None
+    if n == m:
+        lower, unit = upper, True
     else:
-        # A = Q R, so A's left singular vectors are Q times those of R.
-        reflectors, scales = torch.geqrf(activated)
-        triangle = reflectors[:d_in].triu()  # upper, (d_in, d_in)
-    del activated
+        lower = factors.tril(-1)
+        lower.diagonal().fill_(1)
+        lower, failed = torch.linalg.cholesky_ex(lower.mT @ lower, upper=True)
+        if failed:
+            return None
+        lower, unit = lower, False
 
-    directions = _smallest_left(triangle, count, upper=d_out > d_in)  # (n, count)
-    values = (triangle.mT @ directions).norm(dim=0)
-    order = values.argsort()
-    directions, values = directions[:, order], values[order]
-    largest = _largest_singular_value(triangle)
-    if d_out > d_in:
-        directions = torch.cat([directions, directions.new_zeros(d_out - d_in, count)])
-        directions = torch.ormqr(reflectors, scales, directions)
-    return Tail(directions, values, largest, energy)
+    def apply(x: Tensor) -> Tensor:
+        solve = torch.linalg.solve_triangular
+        x = solve(upper.mT, x, upper=False)
+        if unit:  # (L^T L)^-1 = L^-1 L^-T
+            x = solve(lower, solve(lower.mT, x, upper=True, unitriangular=True), upper=False, unitriangular=True)
+        else:
+            x = solve(lower, solve(lower.mT, x, upper=False), upper=True)
+        return solve(upper, x, upper=True)
 
-
-def _smallest_left(triangle: Tensor, count: int, upper: bool) -> Tensor:
-    """Left singular vectors of a triangular (n, n) matrix for its `count` smallest singular values."""
-    n = triangle.shape[0]
-    if triangle.diagonal().abs().min() > 0:
-        values, vectors = _head_of_inverse(triangle, count, upper)
-        # Rounding in the inverse Gram matrix moves the cut by about eps * (cut / smallest)^2.
-        if n * torch.finfo(torch.float64).eps * values[0] < 1e-7 * values[-1]:
-            return vectors
-    return torch.linalg.svd(triangle).U[:, -count:]
+    return apply
 
 
-def _head_of_inverse(triangle: Tensor, count: int, upper: bool) -> tuple[Tensor, Tensor]:
-    """Largest `count` eigenvalues of (T T^T)^-1, descending, and their eigenvectors (n, count), for a triangular T."""
-    n = triangle.shape[0]
-    identity = torch.eye(n, dtype=triangle.dtype, device=triangle.device)
-    inverse = torch.linalg.solve_triangular(triangle, identity, upper=upper)
-    gram = inverse.mT @ inverse
+def _largest(a: Tensor) -> float:
+    """The largest singular value of A (n, m)."""
+    n = a.shape[0]
+    apply: Callable[[Tensor], Tensor] = lambda x: a @ (a.mT @ x)  # noqa: E731
+    # A value is exact to the square of its vector's error, so this may stop early.
+    found = _leading(apply, n, 1, a, tolerance=1e-5)
+    return (found[0].max().sqrt() if found else torch.linalg.matrix_norm(a, ord=2)).item()
+
+
+def _leading(
+    apply: Callable[[Tensor], Tensor], n: int, count: int, like: Tensor, tolerance: float | None = None
+) -> tuple[Tensor, Tensor] | None:
+    """Leading eigenpairs of a positive semidefinite (n, n) operator by block Krylov steps with full orthogonalisation.
+
+    A block is wider than `count`, so that even an eigenvalue that occurs `count` times is found as often.
+
+    Returns:
+        `count` eigenvalues, descending, and their vectors (n, count). None where LAPACK on the whole matrix would be
+        no slower, or where the eigenvalues lie so close together that the residual does not become small in time.
+    """
+    width = count + 8
+    block = torch.linalg.qr(_random(n, width, like)).Q
+    basis, images = block.new_empty(n, 0), block.new_empty(n, 0)
+    check = 2
+    while basis.shape[1] + width <= n // 3:
+        image = apply(block)
+        if not image.isfinite().all():
+            return None
+        basis, images = torch.cat([basis, block], 1), torch.cat([images, image], 1)
+        for _ in range(2):
+            image = image - basis @ (basis.mT @ image)
+        block, coupling = torch.linalg.qr(image)
+        if basis.shape[1] < check * width:
+            continue
+        check = math.ceil(1.25 * check)
+        projected = basis.mT @ images
+        values, vectors = torch.linalg.eigh((projected + projected.mT) / 2)
+        # || apply(v) - value v || of the Ritz vectors, and how far it may turn them at the cut.
+        residual = (coupling @ vectors[-width:, -count:]).norm()
+        gap = values[-count] - values[-count - 1]
+        allowed = tolerance * values[-1] if tolerance else torch.maximum(1e-7 * gap, 1e-10 * values[-count])
+        if residual <= allowed:
+            return values[-count:].flip(0), (basis @ vectors[:, -count:]).flip(1)
+    return None
+
+
+def _leading_dense(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Leading eigenpairs, as `_leading` returns them, of an explicit symmetric matrix."""
+    n = gram.shape[0]
+    gram = (gram + gram.mT) / 2
     if not gram.isfinite().all():
-        return gram.new_tensor([math.inf, 0.0]), gram
+        return gram.new_full((count,), torch.inf), gram[:, :count]
     if gram.device.type == "cpu":
         # LAPACK's subset driver: less than half the time of all n eigenpairs.
         values, vectors = scipy.linalg.eigh(
@@ -112,25 +199,10 @@ def _head_of_inverse(triangle: Tensor, count: int, upper: bool) -> tuple[Tensor,
     return values.flip(0), vectors.flip(1)
 
 
-def _largest_singular_value(matrix: Tensor, steps: int = 60) -> float:
-    """Largest singular value of an (n, n) matrix by Golub-Kahan-Lanczos with full reorthogonalisation."""
-    n = matrix.shape[0]
+def _random(n: int, columns: int, like: Tensor) -> Tensor:
+    """Normal numbers, the same in every run and on every device."""
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(n, generator=generator, dtype=matrix.dtype).to(matrix.device)
-    basis = [start / start.norm()]
-    krylov = []
-    for _ in range(min(steps, n)):
-        krylov.append(matrix.mT @ basis[-1])
-        vector = matrix @ krylov[-1]
-        scale = vector.norm()
-        span = torch.stack(basis)  # (steps so far, n)
-        for _ in range(2):
-            vector = vector - span.mT @ (span @ vector)
-        norm = vector.norm()
-        if norm <= 1e-12 * scale:  # the subspace is invariant; what is left is rounding error
-            break
-        basis.append(vector / norm)
-    return torch.linalg.matrix_norm(torch.stack(krylov), ord=2).item()
+    return torch.randn(n, columns, generator=generator, dtype=like.dtype).to(like.device)
 
 
 def drop_components(weight: Tensor, directions: Tensor, base: Tensor | None = None) -> Tensor:
