@@ -78,7 +78,7 @@ def _triangle(weight: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     # W^T W = R^T R costs a fraction of Householder's QR. It squares W's condition, but C's large one is not in it.
     triangle, failed = torch.linalg.cholesky_ex(weight.mT @ weight, upper=True)
     if not failed:
-        probes = _random(weight.shape[1], 8, weight)
+        probes = _random(weight.shape[1], 8, weight)  # (d_in, 8)
         condition = triangle.norm() * torch.linalg.solve_triangular(triangle, probes, upper=True).norm()
         if condition < 1e4:
             return triangle, lambda x: torch.linalg.qr(weight @ torch.linalg.solve_triangular(triangle, x, upper=True)).Q
@@ -96,52 +96,52 @@ def _smallest(a: Tensor, count: int, largest: float) -> tuple[Tensor, Tensor]:
         # Rounding moves the cut by about eps * (cut / smallest)^2, and below eps * largest everything is rounding.
         if values[0] > 10 * n * _EPS * largest and n * _EPS * (values[-1] / values[0]) ** 2 < 1e-7:
             # One more step takes out what is left of the largest directions, which weigh most in A.
-            vectors = torch.linalg.qr(inverse(vectors)).Q
+            vectors = _orthonormal(inverse(vectors))
             # Within their span, the singular vectors themselves: U_t^T A = P S_t V_t^T.
-            rotation, exact, _ = torch.linalg.svd(vectors.mT @ a, full_matrices=False)
+            rotation, exact, _ = torch.linalg.svd(vectors @ a, full_matrices=False)
             if (exact.flip(0) - values).norm() < 1e-6 * values[-1]:
-                return vectors @ rotation.flip(1), exact.flip(0)
+                return vectors.mT @ rotation.flip(1), exact.flip(0)
     left, values, _ = torch.linalg.svd(a, full_matrices=False)
     return left[:, -count:].flip(1), values[-count:].flip(0)
 
 
+def _largest(a: Tensor) -> float:
+    """The largest singular value of A (n, m)."""
+    # A value is exact to the square of its vector's error, so this may stop early.
+    found = _leading(lambda x: x @ a @ a.mT, a.shape[0], 1, a, tolerance=1e-5)
+    return (found[0].max().sqrt() if found else torch.linalg.matrix_norm(a, ord=2)).item()
+
+
+# From here on, vectors are rows, (vectors, n): thin products are up to twice as fast that way.
+
+
 def _inverse_gram(a: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """The map X -> (A A^T)^-1 X for A (n, m), n <= m, or None where A has not full rank."""
+    """The map x -> x (A A^T)^-1 for A (n, m), n <= m, or None where A has not full rank."""
     n, m = a.shape
     # A^T = P L U with pivoting, so A A^T = U^T (L^T L) U. L is well-conditioned: its Gram matrix can be trusted, A's not.
     factors = torch.linalg.lu_factor_ex(a.mT).LU
-    upper = factors[:n]
+    upper, lower = factors[:n], factors[:n]
     if not upper.diagonal().abs().min() > 0:
         return None
-    if n == m:
-        lower, unit = upper, True
-    else:
-        lower = factors.tril(-1)
-        lower.diagonal().fill_(1)
-        lower, failed = torch.linalg.cholesky_ex(lower.mT @ lower, upper=True)
+    if n < m:
+        factors = factors.tril(-1)
+        factors.diagonal().fill_(1)
+        # L^T L = K^T K; here K stands in for L's square, as A^T for K U.
+        lower, failed = torch.linalg.cholesky_ex(factors.mT @ factors, upper=True)
         if failed:
             return None
-        lower, unit = lower, False
+        lower = lower.mT
 
     def apply(x: Tensor) -> Tensor:
-        solve = torch.linalg.solve_triangular
-        x = solve(upper.mT, x, upper=False)
-        if unit:  # (L^T L)^-1 = L^-1 L^-T
-            x = solve(lower, solve(lower.mT, x, upper=True, unitriangular=True), upper=False, unitriangular=True)
+        x = torch.linalg.solve_triangular(upper.mT, x.mT, upper=False)
+        if n == m:
+            x = torch.linalg.solve_triangular(lower.mT, x, upper=True, unitriangular=True)
+            x = torch.linalg.solve_triangular(lower, x, upper=False, unitriangular=True)
         else:
-            x = solve(lower, solve(lower.mT, x, upper=False), upper=True)
-        return solve(upper, x, upper=True)
+            x = torch.cholesky_solve(x, lower)
+        return torch.linalg.solve_triangular(upper, x, upper=True).mT
 
     return apply
-
-
-def _largest(a: Tensor) -> float:
-    """The largest singular value of A (n, m)."""
-    n = a.shape[0]
-    apply: Callable[[Tensor], Tensor] = lambda x: a @ (a.mT @ x)  # noqa: E731
-    # A value is exact to the square of its vector's error, so this may stop early.
-    found = _leading(apply, n, 1, a, tolerance=1e-5)
-    return (found[0].max().sqrt() if found else torch.linalg.matrix_norm(a, ord=2)).item()
 
 
 def _leading(
@@ -152,32 +152,33 @@ def _leading(
     A block is wider than `count`, so that even an eigenvalue that occurs `count` times is found as often.
 
     Returns:
-        `count` eigenvalues, descending, and their vectors (n, count). None where LAPACK on the whole matrix would be
+        `count` eigenvalues, descending, and their vectors (count, n). None where LAPACK on the whole matrix would be
         no slower, or where the eigenvalues lie so close together that the residual does not become small in time.
     """
-    width = count + 8
-    block = torch.linalg.qr(_random(n, width, like)).Q
-    basis, images = block.new_empty(n, 0), block.new_empty(n, 0)
+    width = 8 * math.ceil(count / 8 + 0.5)
+    block = _orthonormal(_random(width, n, like))
+    basis, images = block.new_empty(0, n), block.new_empty(0, n)
     check = 2
-    while basis.shape[1] + width <= n // 3:
+    while len(basis) + width <= n // 3:
         image = apply(block)
         if not image.isfinite().all():
             return None
-        basis, images = torch.cat([basis, block], 1), torch.cat([images, image], 1)
+        basis, images = torch.cat([basis, block]), torch.cat([images, image])
         for _ in range(2):
-            image = image - basis @ (basis.mT @ image)
-        block, coupling = torch.linalg.qr(image)
-        if basis.shape[1] < check * width:
+            image = image - image @ basis.mT @ basis
+        following, coupling = torch.linalg.qr(image.mT)
+        block = following.mT.contiguous()
+        if len(basis) < check * width:
             continue
         check = math.ceil(1.25 * check)
-        projected = basis.mT @ images
+        projected = images @ basis.mT
         values, vectors = torch.linalg.eigh((projected + projected.mT) / 2)
-        # || apply(v) - value v || of the Ritz vectors, and how far it may turn them at the cut.
-        residual = (coupling @ vectors[-width:, -count:]).norm()
-        gap = values[-count] - values[-count - 1]
-        allowed = tolerance * values[-1] if tolerance else torch.maximum(1e-7 * gap, 1e-10 * values[-count])
-        if residual <= allowed:
-            return values[-count:].flip(0), (basis @ vectors[:, -count:]).flip(1)
+        values, vectors = values.flip(0), vectors.flip(1)[:, :count]
+        # || v M - value v || of the Ritz vectors v, and how large it may be for the angle by which it turns them at the cut.
+        residual = (coupling @ vectors[-width:]).norm()
+        allowed = torch.maximum(1e-7 * (values[count - 1] - values[count]), 1e-10 * values[count - 1])
+        if residual <= (tolerance * values[0] if tolerance else allowed):
+            return values[:count], vectors.mT @ basis
     return None
 
 
@@ -186,7 +187,7 @@ def _leading_dense(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
     n = gram.shape[0]
     gram = (gram + gram.mT) / 2
     if not gram.isfinite().all():
-        return gram.new_full((count,), torch.inf), gram[:, :count]
+        return gram.new_full((count,), torch.inf), gram[:count]
     if gram.device.type == "cpu":
         # LAPACK's subset driver: less than half the time of all n eigenpairs.
         values, vectors = scipy.linalg.eigh(
@@ -196,13 +197,18 @@ def _leading_dense(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
     else:
         values, vectors = torch.linalg.eigh(gram)
         values, vectors = values[-count:], vectors[:, -count:]
-    return values.flip(0), vectors.flip(1)
+    return values.flip(0), vectors.flip(1).mT
 
 
-def _random(n: int, columns: int, like: Tensor) -> Tensor:
+def _orthonormal(x: Tensor) -> Tensor:
+    """Orthonormal rows that span the same space."""
+    return torch.linalg.qr(x.mT).Q.mT.contiguous()
+
+
+def _random(rows: int, columns: int, like: Tensor) -> Tensor:
     """Normal numbers, the same in every run and on every device."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(n, columns, generator=generator, dtype=like.dtype).to(like.device)
+    return torch.randn(rows, columns, generator=generator, dtype=like.dtype).to(like.device)
 
 
 def drop_components(weight: Tensor, directions: Tensor, base: Tensor | None = None) -> Tensor:
