@@ -1,0 +1,325 @@
+"""The calibration pass: the same numbers however it is run, whatever the rows look like, and clear words where it cannot."""
+
+import itertools
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import merging
+import pytest
+import torch
+import transformers
+from models import make_rows, read_rows, save, write_rows
+
+from mergekit_pave.cache import Artefact
+from mergekit_pave.calibration import lockstep, run
+from mergekit_pave.calibration.batches import Encoded, draw_positions, encode, make_batches
+from mergekit_pave.calibration.data import load_samples, share_evenly
+from mergekit_pave.calibration.layers import describe
+from mergekit_pave.calibration.run import Job, Runtime, calibrate, load_covariance, measure_in_lockstep, measure_whole
+from mergekit_pave.config import DEFAULT_CALIBRATION, Data
+from mergekit_pave.errors import PaveError
+
+CPU = Runtime("cpu", False, True)
+
+
+def job_for(folder: Path, samples: list[str], batch_size: int = 4, max_tokens: int = 65536) -> Job:
+    config = transformers.AutoConfig.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    rows = [tokenizer(text, truncation=True) for text in samples]
+    counted = draw_positions([len(row["input_ids"]) for row in rows], max_tokens, seed=0)
+    encoded = [Encoded(f"row {i}", dict(row), places) for i, (row, places) in enumerate(zip(rows, counted))]
+    return Job("model", str(folder), config, describe(config, str(folder), False), encoded, batch_size, {"model": "model"})
+
+
+def texts(count: int = 11) -> list[str]:
+    return [row["text"] for row in make_rows("sum add count equal number seven nine twelve", count, seed=5)]
+
+
+def by_layer(measured) -> dict[str, torch.Tensor]:
+    return {layer: covariance.matrix() for members, covariance in measured for layer in members}
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert one.keys() == other.keys() and one
+    for layer, matrix in one.items():
+        assert (matrix - other[layer]).norm() <= tolerance * matrix.norm(), layer
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
+def test_block_by_block_is_the_same_as_whole(families, kind):
+    job = job_for(families[kind].tuned[0], texts())
+    assert_same(by_layer(measure_in_lockstep(job, CPU)), by_layer(measure_whole(job, CPU)), 1e-12)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
+def test_padding_and_batch_size_change_nothing_but_rounding(families, kind):
+    alone = by_layer(measure_in_lockstep(job_for(families[kind].tuned[0], texts(), batch_size=1), CPU))
+    for size in (3, 64):
+        assert_same(alone, by_layer(measure_in_lockstep(job_for(families[kind].tuned[0], texts(), batch_size=size), CPU)), 1e-5)
+
+
+def test_one_block_at_a_time_is_loaded(llama):
+    job = job_for(llama.tuned[0], texts())
+    cls = run.model_class(job.config, job.folder, False)
+    streamed = run.StreamedModel(cls, job.config, job.folder, torch.float32, "cpu")
+    layers = streamed.model.model.layers
+    most = []
+
+    def loaded() -> list[int]:
+        return [i for i, layer in enumerate(layers) if not any(p.is_meta for p in layer.parameters())]
+
+    for layer in layers:
+        layer.register_forward_hook(lambda *_: most.append(loaded()))
+    batches = make_batches(job.encoded, 4)
+    assert len(batches) > 1
+    with torch.no_grad():
+        order = list(lockstep.run_in_lockstep(streamed, batches, run._runner(streamed.model), lambda batch: None))
+    assert order == [None, "model.layers.0", "model.layers.1", "model.layers.2"]
+    assert most == [[i] for i in range(3) for _ in batches]
+    assert all(p.is_meta for p in streamed.model.parameters())
+
+
+def test_layers_with_one_input_are_measured_once(llama):
+    groups = [members for members, _ in measure_in_lockstep(job_for(llama.tuned[0], texts()), CPU)]
+    layer = "model.layers.1"
+    assert [f"{layer}.self_attn.{name}_proj" for name in "qkv"] in groups
+    assert [f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj"] in groups
+    assert len(groups) == 4 * 3
+
+
+def test_a_block_that_is_called_again_and_again(tmp_path, families):
+    """ALBERT has one block, called for every layer: its moments are sums over all calls."""
+    config = transformers.AlbertConfig(
+        vocab_size=320, embedding_size=16, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2
+    )
+    torch.manual_seed(0)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(families["bert"].base)
+    folder = save(transformers.AlbertForSequenceClassification(config), tokenizer, tmp_path / "albert")
+    job = job_for(folder, texts())
+    calibrate(job, Artefact(tmp_path / "cache"), CPU)
+    whole = by_layer(measure_whole(job, CPU))
+    tokens = sum(sample.length for sample in job.encoded)
+    for layer, matrix in whole.items():
+        covariance = load_covariance(Artefact(tmp_path / "cache"), layer)
+        assert (covariance.matrix() - matrix).norm() <= 1e-6 * matrix.norm()
+        if "attention" in layer:
+            assert covariance.tokens == 3 * tokens
+    manifest = Artefact(tmp_path / "cache").manifest()
+    assert {path.name for path in (tmp_path / "cache").glob("*.safetensors")} == manifest["files"].keys()
+
+
+def test_token_budget_is_drawn_evenly():
+    drawn = draw_positions([3, 50, 1000], 60, seed=1)
+    assert [len(places) for places in drawn] == [3, 29, 28]
+    assert drawn[0] == [0, 1, 2]
+    for places, length in zip(drawn, (3, 50, 1000)):
+        assert places == sorted(set(places)) and places[-1] < length
+    assert drawn == draw_positions([3, 50, 1000], 60, seed=1) != draw_positions([3, 50, 1000], 60, seed=2)
+
+
+def test_only_drawn_tokens_enter(llama):
+    job = job_for(llama.tuned[0], texts(), max_tokens=20)
+    for _, covariance in measure_in_lockstep(job, CPU):
+        assert covariance.tokens == 20
+
+
+def test_shares_never_exceed_sizes_or_budget():
+    rng = random.Random(0)
+    for _ in range(200):
+        sizes = [rng.randint(0, 30) for _ in range(rng.randint(1, 6))]
+        budget = rng.randint(0, 100)
+        shares = share_evenly(sizes, budget)
+        assert sum(shares) == min(budget, sum(sizes)) and all(a <= b for a, b in zip(shares, sizes))
+        full = [share for share, size in zip(shares, sizes) if share < size]
+        assert not full or max(full) - min(full) <= 1
+
+
+def encode_rows(llama, tmp_path: Path, rows: list[dict], **data) -> list[Encoded]:
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    samples = load_samples([Data(path=str(path), **data)], DEFAULT_CALIBRATION, "m")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama.tuned[0])
+    return encode(samples, tokenizer, DEFAULT_CALIBRATION, None, "m")
+
+
+def test_rows_that_cannot_be_used_are_skipped_and_counted(llama, tmp_path, caplog):
+    rows = [{"text": text} for text in ("seven", "", None, "nine", "   ", "twelve", "eleven")]
+    with caplog.at_level("WARNING", logger="mergekit_pave"):
+        encoded = encode_rows(llama, tmp_path, rows)
+    assert [sample.origin.split()[1] for sample in encoded] == ["0", "3", "5", "6"]
+    assert "skipped 3 of 7 rows: 3 empty" in caplog.text
+
+
+def test_too_many_bad_rows_are_an_error(llama, tmp_path):
+    rows = [{"text": ["a", "list"]}] * 4 + [{"text": ["one"]}]
+    with pytest.raises(PaveError, match=r"5 of 5 rows cannot be used: 5 column text is not text but list"):
+        encode_rows(llama, tmp_path, rows)
+
+
+def test_long_rows_are_cut(llama, tmp_path):
+    (sample,) = encode_rows(llama, tmp_path, [{"text": "seven " * 5000}])
+    assert sample.length == 64  # what the tokenizer allows
+
+
+def test_chats_with_system_turns_and_tools(llama, tmp_path):
+    template = (
+        "{% if tools %}[{{ tools | length }} tools]{% endif %}"
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}{% if m.tool_calls is defined %}!{% endif %};{% endfor %}"
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama.tuned[0])
+    tokenizer.chat_template = template
+    turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}
+    rows = [{"chat": turns, "tools": json.dumps([{"name": "f"}])}, {"chat": [*turns, call], "tools": ""}]
+    path = write_rows(tmp_path / "chats.jsonl", rows)
+    samples = load_samples([Data(path=str(path), messages="chat")], DEFAULT_CALIBRATION, "m")
+    decoded = [
+        tokenizer.decode(sample.inputs["input_ids"]) for sample in encode(samples, tokenizer, DEFAULT_CALIBRATION, None, "m")
+    ]
+    # A table gives every turn the key tool_calls; only the turn that has one may show it.
+    assert decoded == ["[1 tools]system:be brief;user:hi;", "system:be brief;user:hi;assistant:!;"]
+
+
+def test_several_data_sets_are_sampled_evenly(tmp_path):
+    few = write_rows(tmp_path / "few.jsonl", [{"text": f"few {i}"} for i in range(3)])
+    many = write_rows(tmp_path / "many.jsonl", [{"question": f"many {i}"} for i in range(100)])
+    sources = [Data(path=str(few)), Data(path=str(many), text="Q: {question}")]
+    settings = DEFAULT_CALIBRATION.model_copy(update={"samples": 20})
+    samples = [sample.text for sample in load_samples(sources, settings, "m")]
+    assert sum(text.startswith("few") for text in samples) == 3
+    assert sum(text.startswith("Q: many") for text in samples) == 17 == len(set(samples)) - 3
+    assert samples == [sample.text for sample in load_samples(sources, settings, "m")]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet", "txt", "json"])
+def test_file_formats(tmp_path, suffix):
+    import pandas
+
+    path = tmp_path / f"rows.{suffix}"
+    frame = pandas.DataFrame({"text": ["seven", "nine"]})
+    if suffix == "csv":
+        frame.to_csv(path, index=False)
+    elif suffix == "parquet":
+        frame.to_parquet(path)
+    else:
+        path.write_text("seven\nnine\n" if suffix == "txt" else json.dumps(frame.to_dict("records")))
+    assert [sample.text for sample in load_samples([Data(path=str(path))], DEFAULT_CALIBRATION, "m")] == ["seven", "nine"]
+
+
+def test_streaming_and_folders(tmp_path):
+    write_rows(tmp_path / "set" / "train.jsonl", [{"text": f"row {i}"} for i in range(50)])
+    settings = DEFAULT_CALIBRATION.model_copy(update={"samples": 5})
+    for streaming in (False, True):
+        data = Data(path=str(tmp_path / "set"), data_files="*.jsonl", streaming=streaming)
+        samples = load_samples([data], settings, "m")
+        assert len({sample.text for sample in samples}) == 5
+
+
+def test_another_encoding_is_told(tmp_path):
+    path = tmp_path / "latin.txt"
+    path.write_bytes("für alle Fälle\n".encode("latin-1") * 3)
+    with pytest.raises(PaveError, match=r"latin\.txt.*UTF-8"):
+        load_samples([Data(path=str(path))], DEFAULT_CALIBRATION, "m")
+
+
+def test_out_of_memory_is_answered_with_settings(llama, tmp_path, monkeypatch):
+    def greedy(streamed, batches, run, begin):
+        yield torch.empty(1 << 60)  # the allocator's own refusal
+
+    monkeypatch.setattr(run, "run_in_lockstep", greedy)
+    with pytest.raises(PaveError, match=r"ran out of memory on cpu.*batch_size: 2 would save about .*max_tokens"):
+        calibrate(job_for(llama.tuned[0], texts()), Artefact(tmp_path / "cache" / "key"), CPU)
+    assert not (tmp_path / "cache" / "key").exists()
+
+
+def test_an_interrupt_leaves_nothing(llama, tmp_path, monkeypatch):
+    original, seen = run.distributed.add_up, itertools.count()
+
+    def interrupted(measured):
+        if next(seen) == 2:
+            raise KeyboardInterrupt
+        return original(measured)
+
+    monkeypatch.setattr(run.distributed, "add_up", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(job_for(llama.tuned[0], texts()), Artefact(tmp_path / "cache" / "key"), CPU)
+    assert [path for path in (tmp_path / "cache").iterdir() if not path.name.startswith(".")] == []
+
+
+_LIMITED = """
+import resource, sys, runpy
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2)
+runpy.run_module("mergekit_pave", run_name="__main__")
+"""
+
+
+def test_a_full_disk_is_told_and_leaves_nothing_half_written(llama, tmp_path, cache):
+    """A limit on file size stands for the full disk: a write fails midway."""
+    path = merging.write_config(merging.config_for(llama, {}), tmp_path / "config.yml")
+    for data in llama.data[:2]:  # so that the library's own cache of them is written already
+        load_samples([Data(path=str(data))], DEFAULT_CALIBRATION, "m")
+    result = subprocess.run(
+        [sys.executable, "-c", _LIMITED, "9000", "calibrate", str(path)], capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 1 and "cannot be written" in result.stderr and "cache_dir" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list(cache.rglob("*.safetensors")) and not list(cache.rglob("manifest.json"))
+
+
+def test_too_little_space_is_told_before_anything_runs(tmp_path):
+    with pytest.raises(PaveError, match=r"may need 1000000000\.0 GB.*cache_dir"):
+        Artefact(tmp_path / "a" / "b").require_space(10**18)
+
+
+def test_two_processes_give_the_numbers_of_one(llama, tmp_path, cache):
+    path = merging.write_config(merging.config_for(llama, {"cache_dir": str(tmp_path / "one")}), tmp_path / "one.yml")
+    assert merging.command("mergekit-pave", "calibrate", path).returncode == 0
+    path = merging.write_config(merging.config_for(llama, {"cache_dir": str(tmp_path / "two")}), tmp_path / "two.yml")
+    result = merging.command("torchrun", "--nproc_per_node", "2", "-m", "mergekit_pave", "calibrate", path)
+    assert result.returncode == 0, result.stderr
+    folders = sorted((tmp_path / "one" / "covariance").glob("[!.]*"))
+    assert len(folders) == 2
+    for folder in folders:
+        one, two = Artefact(folder), Artefact(tmp_path / "two" / "covariance" / folder.name)
+        assert two.is_intact()
+        for layer, entry in one.manifest()["layers"].items():
+            assert two.manifest()["layers"][layer]["tokens"] == entry["tokens"]
+            expected, found = load_covariance(one, layer).matrix(), load_covariance(two, layer).matrix()
+            assert (expected - found).norm() <= 1e-5 * expected.norm(), layer
+    tails = {path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("tail.safetensors")}
+    assert tails == {path.relative_to(tmp_path / "two") for path in (tmp_path / "two").rglob("tail.safetensors")} != set()
+
+
+@pytest.mark.slow
+def test_twenty_kills_end_in_the_undisturbed_result(llama, tmp_path, cache):
+    rows = [row for path in llama.data for row in read_rows(path)] * 40
+    data = str(write_rows(tmp_path / "many.jsonl", rows))
+    entries = [{"model": str(model), "data": {"path": data}} for model in llama.tuned[:2]]
+    settings = {"models": entries, "calibration": {"samples": 2000, "batch_size": 1}}
+
+    def config(name: str) -> Path:
+        pave = settings | {"cache_dir": str(tmp_path / name)}
+        return merging.write_config(merging.config_for(llama, pave), tmp_path / f"{name}.yml")
+
+    undisturbed = merging.command("mergekit-yaml", config("undisturbed"), tmp_path / "undisturbed-out")
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    expected = merging.weights(tmp_path / "undisturbed-out")
+    rng = random.Random(0)
+    killed = 0
+    for i in range(20):
+        process = merging.start("mergekit-yaml", config("killed"), tmp_path / "killed-out")
+        try:
+            process.wait(timeout=rng.uniform(4, 12))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            killed += 1
+        process.communicate()
+        if process.returncode == 0 and i % 2:  # start over, so that later kills find work, too
+            merging.command("rm", "-r", tmp_path / "killed")
+    assert killed >= 10
+    result = merging.command("mergekit-yaml", config("killed"), tmp_path / "killed-out")
+    assert result.returncode == 0, result.stderr
+    found = merging.weights(tmp_path / "killed-out")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
