@@ -197,9 +197,7 @@ class _Source:
         if manifest is None or "weights" not in manifest:
             raise PaveError(f"{where}: {folder} has no covariances (there is no complete {cache.MANIFEST} in it)")
         if manifest["weights"] != cache.weights_fingerprint(self.folder, self._shards):
-            raise PaveError(
-                f"{where}: these covariances were measured on other weights ({manifest['model']}); use `data` instead"
-            )
+            raise PaveError(f"{where}: these were measured on other weights, those of {manifest['model']}; use `data` instead")
         self.samples, self.tokens, self.data = manifest["samples"], manifest["tokens"], manifest["data"]
         self.calibration = GivenCovariance(folder=str(folder))
         return cache.digest(manifest["files"])

@@ -1,0 +1,120 @@
+"""`mergekit-pave cache`, and covariances that travel: exported, published, used in the place of data."""
+
+import merging
+import pytest
+import torch
+from click.testing import CliRunner
+from models import perturbed, save
+
+from mergekit_pave.cache import entries
+from mergekit_pave.cli import main
+from mergekit_pave.errors import PaveError
+
+
+@pytest.fixture
+def filled(llama, tmp_path, cache):
+    """A cache that a merge has filled, and what the merge wrote."""
+    return merging.merge(merging.config_for(llama, {}), tmp_path / "out")
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def key_of(cache, model, kind: str = "covariance") -> str:
+    return next(e.key for e in entries(cache) if e.kind == kind and e.artefacts[0].manifest()["model"] == str(model))
+
+
+def given(llama, folder) -> dict:
+    """The config of `filled` with published covariances in the place of the first model's data."""
+    first, second = merging.entries(llama)
+    return merging.config_for(llama, {"models": [{"model": first["model"], "covariance": str(folder)}, second]})
+
+
+def test_list_tells_models_and_sizes(llama, filled, cache):
+    result = run("cache", "list")
+    assert result.exit_code == 0
+    for model in llama.tuned[:2]:
+        assert result.output.count(str(model)) == 2
+    assert "21 layers" in result.output and "21 weights" in result.output
+
+
+def test_verify_finds_a_flipped_bit(filled, cache, llama):
+    assert run("cache", "verify").exit_code == 0
+    damaged = cache / "covariance" / key_of(cache, llama.tuned[0]) / "00003.safetensors"
+    data = bytearray(damaged.read_bytes())
+    data[-5] ^= 1
+    damaged.write_bytes(data)
+    result = run("cache", "verify")
+    assert result.exit_code == 1 and "DAMAGED" in result.output and str(damaged.parent) in result.output
+
+
+def test_remove_takes_one_entry(filled, cache, llama):
+    key = key_of(cache, llama.tuned[0])
+    assert run("cache", "remove", key[:10]).exit_code == 0
+    assert key not in {entry.key for entry in entries(cache)} and len(entries(cache)) == 3
+    result = run("cache", "remove", key[:10])
+    assert result.exit_code == 1 and "no entry" in result.output
+
+
+def test_exported_covariances_take_the_place_of_data(filled, cache, llama, tmp_path):
+    assert run("cache", "export", key_of(cache, llama.tuned[0]), tmp_path / "published").exit_code == 0
+    llama_data = given(llama, tmp_path / "published")
+    assert run("cache", "remove", key_of(cache, llama.tuned[0])).exit_code == 0
+    again = merging.merge(llama_data, tmp_path / "again")
+    assert all(torch.equal(again[name], tensor) for name, tensor in filled.items())
+    assert "data0.jsonl" in (tmp_path / "again" / "README.md").read_text()
+
+
+def test_imported_covariances_are_found(filled, cache, llama, tmp_path, monkeypatch):
+    run("cache", "export", key_of(cache, llama.tuned[0]), tmp_path / "published")
+    result = run("cache", "import", tmp_path / "published", "--cache-dir", tmp_path / "elsewhere")
+    assert result.exit_code == 0
+    (entry,) = entries(tmp_path / "elsewhere")
+    assert entry.key == key_of(cache, llama.tuned[0]) and entry.artefacts[0].is_intact()
+
+
+def test_export_never_overwrites(filled, cache, llama, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    result = run("cache", "export", key_of(cache, llama.tuned[0]), tmp_path / "mine")
+    assert result.exit_code == 1 and "not empty" in result.output
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_covariances_of_other_weights_are_refused(filled, cache, llama, tmp_path):
+    run("cache", "export", key_of(cache, llama.tuned[1]), tmp_path / "published")
+    with pytest.raises(PaveError, match=r"tuned0.*\.covariance: these were measured on other weights, those of .*tuned1"):
+        merging.merge(given(llama, tmp_path / "published"), tmp_path / "refused")
+    assert not list(tmp_path.glob("refused/*.safetensors"))
+
+
+def test_a_checkpoint_that_changed_is_other_weights(filled, cache, llama, tmp_path):
+    import transformers
+
+    run("cache", "export", key_of(cache, llama.tuned[0]), tmp_path / "published")
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama.tuned[0])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama.tuned[0])
+    other = save(perturbed(model, seed=9), tokenizer, tmp_path / "tuned0")
+    config = given(llama, tmp_path / "published")
+    config["models"][0]["model"] = config["pave"]["models"][0]["model"] = str(other)
+    with pytest.raises(PaveError, match="other weights"):
+        merging.merge(config, tmp_path / "refused")
+
+
+def test_damaged_covariances_are_refused(filled, cache, llama, tmp_path):
+    run("cache", "export", key_of(cache, llama.tuned[0]), tmp_path / "published")
+    run("cache", "remove", key_of(cache, llama.tuned[0], "subspace"))
+    path = tmp_path / "published" / "00000.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(PaveError, match="damaged"):
+        merging.merge(given(llama, tmp_path / "published"), tmp_path / "refused")
+    assert not list(tmp_path.glob("refused/*.safetensors"))
+
+
+def test_nothing_where_covariances_should_be(llama, tmp_path, cache):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(PaveError, match=r"\.covariance: .*empty has no covariances"):
+        merging.merge(given(llama, tmp_path / "empty"), tmp_path / "refused")
+    with pytest.raises(PaveError, match=r"\.covariance: nobody/nothing is no folder here, and the Hub"):
+        merging.merge(given(llama, "nobody/nothing"), tmp_path / "refused")
