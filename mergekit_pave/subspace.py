@@ -149,37 +149,48 @@ def _leading(
 ) -> tuple[Tensor, Tensor] | None:
     """Leading eigenpairs of a positive semidefinite (n, n) operator by block Krylov steps with full orthogonalisation.
 
-    A block is wider than `count`, so that even an eigenvalue that occurs `count` times is found as often.
-
     Returns:
         `count` eigenvalues, descending, and their vectors (count, n). None where LAPACK on the whole matrix would be
         no slower, or where the eigenvalues lie so close together that the residual does not become small in time.
     """
-    width = 8 * math.ceil(count / 8 + 0.5)
+    width = 16 if count > 8 else 8
     block = _orthonormal(_random(width, n, like))
     basis, images = block.new_empty(0, n), block.new_empty(0, n)
-    check = 2
-    while len(basis) + width <= n // 3:
+    enough, settled = max(count + 1, 2 * width), None
+    while len(basis) + len(block) <= n // 2 and count <= n // 12:
         image = apply(block)
         if not image.isfinite().all():
             return None
         basis, images = torch.cat([basis, block]), torch.cat([images, image])
-        for _ in range(2):
-            image = image - image @ basis.mT @ basis
-        following, coupling = torch.linalg.qr(image.mT)
-        block = following.mT.contiguous()
-        if len(basis) < check * width:
+        block = _orthonormal(_remove(image, basis))
+        if len(basis) < enough:
             continue
-        check = math.ceil(1.25 * check)
+        enough = 1.25 * len(basis)
         projected = images @ basis.mT
         values, vectors = torch.linalg.eigh((projected + projected.mT) / 2)
-        values, vectors = values.flip(0), vectors.flip(1)[:, :count]
-        # || v M - value v || of the Ritz vectors v, and how large it may be for the angle by which it turns them at the cut.
-        residual = (coupling @ vectors[-width:]).norm()
-        allowed = torch.maximum(1e-7 * (values[count - 1] - values[count]), 1e-10 * values[count - 1])
-        if residual <= (tolerance * values[0] if tolerance else allowed):
-            return values[:count], vectors.mT @ basis
+        values, vectors = values.flip(0), vectors.flip(1)[:, :count].mT  # (m,), (count, m)
+        # || v M - value v || of the Ritz vectors v: this over the gap is the angle by which they are off at the cut.
+        residual = (vectors @ images - values[:count, None] * (vectors @ basis)).norm()
+        allowed = (
+            tolerance * values[0]
+            if tolerance
+            else torch.maximum(1e-5 * (values[count - 1] - values[count]), 1e-9 * values[count - 1])
+        )
+        if residual <= allowed:
+            if count < width or (settled is not None and torch.allclose(values[:count], settled, rtol=1e-6)):
+                return values[:count], vectors @ basis
+            # A block finds an eigenvalue no more often than it has rows. Look for others of the same size from elsewhere.
+            settled = values[:count]
+            block = _orthonormal(torch.cat([block, _remove(_random(width, n, like, seed=len(basis)), basis)]))
+            enough = len(basis) + 3 * len(block)
     return None
+
+
+def _remove(x: Tensor, basis: Tensor) -> Tensor:
+    """Take out of the rows of x what lies in the span of an orthonormal basis; twice, against rounding."""
+    for _ in range(2):
+        x = x - x @ basis.mT @ basis
+    return x
 
 
 def _leading_dense(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -205,9 +216,9 @@ def _orthonormal(x: Tensor) -> Tensor:
     return torch.linalg.qr(x.mT).Q.mT.contiguous()
 
 
-def _random(rows: int, columns: int, like: Tensor) -> Tensor:
+def _random(rows: int, columns: int, like: Tensor, seed: int = 0) -> Tensor:
     """Normal numbers, the same in every run and on every device."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     return torch.randn(rows, columns, generator=generator, dtype=like.dtype).to(like.device)
 
 
