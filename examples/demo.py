@@ -1,0 +1,413 @@
+"""PAVE from end to end on a laptop: train a small model, fine-tune it four ways, merge with and without `pave:`.
+
+Everything is made here: the texts come from Python and the installed packages, the models from the texts. The two
+merges are then what a user would run, `mergekit-yaml plain.yml plain` and `mergekit-yaml purified.yml purified`, and
+differ by the `pave:` block alone. What they score on held-out text is printed as it was measured, whichever way it
+falls. Run it with `make demo`; the configs, texts, models and caches stay in `demo-out/` to look at and to run again.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import copy
+import inspect
+import json
+import math
+import os
+import pydoc_data.topics
+import random
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded, here or in the commands that this script starts
+
+import scipy
+import torch
+import torchgen
+import transformers
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+OUT = Path(__file__).resolve().parent.parent / "demo-out"
+SEED = 0
+VOCABULARY = 2048
+LENGTH = 128  # tokens in a window, in training and when scoring
+BATCH = 8  # windows in a training step
+DOMAIN_BYTES = 1_200_000  # text taken per domain at most
+CALIBRATION_ROWS = 256  # the default of `pave.calibration.samples`
+SCORED_WINDOWS = 96  # per domain
+BASE_STEPS, BASE_RATE = 400, 3e-3
+TUNE_STEPS, TUNE_RATE = 80, 1e-3
+MERGES = ["plain", "purified", "purified-change"]
+WEIGHT = 0.4  # of each task vector in the merge
+
+
+# --- The texts -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Domain:
+    """One kind of text, cut into parts that share no document."""
+
+    name: str
+    train: str
+    calibration: str
+    held_out: str
+
+
+def read_files(paths: Iterable[Path]) -> Iterator[str]:
+    for path in sorted(paths):
+        with contextlib.suppress(UnicodeDecodeError):  # some of Python's own files are in old encodings
+            yield path.read_text(encoding="utf-8")
+
+
+def python_source() -> Iterator[str]:
+    """Modules of the standard library, without tables (`encodings`), tests and what is installed beside them."""
+    library = Path(sysconfig.get_path("stdlib"))
+    skipped = {"test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "dist-packages"}
+    paths = [*library.glob("*.py"), *library.glob("*/*.py")]
+    return read_files(path for path in paths if path.parent.name not in skipped)
+
+
+def cpp_headers() -> Iterator[str]:
+    """PyTorch's C++ headers that were written by hand; those under ATen/ops are generated and much alike."""
+    include = Path(torch.__file__).parent / "include"
+    return read_files(
+        path for part in ("c10", "ATen/native", "ATen/core", "torch/csrc") for path in (include / part).rglob("*.h")
+    )
+
+
+def english_prose() -> Iterator[str]:
+    """The Python reference and SciPy's docstrings, only paragraphs of full sentences, each once."""
+    seen = set()
+    modules = read_files(path for path in Path(scipy.__file__).parent.rglob("*.py") if "tests" not in path.parts)
+    for document in [*pydoc_data.topics.topics.values(), *map(docstrings, modules)]:
+        paragraphs = [part.strip() for part in document.split("\n\n")]
+        sentences = [p for p in paragraphs if len(p) > 80 and p[0].isupper() and p.endswith(".") and ">>>" not in p]
+        fresh = [p for p in dict.fromkeys(sentences) if p not in seen]
+        seen.update(fresh)
+        yield "\n\n".join(fresh)
+
+
+def docstrings(source: str) -> str:
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module))]
+    return "\n\n".join(inspect.cleandoc(text) for node in nodes if (text := ast.get_docstring(node, clean=False)))
+
+
+def yaml_declarations() -> Iterator[str]:
+    """PyTorch's declarations of its operators and their derivatives: two long files, in pieces of 200 lines."""
+    for text in read_files((Path(torchgen.__file__).parent / "packaged").rglob("*s.yaml")):
+        lines = text.splitlines()
+        for start in range(0, len(lines), 200):
+            yield "\n".join(lines[start : start + 200])
+
+
+def split(name: str, documents: Iterable[str]) -> Domain:
+    """Deal the documents out: the first to be held out and to calibrate with, the rest to train on."""
+    shuffled = [text for text in dict.fromkeys(documents) if text]
+    random.Random(SEED).shuffle(shuffled)
+    total = min(DOMAIN_BYTES, sum(map(len, shuffled)))
+    parts: list[list[str]] = [[], [], []]
+    taken = 0
+    for document in shuffled:
+        if taken < total:
+            parts[0 if taken < 0.15 * total else 1 if taken < 0.35 * total else 2].append(document)
+            taken += len(document)
+    held_out, calibration, train = ("\n\n".join(part) for part in parts)
+    return Domain(name, train, calibration, held_out)
+
+
+# --- The models ------------------------------------------------------------------------------------------------------
+
+
+def make_tokenizer(domains: list[Domain]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE: any text is representable, and the length of a token's name is its number of bytes."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator((domain.train for domain in domains), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=LENGTH)
+
+
+def make_base() -> LlamaForCausalLM:
+    torch.manual_seed(SEED)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=LENGTH,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return LlamaForCausalLM(config)
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> torch.Tensor:
+    return torch.tensor(tokenizer.backend_tokenizer.encode(text).ids)
+
+
+def train(model: LlamaForCausalLM, streams: list[torch.Tensor], steps: int, rate: float) -> None:
+    """Next-token training on random windows, each drawn from one of the streams in turn."""
+    generator = torch.Generator().manual_seed(SEED)
+    # Muon for the hidden matrices reaches in two minutes of CPU time what AdamW alone needs far longer for.
+    hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    optimizers = [
+        torch.optim.Muon(hidden, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.01),
+    ]
+    warmup = steps // 10
+
+    def factor(step: int) -> float:
+        return min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in optimizers]
+    model.train()
+    for step in range(steps):
+        sources = [streams[(step * BATCH + i) % len(streams)] for i in range(BATCH)]
+        starts = [int(torch.randint(len(source) - LENGTH, (1,), generator=generator)) for source in sources]
+        windows = torch.stack([source[start : start + LENGTH] for source, start in zip(sources, starts)])
+        loss = model(input_ids=windows, labels=windows).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, schedule in zip(optimizers, schedules):
+            optimizer.step()
+            schedule.step()
+        model.zero_grad()
+        if (step + 1) % max(steps // 5, 1) == 0:
+            print(f"  step {step + 1:4d} of {steps}: loss {loss.item():.3f}", flush=True)
+
+
+# --- The scores ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Score:
+    """One model on one domain. Windows stay apart, so that two models can be compared window by window."""
+
+    bits: torch.Tensor
+    correct: torch.Tensor
+    bytes: torch.Tensor
+
+    @property
+    def bits_per_byte(self) -> float:
+        return (self.bits.sum() / self.bytes.sum()).item()
+
+    @property
+    def accuracy(self) -> float:
+        return 100 * self.correct.sum().item() / (len(self.correct) * (LENGTH - 1))
+
+
+def scored_windows(tokens: torch.Tensor) -> torch.Tensor:
+    """Windows spread evenly over the held-out text."""
+    starts = torch.linspace(0, len(tokens) - LENGTH, SCORED_WINDOWS).long()
+    windows = tokens.unfold(0, LENGTH, 1)[starts]
+    assert starts.diff().min() >= LENGTH, "held-out windows overlap"
+    return windows
+
+
+@torch.inference_mode()
+def score(folder: Path, windows: torch.Tensor, token_bytes: torch.Tensor) -> Score:
+    """Score a model as it lies on the disk."""
+    model = load(folder)
+    bits, correct = [], []
+    for batch in windows.split(32):
+        logits = model(input_ids=batch).logits[:, :-1]
+        targets = batch[:, 1:]
+        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+        bits.append(losses.double().sum(1) / math.log(2))
+        correct.append((logits.argmax(-1) == targets).sum(1))
+    return Score(torch.cat(bits), torch.cat(correct), token_bytes[windows[:, 1:]].sum(1).double())
+
+
+def load(folder: Path) -> LlamaForCausalLM:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def gain(scores: list[Score], reference: list[Score]) -> tuple[float, float]:
+    """By how many bits per byte a model beats another, mean over the domains, and the standard error over the windows."""
+    means, variances = [], []
+    for a, b in zip(scores, reference):
+        per_window = (b.bits - a.bits) / a.bytes.mean()
+        means.append(per_window.mean())
+        variances.append(per_window.var() / len(per_window))
+    return torch.stack(means).mean().item(), torch.stack(variances).sum().sqrt().item() / len(means)
+
+
+def signed(measured: tuple[float, float]) -> str:
+    return "{:+.5f} ± {:.5f}".format(*measured)
+
+
+def print_table(title: str, columns: list[str], rows: dict[str, list[float]]) -> None:
+    print(f"\n{title}")
+    print(" " * 26 + "".join(f"{name:>9}" for name in [*columns, "mean"]))
+    for name, values in rows.items():
+        print(f"{name:26}" + "".join(f"{value:9.3f}" for value in [*values, sum(values) / len(values)]))
+
+
+# --- The merges ------------------------------------------------------------------------------------------------------
+
+
+def write_calibration(domain: Domain) -> None:
+    """The calibration text in rows of equal length: one JSON object a line, with the `text` column that is looked for."""
+    size = len(domain.calibration) // CALIBRATION_ROWS
+    rows = [domain.calibration[i * size : (i + 1) * size] for i in range(CALIBRATION_ROWS)]
+    lines = (json.dumps({"text": row}) + "\n" for row in rows)
+    (OUT / "calibration" / f"{domain.name}.jsonl").write_text("".join(lines))
+
+
+def write_configs(domains: list[Domain]) -> None:
+    """The YAML of each merge. Paths are relative to `demo-out/`, where the merges run."""
+    names = [domain.name for domain in domains]
+    plain = {
+        "merge_method": "task_arithmetic",
+        "base_model": "./base",
+        "models": [{"model": f"./{name}", "parameters": {"weight": WEIGHT}} for name in names],
+        "dtype": "float32",
+    }
+    # Which data belong to which model is all that has to be said; every other setting is the default.
+    data = [{"model": f"./{name}", "data": {"path": f"./calibration/{name}.jsonl"}} for name in names]
+    purified = {"cache_dir": "./pave-cache", "models": data}
+    write_config("plain", plain)
+    write_config("purified", plain | {"pave": purified})
+    write_config("purified-change", plain | {"pave": {"target": "task_vector"} | purified})
+
+
+def write_config(name: str, config: dict) -> None:
+    (OUT / f"{name}.yml").write_text(yaml.safe_dump(config, sort_keys=False))
+
+
+def merge(name: str) -> None:
+    print("".join(f"    {line}" for line in (OUT / f"{name}.yml").read_text().splitlines(keepends=True)))
+    command = ["mergekit-yaml", f"{name}.yml", name]
+    print(f"  demo-out$ {' '.join(command)}", flush=True)
+    subprocess.run(command, cwd=OUT, check=True)
+
+
+def show_purification(name: str) -> None:
+    """What a purified merge says about itself. Without the plugin mergekit would have skipped `pave:` in silence."""
+    card, report = OUT / name / "README.md", OUT / name / "pave_report.json"
+    section = card.read_text().partition("### PAVE")
+    rows = json.loads(report.read_text())["purified"] if report.exists() else []
+    print(f"\ndemo-out/{name}/README.md has a PAVE section: {'yes' if section[1] else 'NO'}")
+    print(f"demo-out/{name}/pave_report.json: {len(rows)} purified weights")
+    if not section[1] or not rows:
+        sys.exit(f"{name} was not purified; ask `mergekit-pave doctor` why")
+    print("\n".join(f"    {line}" for line in "".join(section[1:]).splitlines()))
+
+
+# --- The whole --------------------------------------------------------------------------------------------------------
+
+
+def report(domains: list[Domain], scores: dict[str, list[Score]]) -> None:
+    """The tables, then what follows from them."""
+    names = [domain.name for domain in domains]
+    labels = {"base": "base"} | {name: f"fine-tune on {name}" for name in names} | {name: f"merge: {name}" for name in MERGES}
+    own = [scores[name][i] for i, name in enumerate(names)]
+    shown = {label: scores[name] for name, label in labels.items()} | {"each fine-tune on its own": own}
+    bits = {label: [s.bits_per_byte for s in row] for label, row in shown.items()}
+    print_table("Held-out bits per byte (lower is better)", names, bits)
+    print_table(
+        "Held-out next-token accuracy, % (higher is better)",
+        names,
+        {label: [s.accuracy for s in row] for label, row in shown.items()},
+    )
+
+    for name in MERGES[1:]:
+        show_purification(name)
+
+    print("\nGain over the base in bits per byte, ± standard error over the held-out windows:")
+    for i, name in enumerate(names):
+        print(f"  fine-tune on {name}, on {name}: {signed(gain([own[i]], [scores['base'][i]]))}")
+    whole = gain(own, scores["base"])[0]
+    for name in MERGES:
+        mean, error = gain(scores[name], scores["base"])
+        print(f"  merge {name}: {signed((mean, error))}, {mean / whole:.0%} of the mean gain of fine-tuning, {whole:.4f}")
+
+    print("\nGain of purification over the plain merge, mean over the kinds of text:")
+    for name in MERGES[1:]:
+        mean, error = gain(scores[name], scores["plain"])
+        verdict = "not distinguishable from zero" if abs(mean) < 2 * error else "better" if mean > 0 else "worse"
+        print(f"  {name}: {verdict}, {signed((mean, error))} bits per byte ({mean / whole:+.2%} of the gain of fine-tuning)")
+    print("This is one small model, one seed and one setting: a larger one may fall otherwise.")
+    if weak := [name for i, name in enumerate(names) if gain([own[i]], [scores["base"][i]])[0] <= 0]:
+        sys.exit(f"Fine-tuning did not help on {', '.join(weak)}, so the comparison above means nothing.")
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+    model.save_pretrained(OUT / name)
+    tokenizer.save_pretrained(OUT / name)
+
+
+@contextlib.contextmanager
+def stage(title: str) -> Iterator[None]:
+    print(f"\n== {title}", flush=True)
+    start = time.perf_counter()
+    yield
+    print(f"   ({time.perf_counter() - start:.0f} s)", flush=True)
+
+
+def main() -> None:
+    start = time.perf_counter()
+    transformers.utils.logging.disable_progress_bar()
+    shutil.rmtree(OUT, ignore_errors=True)
+    (OUT / "calibration").mkdir(parents=True)
+
+    with stage("Texts and tokenizer"):
+        domains = [
+            split("python", python_source()),
+            split("cpp", cpp_headers()),
+            split("prose", english_prose()),
+            split("yaml", yaml_declarations()),
+        ]
+        tokenizer = make_tokenizer(domains)
+        streams = [encode(tokenizer, domain.train) for domain in domains]
+        windows = [scored_windows(encode(tokenizer, domain.held_out)) for domain in domains]
+        token_bytes = torch.tensor([len(token) for token in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))])
+        for domain, stream in zip(domains, streams):
+            write_calibration(domain)
+            parts = (domain.train, domain.calibration, domain.held_out)
+            sizes = "train {:,}, calibration {:,}, held out {:,} characters".format(*map(len, parts))
+            print(f"  {domain.name:7} {sizes}; {len(stream):,} tokens to train on")
+
+    with stage("Base model, pre-trained on all kinds of text"):
+        base = make_base()
+        print(f"  {base.num_parameters() / 1e6:.1f} million parameters")
+        train(base, streams, BASE_STEPS, BASE_RATE)
+        save(base, tokenizer, "base")
+
+    for domain, stream in zip(domains, streams):
+        with stage(f"Fine-tune on {domain.name}"):
+            tuned = copy.deepcopy(base)
+            train(tuned, [stream], TUNE_STEPS, TUNE_RATE)
+            save(tuned, tokenizer, domain.name)
+
+    write_configs(domains)
+    for name in MERGES:
+        with stage(f"Merge: {name}"):
+            merge(name)
+
+    with stage(f"Scoring on {SCORED_WINDOWS * LENGTH:,} held-out tokens of each kind"):
+        folders = ["base", *(domain.name for domain in domains), *MERGES]
+        scores = {name: [score(OUT / name, w, token_bytes) for w in windows] for name in folders}
+
+    report(domains, scores)
+    print(f"\nTotal time: {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
