@@ -82,11 +82,13 @@ class Data(_Block):
     text: str | None = None
     text_pair: str | None = None
     messages: str | None = None
+    image: str | None = None
 
     @model_validator(mode="after")
     def _one_kind_of_sample(self) -> Data:
-        if self.messages is not None and self.text is not None:
-            raise ValueError("give either text or messages, not both")
+        given = [kind for kind in ("text", "messages", "image") if getattr(self, kind) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give only one of {', '.join(given)}")
         if self.text_pair is not None and self.text is None:
             raise ValueError("text_pair needs text, the first of the pair")
         return self

@@ -23,7 +23,7 @@ from mergekit.io.tasks import GatherTensors
 from mergekit_pave import cache, versions
 from mergekit_pave.allocation import fair_share, most_dropped
 from mergekit_pave.calibration.batches import encode
-from mergekit_pave.calibration.data import load_samples
+from mergekit_pave.calibration.data import Sample, load_samples
 from mergekit_pave.calibration.layers import Architecture, Linear, describe
 from mergekit_pave.calibration.run import Job, Runtime, covariance_key
 from mergekit_pave.config import PaveConfig, RelativeRegularization
@@ -161,7 +161,7 @@ class _Source:
     def _use_data(self, root: Path) -> str:
         settings = self._pave.calibration_of(self.model)
         samples = load_samples(self.entry.sources, settings, str(self.model))
-        encoded = encode(samples, self._tokenizer(), settings, self.architecture.positions, str(self.model))
+        encoded = encode(samples, self._processor(samples), settings, self.architecture.positions, str(self.model))
         self.samples = len(encoded)
         self.tokens = sum(len(sample.counted) for sample in encoded)
         self.data = [data.model_dump(mode="json", exclude_defaults=True) | {"split": data.split} for data in self.entry.sources]
@@ -205,21 +205,24 @@ class _Source:
     def tail_folder(self, tensor: str) -> Path:
         return self._tails / tensor.replace("/", "_")
 
-    def _tokenizer(self) -> Any:
+    def _processor(self, samples: list[Sample]) -> Any:
+        images = any(sample.image is not None for sample in samples)
+        loader = transformers.AutoImageProcessor if images else transformers.AutoTokenizer
         # An adapter may bring a tokenizer of its own.
         places = [path for path in (self.model.lora, self.model.model) if path]
         for path in places:
             try:
-                return transformers.AutoTokenizer.from_pretrained(
+                return loader.from_pretrained(
                     path.path,
                     revision=path.revision,
                     cache_dir=self._environment.transformers_cache,
                     trust_remote_code=self._environment.runtime.trust_remote_code,
                 )
-            except (OSError, ValueError, KeyError) as error:
+            except (OSError, ValueError, KeyError, ImportError) as error:
                 failure = error
+        what = "image processor" if images else "tokenizer"
         reason = " ".join(str(failure).split())
-        raise PaveError(f"{self.model}: its tokenizer cannot be loaded, and calibration needs it: {reason}") from failure
+        raise PaveError(f"{self.model}: its {what} cannot be loaded, and calibration needs it: {reason}") from failure
 
 
 def _download(repository: str, where: str) -> Path:

@@ -323,3 +323,32 @@ def test_twenty_kills_end_in_the_undisturbed_result(llama, tmp_path, cache):
     assert result.returncode == 0, result.stderr
     found = merging.weights(tmp_path / "killed-out")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_images_go_through_the_image_processor(tmp_path):
+    """Also for a model whose checkpoint has other names than its modules, which only transformers' own loader knows."""
+    image = pytest.importorskip("PIL.Image")
+    import numpy as np
+
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8
+    )
+    torch.manual_seed(0)
+    processor = transformers.ViTImageProcessorPil(size={"height": 32, "width": 32})
+    folder = save(transformers.ViTForImageClassification(config), processor, tmp_path / "vit")
+    rng = np.random.default_rng(0)
+    for i in range(7):
+        path = tmp_path / "pictures" / "train" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.fromarray(rng.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(path)
+    samples = load_samples([Data(path=str(tmp_path / "pictures"), image="image")], DEFAULT_CALIBRATION, "m")
+    architecture = describe(config, str(folder), False)
+    encoded = encode(samples, processor, DEFAULT_CALIBRATION, architecture.positions, "m")
+    job = Job("vit", str(folder), transformers.AutoConfig.from_pretrained(folder), architecture, encoded, 3, {})
+    calibrate(job, Artefact(tmp_path / "cache"), CPU)
+    whole = by_layer(measure_whole(job, CPU))
+    assert len(whole) == 12  # six layers in each of two blocks
+    for layer, matrix in whole.items():
+        covariance = load_covariance(Artefact(tmp_path / "cache"), layer)
+        assert (covariance.matrix() - matrix).norm() <= 1e-6 * matrix.norm()
+        assert covariance.tokens == 7 * 17  # sixteen patches and the class token

@@ -20,46 +20,48 @@ LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Encoded:
-    """One sample as token ids.
+    """One sample as a model takes it.
 
     Attributes:
         origin: where it comes from, for messages.
-        inputs: what the tokenizer made of it, by name, each of the sample's length.
-        counted: ascending positions whose layer inputs enter C.
+        inputs: the model's inputs by name: lists of the sample's length, or a tensor for an image.
+        counted: ascending positions whose layer inputs enter C; of an image all do.
     """
 
     origin: str
-    inputs: dict[str, list[int]]
+    inputs: dict[str, Any]
     counted: list[int]
 
     @property
     def length(self) -> int:
-        return len(self.inputs["input_ids"])
+        return len(self.inputs["input_ids"]) if "input_ids" in self.inputs else len(self.counted)
 
 
-def encode(samples: list[Sample], tokenizer: Any, calibration: Calibration, positions: int | None, model: str) -> list[Encoded]:
+def encode(samples: list[Sample], processor: Any, calibration: Calibration, positions: int | None, model: str) -> list[Encoded]:
     """Tokenise samples and draw the token positions that count. Rows that cannot be used are skipped and told.
 
     Args:
-        positions: the longest sequence that the model can take, or None.
+        processor: the model's tokenizer, or its image processor.
+        positions: the longest sequence that the model can take, or None; of images the number of patches.
         model: the model's name, for messages.
 
     Raises:
         PaveError: most rows cannot be used, or the tokenizer lacks a chat template that is needed.
     """
     where = f"pave.models[{model}].data"
-    if any(sample.messages is not None for sample in samples) and tokenizer.chat_template is None:
+    if any(sample.messages is not None for sample in samples) and processor.chat_template is None:
         raise PaveError(
             f"{where}.messages: the model's tokenizer has no chat template; use `text` with a template over the columns"
         )
-    longest = min(x for x in (calibration.max_length, tokenizer.model_max_length, positions) if x)
-    encoded: list[tuple[str, dict[str, list[int]]]] = []
+    limits = (calibration.max_length, getattr(processor, "model_max_length", None), positions)
+    longest = min(limit for limit in limits if limit)
+    encoded: list[tuple[str, dict[str, Any]]] = []
     problems: Counter[str] = Counter()
     for sample in samples:
         inputs, problem = {}, sample.problem
         if problem is None:
             try:
-                inputs = _tokenize(sample, tokenizer, longest)
+                inputs = _prepare(sample, processor, longest)
                 problem = None if inputs else "empty"
             except TemplateError as error:
                 problem = f"refused by the chat template ({error})"
@@ -72,22 +74,26 @@ def encode(samples: list[Sample], tokenizer: Any, calibration: Calibration, posi
         if 2 * problems.total() > len(samples):
             raise PaveError(f"{where}: {problems.total()} of {len(samples)} rows cannot be used: {told}")
         LOG.warning("%s: skipped %d of %d rows: %s", where, problems.total(), len(samples), told)
+    if "input_ids" not in encoded[0][1]:
+        return [Encoded(origin, inputs, list(range(positions or 1))) for origin, inputs in encoded]
     lengths = [len(inputs["input_ids"]) for _, inputs in encoded]
     counted = draw_positions(lengths, calibration.max_tokens, calibration.seed)
     return [Encoded(origin, inputs, places) for (origin, inputs), places in zip(encoded, counted)]
 
 
-def _tokenize(sample: Sample, tokenizer: Any, longest: int) -> dict[str, list[int]]:
+def _prepare(sample: Sample, processor: Any, longest: int) -> dict[str, Any]:
     """The model's inputs by name, or nothing where there is no text."""
+    if sample.image is not None:
+        return {name: values[0] for name, values in processor(images=sample.image, return_tensors="pt").items()}
     options = {"truncation": True, "max_length": longest}
     if sample.messages is None:
         if not sample.text and not sample.text_pair:
             return {}
-        inputs = tokenizer(sample.text, sample.text_pair, **options)
+        inputs = processor(sample.text, sample.text_pair, **options)
     else:
-        chat = tokenizer.apply_chat_template(sample.messages, tools=sample.tools, tokenize=False)
-        inputs = tokenizer(chat, add_special_tokens=False, **options)
-    return {name: ids for name, ids in inputs.items() if name in tokenizer.model_input_names} if inputs["input_ids"] else {}
+        chat = processor.apply_chat_template(sample.messages, tools=sample.tools, tokenize=False)
+        inputs = processor(chat, add_special_tokens=False, **options)
+    return {name: ids for name, ids in inputs.items() if name in processor.model_input_names} if inputs["input_ids"] else {}
 
 
 def draw_positions(lengths: list[int], budget: int, seed: int) -> list[list[int]]:
@@ -105,22 +111,22 @@ def draw_positions(lengths: list[int], budget: int, seed: int) -> list[list[int]
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of similar length, padded on the right.
+    """Samples of similar length, padded on the right, or images of one size.
 
     Attributes:
-        inputs: keyword arguments of the model, each (samples, length).
-        counted: bool (samples, length), the positions that enter C; never padding.
+        inputs: keyword arguments of the model, each (samples, length) or (samples, channels, height, width).
+        counted: bool (samples, length), the positions that enter C; never padding. None where all rows enter.
         origins: where each sample comes from, for messages.
     """
 
     inputs: dict[str, Tensor]
-    counted: Tensor
+    counted: Tensor | None
     origins: list[str]
 
     def to(self, device: str) -> Batch:
         """The same batch on another device."""
         inputs = {name: values.to(device) for name, values in self.inputs.items()}
-        return Batch(inputs, self.counted.to(device), self.origins)
+        return Batch(inputs, self.counted if self.counted is None else self.counted.to(device), self.origins)
 
 
 def make_batches(encoded: list[Encoded], batch_size: int) -> list[Batch]:
@@ -132,6 +138,11 @@ def make_batches(encoded: list[Encoded], batch_size: int) -> list[Batch]:
     ordered = sorted(encoded, key=lambda sample: sample.length)
     for start in range(0, len(ordered), batch_size):
         group = ordered[start : start + batch_size]
+        origins = [sample.origin for sample in group]
+        if "input_ids" not in group[0].inputs:
+            images = {name: torch.stack([sample.inputs[name] for sample in group]) for name in group[0].inputs}
+            batches.append(Batch(images, None, origins))
+            continue
         shape = (len(group), group[-1].length)
         inputs = {name: torch.zeros(shape, dtype=torch.long) for name in group[0].inputs}
         inputs["attention_mask"] = torch.zeros(shape, dtype=torch.long)
@@ -142,5 +153,5 @@ def make_batches(encoded: list[Encoded], batch_size: int) -> list[Batch]:
                 inputs[name][i, :length] = torch.tensor(values)
             inputs["attention_mask"][i, :length] = 1
             counted[i, sample.counted] = True
-        batches.append(Batch(inputs, counted, [sample.origin for sample in group]))
+        batches.append(Batch(inputs, counted, origins))
     return batches

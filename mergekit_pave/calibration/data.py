@@ -20,7 +20,7 @@ _LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parqu
 
 @dataclass(frozen=True)
 class Sample:
-    """One row: a text, a pair of texts, the messages of a chat, or what keeps the row from being one of these.
+    """One row: a text, a pair of texts, the messages of a chat, an image, or what keeps the row from being one of these.
 
     `origin` says where it comes from, for messages.
     """
@@ -30,6 +30,7 @@ class Sample:
     text_pair: str | None = None
     messages: list[dict[str, Any]] | None = None
     tools: list[Any] | None = None
+    image: Any = None
     problem: str | None = None
 
 
@@ -75,17 +76,18 @@ class _Rows:
             raise PaveError(f"{where}: {data.path} (split {data.split!r}) has no rows")
         self._rows = rows
         columns = rows.column_names
-        self._messages, text = data.messages, data.text
-        if self._messages is None and text is None:
+        self._messages, self._image, text = data.messages, data.image, data.text
+        if data.messages is None and data.image is None and text is None:
             text = "text" if "text" in columns else None
             self._messages = "messages" if text is None and "messages" in columns else None
             if text is None and self._messages is None:
                 raise PaveError(
                     f"{where}: {data.path} has neither a `text` nor a `messages` column; name the column with "
-                    f"`text` or `messages`, or give a template over the columns there are: {', '.join(columns)}"
+                    f"`text`, `messages` or `image`, or give a template over the columns there are: {', '.join(columns)}"
                 )
-        if self._messages is not None and self._messages not in columns:
-            raise PaveError(_no_column(f"{where}.messages", self._messages, data.path, columns))
+        for kind, column in (("messages", self._messages), ("image", self._image)):
+            if column is not None and column not in columns:
+                raise PaveError(_no_column(f"{where}.{kind}", column, data.path, columns))
         self._text = _template(text, columns, f"{where}.text", data.path) if text else None
         self._pair = _template(data.text_pair, columns, f"{where}.text_pair", data.path) if data.text_pair else None
 
@@ -102,6 +104,8 @@ class _Rows:
         try:
             if self._messages is not None:
                 return Sample(origin, messages=_chat(row[self._messages]), tools=_tools(row.get("tools")))
+            if self._image is not None:
+                return Sample(origin, image=_picture(row[self._image], self._image))
             pair = _fill(self._pair, row) if self._pair else None
             return Sample(origin, text=_fill(self._text, row), text_pair=pair)
         except ValueError as error:
@@ -172,6 +176,12 @@ def _chat(messages: Any) -> list[dict[str, Any]]:
         raise ValueError("not a list of {role, content}")
     # A table gives every turn the keys of all turns; a chat template takes a key that is there for one that is meant.
     return [{key: value for key, value in turn.items() if value is not None} for turn in messages]
+
+
+def _picture(image: Any, column: str) -> Any:
+    if not hasattr(image, "convert"):
+        raise ValueError(f"column {column} is not an image but {type(image).__name__}")
+    return image.convert("RGB")
 
 
 def _tools(tools: Any) -> list[Any] | None:

@@ -41,7 +41,7 @@ class Architecture:
         heads: names of the weights of linear layers outside the backbone.
         weights: all names of parameters.
         prefix: what a checkpoint of the bare backbone leaves out of each name, with its dot.
-        positions: the longest sequence it can take, or None.
+        positions: the longest sequence it can take, or None; of an image model the number of patches.
         hidden_size: width of the hidden states between blocks.
         blocks: number of parameters of each block by its path, and under "" of all that is in no block.
     """
@@ -131,7 +131,10 @@ def _sizes(backbone: nn.Module, prefix: str) -> dict[str, int]:
 
 
 def _longest_sequence(model: nn.Module) -> int | None:
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None and getattr(config, "patch_size", None) and isinstance(config.image_size, int):
+        positions = (config.image_size // config.patch_size) ** 2
     for path, module in model.named_modules():
         # RoBERTa counts positions from its padding index on.
         if path.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:

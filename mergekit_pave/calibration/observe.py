@@ -93,14 +93,16 @@ class Observer:
     def _counted_rows(self, x: Tensor) -> Tensor:
         """The rows of x that belong to counted tokens; all of them where x is not aligned with the tokens. A copy."""
         counted = self._batch.counted
+        flat = x.reshape(-1, x.shape[-1])
+        if counted is None:
+            return flat.clone()
         if x.shape[:-1] == counted.shape:
             return x[counted]
-        flat = x.reshape(-1, x.shape[-1])
         return flat[counted.flatten()] if x.dim() == 2 and flat.shape[0] == counted.numel() else flat.clone()
 
     def _culprit(self, x: Tensor) -> str:
         counted = self._batch.counted
-        if x.shape[: counted.dim()] == counted.shape:
+        if counted is not None and x.shape[:-1] == counted.shape:
             bad = (~x.isfinite().all(dim=-1) & counted).any(dim=1)
             return ", ".join(origin for origin, is_bad in zip(self._batch.origins, bad.tolist()) if is_bad)
         return f"one of {', '.join(self._batch.origins)}"

@@ -76,7 +76,12 @@ def covariance_key(weights: str, encoded: list[Encoded]) -> str:
 
     The tokens stand for the data set, its columns, the tokenizer, the chat template, the seed and all limits at once.
     """
-    return cache.digest("covariance", weights, [[sample.inputs, sample.counted] for sample in encoded])
+    parts: list[Any] = []
+    for sample in encoded:
+        texts = {name: values for name, values in sample.inputs.items() if isinstance(values, list)}
+        images = {name: values for name, values in sample.inputs.items() if name not in texts}
+        parts += [[texts, sample.counted, list(images)], *(image.numpy().tobytes() for image in images.values())]
+    return cache.digest("covariance", weights, *parts)
 
 
 def calibrate(job: Job, artefact: cache.Artefact, runtime: Runtime) -> None:
@@ -167,7 +172,7 @@ def measure_in_lockstep(job: Job, runtime: Runtime) -> Measured:
     observer = Observer(streamed.model, job.layers, job.name)
     run = _runner(streamed.model)
     batches = [batch.to(runtime.device) for batch in distributed.share(job.encoded, job.batch_size)]
-    tokens = sum(int(batch.inputs["attention_mask"].sum()) for batch in batches)
+    tokens = sum(sample.length for sample in job.encoded) / distributed.world_size()
     blocks = len(find_blocks(streamed.model))
     with (
         torch.no_grad(),
