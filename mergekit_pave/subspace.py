@@ -17,7 +17,6 @@ precision (a weight that is rank-deficient, say) a full SVD takes over. Nothing 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -76,7 +75,7 @@ def tail_components(weight: Tensor, covariance: Covariance, shift: float, count:
 def _triangle(weight: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """R of W = Q R for a tall W, and the product with Q."""
     # W^T W = R^T R costs a fraction of Householder's QR. It squares W's condition, but C's large one is not in it.
-    triangle, failed = torch.linalg.cholesky_ex(weight.mT @ weight, upper=True)
+    triangle, failed = torch.linalg.cholesky_ex(_gram(weight), upper=True)
     if not failed:
         probes = _random(weight.shape[1], 8, weight)  # (d_in, 8)
         condition = triangle.norm() * torch.linalg.solve_triangular(triangle, probes, upper=True).norm()
@@ -127,7 +126,7 @@ def _inverse_gram(a: Tensor) -> Callable[[Tensor], Tensor] | None:
         factors = factors.tril(-1)
         factors.diagonal().fill_(1)
         # L^T L = K^T K; here K stands in for L's square, as A^T for K U.
-        lower, failed = torch.linalg.cholesky_ex(factors.mT @ factors, upper=True)
+        lower, failed = torch.linalg.cholesky_ex(_gram(factors), upper=True)
         if failed:
             return None
         lower = lower.mT
@@ -154,23 +153,28 @@ def _leading(
         no slower, or where the eigenvalues lie so close together that the residual does not become small in time.
     """
     width = 16 if count > 8 else 8
+    limit = n // 2
+    if count > limit // 6 or 2 * width > limit:
+        return None
+    basis, images, size = like.new_empty(limit, n), like.new_empty(limit, n), 0
     block = _orthonormal(_random(width, n, like))
-    basis, images = block.new_empty(0, n), block.new_empty(0, n)
     enough, settled = max(count + 1, 2 * width), None
-    while len(basis) + len(block) <= n // 2 and count <= n // 12:
+    while size + len(block) <= limit:
         image = apply(block)
         if not image.isfinite().all():
             return None
-        basis, images = torch.cat([basis, block]), torch.cat([images, image])
-        block = _orthonormal(_remove(image, basis))
-        if len(basis) < enough:
+        basis[size : size + len(block)], images[size : size + len(block)] = block, image
+        size += len(block)
+        block = _orthonormal(_remove(image, basis[:size]))
+        if size < enough:
             continue
-        enough = 1.25 * len(basis)
-        projected = images @ basis.mT
+        enough = 1.25 * size
+        projected = images[:size] @ basis[:size].mT
         values, vectors = torch.linalg.eigh((projected + projected.mT) / 2)
         values, vectors = values.flip(0), vectors.flip(1)[:, :count].mT  # (m,), (count, m)
         # || v M - value v || of the Ritz vectors v: this over the gap is the angle by which they are off at the cut.
-        residual = (vectors @ images - values[:count, None] * (vectors @ basis)).norm()
+        ritz = vectors @ basis[:size]
+        residual = (vectors @ images[:size] - values[:count, None] * ritz).norm()
         allowed = (
             tolerance * values[0]
             if tolerance
@@ -178,11 +182,11 @@ def _leading(
         )
         if residual <= allowed:
             if count < width or (settled is not None and torch.allclose(values[:count], settled, rtol=1e-6)):
-                return values[:count], vectors @ basis
+                return values[:count], ritz
             # A block finds an eigenvalue no more often than it has rows. Look for others of the same size from elsewhere.
             settled = values[:count]
-            block = _orthonormal(torch.cat([block, _remove(_random(width, n, like, seed=len(basis)), basis)]))
-            enough = len(basis) + 3 * len(block)
+            block = _orthonormal(torch.cat([block, _remove(_random(width, n, like, seed=size), basis[:size])]))
+            enough = size + 3 * len(block)
     return None
 
 
@@ -209,6 +213,15 @@ def _leading_dense(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
         values, vectors = torch.linalg.eigh(gram)
         values, vectors = values[-count:], vectors[:, -count:]
     return values.flip(0), vectors.flip(1).mT
+
+
+def _gram(x: Tensor, strip: int = 512) -> Tensor:
+    """The upper triangle of x^T x for x (rows, n); what is below is not all filled. PyTorch has no symmetric product."""
+    n = x.shape[1]
+    gram = x.new_zeros(n, n)
+    for start in range(0, n, strip):
+        torch.mm(x[:, start : start + strip].mT, x[:, start:], out=gram[start : start + strip, start:])
+    return gram
 
 
 def _orthonormal(x: Tensor) -> Tensor:
