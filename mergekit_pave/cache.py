@@ -1,8 +1,8 @@
 """Artefacts on disk: content keys, atomic writes, and manifests that are written last.
 
-An artefact is a folder of safetensors files and a `manifest.json` that names each with its size and SHA-256. The
-manifest is written last, so its presence means that the rest is complete. The folder's name is a hash of
-everything that determines the content, so nothing in it ever becomes stale.
+An artefact is a folder of safetensors files and a `manifest.json` that names each with its size and SHA-256, and ends
+with a hash of itself. The manifest is written last, so its presence means that the rest is complete. The folder's name
+is a hash of everything that determines the content, so nothing in it ever becomes stale.
 """
 
 from __future__ import annotations
@@ -89,9 +89,12 @@ class Artefact:
     def manifest(self) -> dict[str, Any] | None:
         """The manifest's content, or None where there is no complete artefact."""
         try:
-            return json.loads((self.folder / MANIFEST).read_text())
+            manifest = json.loads((self.folder / MANIFEST).read_text())
         except (OSError, ValueError):
             return None
+        if not isinstance(manifest, dict) or manifest.pop("digest", None) != digest(manifest):
+            return None
+        return manifest
 
     def is_intact(self) -> bool:
         """Whether every file still is what the manifest says, down to its hash."""
@@ -132,7 +135,7 @@ class Artefact:
     def complete(self, manifest: dict[str, Any]) -> None:
         """Write the manifest, which must name every file under `files`."""
         with _replacing(self.folder / MANIFEST) as temporary:
-            temporary.write_text(json.dumps(manifest, indent=1))
+            temporary.write_text(json.dumps(manifest | {"digest": digest(manifest)}, indent=1))
 
     def require_space(self, size: int) -> None:
         """Fail early where the disk has no room for so many bytes.

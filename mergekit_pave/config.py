@@ -11,7 +11,17 @@ from typing import Annotated, Any, Literal
 
 from mergekit.common import ModelReference
 from mergekit.config import ConditionalParameter, ParameterSetting
-from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from mergekit_pave.errors import PaveError
 
@@ -27,6 +37,13 @@ class _Block(BaseModel, frozen=True):
                     hint = f"; did you mean {close[0]!r}?" if close else ""
                     raise ValueError(f"unknown key {key!r}{hint} (known keys: {', '.join(cls.model_fields)})")
         return value
+
+
+def _reject_unknown_filter_keys(setting: Any) -> Any:
+    for condition in setting if isinstance(setting, list) else [setting]:
+        if isinstance(condition, dict) and (unknown := condition.keys() - {"filter", "value"}):
+            raise ValueError(f"unknown key {sorted(unknown)[0]!r} (known keys: filter, value)")
+    return setting
 
 
 def _check_rank_ratio(setting: ParameterSetting) -> ParameterSetting:
@@ -45,26 +62,38 @@ def _check_rank_ratio(setting: ParameterSetting) -> ParameterSetting:
     return setting
 
 
-RankRatio = Annotated[ParameterSetting, AfterValidator(_check_rank_ratio)]
+def _reject_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"must be a number, not {str(value).lower()}")
+    return value
+
+
+RankRatio = Annotated[ParameterSetting, BeforeValidator(_reject_unknown_filter_keys), AfterValidator(_check_rank_ratio)]
+Positive = Annotated[float, BeforeValidator(_reject_bool), Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, strict=True)]
 
 
 class RelativeRegularization(_Block):
     """λ as a share of the mean diagonal of C."""
 
-    relative: float = Field(gt=0, allow_inf_nan=False)
+    relative: Positive
 
 
-Regularization = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=False)] | RelativeRegularization
+# The tags keep pydantic from telling what is wrong with the form that was not meant.
+Regularization = Annotated[
+    Annotated[Positive, Tag("absolute")] | Annotated[RelativeRegularization, Tag("relative")],
+    Discriminator(lambda value: "relative" if isinstance(value, (dict, RelativeRegularization)) else "absolute"),
+]
 
 
 class Calibration(_Block):
     """How calibration samples are read. What is unset here comes from the next wider scope."""
 
-    samples: int | None = Field(default=None, ge=1)
-    max_length: int | None = Field(default=None, ge=1)
-    max_tokens: int | None = Field(default=None, ge=1)
-    batch_size: int | None = Field(default=None, ge=1)
-    seed: int | None = None
+    samples: Count | None = None
+    max_length: Count | None = None
+    max_tokens: Count | None = None
+    batch_size: Count | None = None
+    seed: Annotated[int, Field(ge=0, strict=True)] | None = None
 
 
 DEFAULT_CALIBRATION = Calibration(samples=256, max_length=512, max_tokens=65536, batch_size=8, seed=42)
@@ -92,12 +121,6 @@ class Data(_Block):
         if self.text_pair is not None and self.text is None:
             raise ValueError("text_pair needs text, the first of the pair")
         return self
-
-    @model_serializer(mode="wrap")
-    def _stay_whole(self, handler, info):
-        # mergekit-multi replaces every string of a dumped config that equals the name of a merge step by a model
-        # reference. A data set's name is no model; kept as an object it is out of reach.
-        return self if info.mode == "python" else handler(self)
 
 
 class PaveModel(_Block):
@@ -128,6 +151,21 @@ class PaveModel(_Block):
         return self.data if isinstance(self.data, list) else [self.data]
 
 
+class _Shielded:
+    """A config that a dump passes on as it is."""
+
+    def __init__(self, config: PaveConfig):
+        self._config = config
+
+    def with_models(self, models: list[Any]) -> PaveConfig:
+        """The config, with what the models are called now."""
+        entries = [
+            entry.model_copy(update={"model": ModelReference.model_validate(model)})
+            for entry, model in zip(self._config.models, models)
+        ]
+        return self._config.model_copy(update={"models": entries})
+
+
 class PaveConfig(_Block):
     """The whole `pave:` block."""
 
@@ -140,6 +178,14 @@ class PaveConfig(_Block):
     cache_dir: str | None = None
     calibration: Calibration = Calibration()
     models: list[PaveModel] = Field(min_length=1)
+
+    # mergekit-multi dumps a config and replaces every string in it that equals the name of a merge step by a reference to
+    # that step's output. That is meant for models; a data set or a filter of the same name has to be out of its reach.
+    @model_serializer(mode="wrap")
+    def _shield(self, handler, info):
+        if info.mode != "python":
+            return handler(self)
+        return {"block": _Shielded(self), "models": [entry.model for entry in self.models]}
 
     @model_validator(mode="after")
     def _each_model_once(self) -> PaveConfig:
@@ -173,6 +219,8 @@ def parse(value: Any, handler, info) -> PaveConfig | None:
     """
     if value is None:
         return None
+    if isinstance(value, dict) and isinstance(value.get("block"), _Shielded):
+        value = value["block"].with_models(value["models"])
     try:
         config = handler(value)
     except ValidationError as error:

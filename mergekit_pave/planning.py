@@ -109,6 +109,8 @@ def make_plan(config: PaveConfig, tensors: list[PlannedTensor], environment: Env
         PaveError: anything in the block that does not fit the models or the data.
     """
     models = {model: None for planned in tensors for model in planned.models if config.entry(model)}
+    if not models:
+        raise PaveError("pave.models: every model has `purify: false`, so nothing would be purified; remove the block instead")
     sources = {model: _Source(config, model, environment) for model in models}
     chosen, reasons = _select(config, tensors, sources)
     purified = {choice.model for choices in chosen.values() for choice in choices}
@@ -330,6 +332,12 @@ def _add_tensor(
 
     allocation = AllocateRanks(output=planned.name, tails=tuple(tails), shares=tuple(shares), caps=tuple(caps))
     has_base = planned.base is not None and planned.base in gather.weight_info
+    for choice in choices:
+        if not has_base and config.setting(choice.model, "target") == "task_vector":
+            raise PaveError(
+                f"pave.target: task_vector needs a base model, and {planned.name} of {choice.model} is merged without one; "
+                "give the merge a base_model, or use target: weights"
+            )
     purified = {}
     for position, choice in enumerate(choices):
         purify = PurifyTensor(

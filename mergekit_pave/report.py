@@ -47,3 +47,16 @@ def summary(report: dict[str, Any]) -> str:
             part += f", removed {sums['removed_norm'] / sums['change_norm']:.2g} x its change"
         parts.append(part)
     return f"PAVE purified {outputs} of {report['tensors']} tensors: {'; '.join(parts)}"
+
+
+def warnings(report: dict[str, Any]) -> list[str]:
+    """What should make a user look twice: a model from which more was removed than fine-tuning had changed."""
+    found = []
+    for model, sums in by_model(report).items():
+        if sums["change_norm"] and sums["removed_norm"] > sums["change_norm"]:
+            found.append(
+                f"{model}: the removed part is {sums['removed_norm'] / sums['change_norm']:.2g} times as large as what "
+                "fine-tuning changed, so it is mostly weight of the base model. Look at the quality of the merge; a larger "
+                "rank_ratio removes less, and `target: task_vector` only from the change"
+            )
+    return found

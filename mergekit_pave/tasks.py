@@ -28,7 +28,7 @@ from mergekit_pave.cache import Artefact
 from mergekit_pave.calibration.run import calibrate, load_covariance
 from mergekit_pave.config import RelativeRegularization
 from mergekit_pave.errors import PaveError
-from mergekit_pave.report import REPORT_NAME, summary
+from mergekit_pave.report import REPORT_NAME, summary, warnings
 from mergekit_pave.subspace import drop_components, tail_components
 
 LOG = logging.getLogger(__name__)
@@ -122,7 +122,13 @@ class DecomposeWeight(_TensorTask):
         return {"weight": self.weight, "covariances": self.calibration}
 
     def execute(self, weight: Tensor, covariances: str) -> dict[str, Any]:
-        weight = weight.mT if self.transposed else weight
+        artefact = Artefact(Path(self.folder))
+        with artefact.lock():
+            if not has_tail(artefact.folder, self.count):  # another process may have just made it
+                self._store(artefact, weight.mT if self.transposed else weight, covariances)
+        return read_tail(artefact)
+
+    def _store(self, artefact: Artefact, weight: Tensor, covariances: str) -> None:
         if weight.shape != self.shape or not weight.is_floating_point():
             raise PaveError(
                 f"{self.model}: {self.tensor} is a {weight.dtype} tensor of shape {tuple(weight.shape)}, but the layer "
@@ -142,12 +148,10 @@ class DecomposeWeight(_TensorTask):
         tail = tail_components(weight, covariance, shift, self.count)
         # float32 is exact enough for directions: the error of the removed part is about 1e-7 of it.
         directions = tail.directions.float()
-        artefact = Artefact(Path(self.folder))
-        known = {"largest": tail.largest, "energy": tail.energy, "tokens": covariance.tokens}
         entry = artefact.write(_TAIL_FILE, {"directions": directions, "values": tail.values})
         about = {"model": str(self.model), "tensor": self.tensor, "count": self.count}
+        known = {"largest": tail.largest, "energy": tail.energy, "tokens": covariance.tokens}
         artefact.complete({"files": {_TAIL_FILE: entry}, **about, **known})
-        return {"directions": directions, "values": tail.values, **known}
 
 
 class LoadTail(_TensorTask):
@@ -162,9 +166,15 @@ class LoadTail(_TensorTask):
         return {}
 
     def execute(self) -> dict[str, Any]:
-        artefact = Artefact(Path(self.folder))
-        manifest = artefact.manifest()
-        return {**artefact.read(_TAIL_FILE), **{key: manifest[key] for key in ("largest", "energy", "tokens")}}
+        return read_tail(Artefact(Path(self.folder)))
+
+
+def read_tail(artefact: Artefact) -> dict[str, Any]:
+    """The value of `LoadTail`, from an artefact known to be there."""
+    manifest = artefact.manifest()
+    if manifest is None:
+        raise PaveError(f"the cache entry {artefact.folder} has been removed or damaged during the run; run again")
+    return {**artefact.read(_TAIL_FILE), **{key: manifest[key] for key in ("largest", "energy", "tokens")}}
 
 
 def has_tail(folder: Path, count: int) -> bool:
@@ -220,7 +230,7 @@ class PurifyTensor(_TensorTask):
         if self.transposed:
             weight, base = weight.mT, None if base is None else base.mT
         if self.target == "task_vector" and base is None:
-            raise PaveError(f"{self.tensor} is not in the base model; exclude it, or use target: weights")
+            raise PaveError(f"{self.model}: {self.tensor} is not in the base model; put it under pave.exclude")
         drop = allocation[self.position]
         directions = tail["directions"][:, :drop]
         removed = drop_components(weight, directions, base if self.target == "task_vector" else None)
@@ -325,3 +335,5 @@ class WriteReport(Task[None]):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / REPORT_NAME).write_text(json.dumps(report, indent=1) + "\n")
         LOG.info(summary(report))
+        for warning in warnings(report):
+            LOG.warning(warning)

@@ -16,16 +16,6 @@ from reference import purify, weights
 
 EVERYWHERE = 0.875
 
-# Multiplying activations in float32 (commit 03c3731) costs more than the promised accuracy at the default lambda. With
-# float64 products every one of these passes.
-FLOAT32_MOMENTS = pytest.mark.xfail(strict=True, reason="second moments are multiplied in float32: error above 1e-4")
-INACCURATE = {
-    ("llama", "uniform", "weights"),
-    ("bert", "spectral", "weights"),
-    ("bert", "uniform", "weights"),
-    ("bert", "uniform", "task_vector"),
-}
-
 
 def text_sources(family, models):
     return [(data, "text", "text") for data in family.data[:models]]
@@ -52,15 +42,14 @@ def check(family, tmp_path, pave, expected, models, dtype="float64", only=None):
         assert_exact(written, expected[i], plain_merge(family, weight, dtype))
 
 
-def grid():
-    for kind, count, allocation in itertools.product(("llama", "gpt2", "bert"), (2, 3), ("spectral", "uniform")):
-        for regularization, target in (("relative", "weights"), ("absolute", "weights"), ("relative", "task_vector")):
-            failing = regularization == "relative" and (kind, allocation, target) in INACCURATE
-            name = f"{kind}-{count}-{allocation}-{regularization}-{target}"
-            yield pytest.param(*(kind, count, allocation, regularization, target), marks=[FLOAT32_MOMENTS] * failing, id=name)
+GRID = [
+    (kind, count, allocation, regularization, target)
+    for kind, count, allocation in itertools.product(("llama", "gpt2", "bert"), (2, 3), ("spectral", "uniform"))
+    for regularization, target in (("relative", "weights"), ("absolute", "weights"), ("relative", "task_vector"))
+]
 
 
-@pytest.mark.parametrize(("kind", "count", "allocation", "regularization", "target"), list(grid()))
+@pytest.mark.parametrize(("kind", "count", "allocation", "regularization", "target"), GRID)
 def test_purified_weights_are_exact(families, tmp_path, kind, count, allocation, regularization, target):
     family = families[kind]
     given, wanted = (0.1, 0.1) if regularization == "absolute" else ({"relative": 0.01}, ("relative", 0.01))

@@ -93,7 +93,6 @@ def test_a_data_set_may_be_named_like_a_step(llama, tmp_path, monkeypatch):
         ("caches", {"cache_dir": "caches"}),
     ],
 )
-@pytest.mark.xfail(strict=True, reason="mergekit-multi replaces the settings by the step's path, as it did with `data`")
 def test_settings_may_be_spelled_like_a_step(llama, tmp_path, monkeypatch, step, setting):
     monkeypatch.chdir(tmp_path)
     models = [*entries(llama, 3)[2:], {"model": step, "data": {"path": str(llama.data[0])}}]

@@ -46,7 +46,7 @@ def estimate(architecture: Architecture, encoded: list[Encoded], batch_size: int
     cache = 0
     accumulators: dict[str, int] = defaultdict(int)
     for parent, width in inputs:
-        rows, triangle = tokens * width * itemsize, 2 * width * (width + 1)
+        rows, triangle = tokens * width * itemsize, 4 * width * (width + 1)
         cache += min(rows, triangle)
         accumulators[architecture.block_of(parent)] += rows if rows <= triangle else 8 * width * width
     wide = max((sum(linear.shape) for linear in architecture.linears.values()), default=0)
