@@ -88,9 +88,10 @@ def _triangle(weight: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
 def _smallest(a: Tensor, count: int, largest: float) -> tuple[Tensor, Tensor]:
     """Left singular vectors (n, count) and values of A (n, m), n <= m, for its `count` smallest values, ascending."""
     n = a.shape[0]
-    inverse = _inverse_gram(a)
-    if inverse:
-        found = _leading(inverse, n, count, a) or _leading_dense(inverse(torch.eye(n, dtype=a.dtype, device=a.device)), count)
+    root = _inverse_root(a)
+    if root:
+        inverse = lambda x: root[1](root[0](x))  # noqa: E731
+        found = _leading(inverse, n, count, a) or _leading_dense(root[0](torch.eye(n, dtype=a.dtype, device=a.device)), count)
         values, vectors = found[0].rsqrt(), found[1]  # values of A, ascending
         # Rounding moves the cut by about eps * (cut / smallest)^2, and below eps * largest everything is rounding.
         if values[0] > 10 * n * _EPS * largest and n * _EPS * (values[-1] / values[0]) ** 2 < 1e-7:
@@ -114,33 +115,34 @@ def _largest(a: Tensor) -> float:
 # From here on, vectors are rows, (vectors, n): thin products are up to twice as fast that way.
 
 
-def _inverse_gram(a: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """The map x -> x (A A^T)^-1 for A (n, m), n <= m, or None where A has not full rank."""
+def _inverse_root(a: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None:
+    """The maps x -> H x^T and y -> y^T H with H^T H = (A A^T)^-1 for A (n, m), n <= m; None where A has not full rank."""
     n, m = a.shape
     # A^T = P L U with pivoting, so A A^T = U^T (L^T L) U. L is well-conditioned: its Gram matrix can be trusted, A's not.
     factors = torch.linalg.lu_factor_ex(a.mT).LU
-    upper, lower = factors[:n], factors[:n]
+    upper = factors[:n].mT.contiguous().mT  # the layout that LAPACK takes without a copy
     if not upper.diagonal().abs().min() > 0:
         return None
-    if n < m:
+    square = n == m
+    if square:
+        left = upper.mT  # L^T, which is unit upper triangular
+    else:
         factors = factors.tril(-1)
         factors.diagonal().fill_(1)
-        # L^T L = K^T K; here K stands in for L's square, as A^T for K U.
-        lower, failed = torch.linalg.cholesky_ex(_gram(factors), upper=True)
+        left, failed = torch.linalg.cholesky_ex(_gram(factors), upper=True)
+        left = left.contiguous().mT  # lower triangular, left left^T = L^T L
         if failed:
             return None
-        lower = lower.mT
 
-    def apply(x: Tensor) -> Tensor:
-        x = torch.linalg.solve_triangular(upper.mT, x.mT, upper=False)
-        if n == m:
-            x = torch.linalg.solve_triangular(lower.mT, x, upper=True, unitriangular=True)
-            x = torch.linalg.solve_triangular(lower, x, upper=False, unitriangular=True)
-        else:
-            x = torch.cholesky_solve(x, lower)
-        return torch.linalg.solve_triangular(upper, x, upper=True).mT
+    def forward(x: Tensor) -> Tensor:
+        y = torch.linalg.solve_triangular(upper.mT, x.mT, upper=False)
+        return torch.linalg.solve_triangular(left, y, upper=square, unitriangular=square)
 
-    return apply
+    def backward(y: Tensor) -> Tensor:
+        y = torch.linalg.solve_triangular(left.mT, y, upper=not square, unitriangular=square)
+        return torch.linalg.solve_triangular(upper, y, upper=True).mT
+
+    return forward, backward
 
 
 def _leading(
@@ -153,8 +155,8 @@ def _leading(
         no slower, or where the eigenvalues lie so close together that the residual does not become small in time.
     """
     width = 16 if count > 8 else 8
-    limit = n // 2
-    if count > limit // 6 or 2 * width > limit:
+    limit = n // 3
+    if count > limit // 4 or 2 * width > limit:
         return None
     basis, images, size = like.new_empty(limit, n), like.new_empty(limit, n), 0
     block = _orthonormal(_random(width, n, like))
@@ -197,20 +199,20 @@ def _remove(x: Tensor, basis: Tensor) -> Tensor:
     return x
 
 
-def _leading_dense(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Leading eigenpairs, as `_leading` returns them, of an explicit symmetric matrix."""
-    n = gram.shape[0]
-    gram = (gram + gram.mT) / 2
+def _leading_dense(root: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Leading eigenpairs of H^T H, as `_leading` returns them, for an explicit H (n, n)."""
+    n = root.shape[0]
+    gram = _gram(root)
     if not gram.isfinite().all():
         return gram.new_full((count,), torch.inf), gram[:count]
     if gram.device.type == "cpu":
         # LAPACK's subset driver: less than half the time of all n eigenpairs.
         values, vectors = scipy.linalg.eigh(
-            gram.numpy(), subset_by_index=[n - count, n - 1], overwrite_a=True, check_finite=False
+            gram.numpy(), subset_by_index=[n - count, n - 1], lower=False, overwrite_a=True, check_finite=False
         )
         values, vectors = torch.from_numpy(values), torch.from_numpy(vectors)
     else:
-        values, vectors = torch.linalg.eigh(gram)
+        values, vectors = torch.linalg.eigh(gram, UPLO="U")
         values, vectors = values[-count:], vectors[:, -count:]
     return values.flip(0), vectors.flip(1).mT
 
