@@ -246,10 +246,12 @@ def drop_components(weight: Tensor, directions: Tensor, base: Tensor | None = No
         base: W_base, (d_out, d_in), to remove only from what fine-tuning changed.
 
     Returns:
-        (d_out, d_in) float64, to be subtracted from W.
+        (d_out, d_in), to be subtracted from W: float64 for a float64 weight, else float32. Given the directions, this
+        is an ordinary product: nothing in it needs more, and a warm merge spends its time here.
     """
-    change = weight.double() if base is None else weight.double() - base.double()
-    directions = directions.double()
+    precision = torch.promote_types(weight.dtype, torch.float32)
+    change = weight.to(precision) if base is None else weight.to(precision) - base.to(precision)
+    directions = directions.to(precision)
     return directions @ (directions.mT @ change)
 
 
@@ -271,4 +273,5 @@ def purify(weight: Tensor, covariance: Covariance, rank: int, *, shift: float) -
     if rank == components:
         return weight.clone()
     tail = tail_components(weight, covariance, shift, components - rank)
-    return (weight.double() - drop_components(weight, tail.directions)).to(weight.dtype)
+    exact = weight.double()
+    return (exact - drop_components(exact, tail.directions)).to(weight.dtype)

@@ -18,6 +18,7 @@ import logging
 from pathlib import Path
 from typing import Any, Optional
 
+import torch
 from mergekit.common import ImmutableMap, ModelReference, dtype_from_name
 from mergekit.graph import Task
 from mergekit.io.tasks import GatherTensors, LoadTensor
@@ -231,6 +232,9 @@ class PurifyTensor(_TensorTask):
             weight, base = weight.mT, None if base is None else base.mT
         if self.target == "task_vector" and base is None:
             raise PaveError(f"{self.model}: {self.tensor} is not in the base model; put it under pave.exclude")
+        # Once for all that follows; float32 at least, as in `drop_components`.
+        precision = torch.promote_types(weight.dtype, torch.float32)
+        weight, base = weight.to(precision), None if base is None else base.to(precision)
         drop = allocation[self.position]
         directions = tail["directions"][:, :drop]
         removed = drop_components(weight, directions, base if self.target == "task_vector" else None)
@@ -243,10 +247,10 @@ class PurifyTensor(_TensorTask):
             "kept": components - drop,
             "energy_dropped": tail["values"][:drop].square().sum().item() / (tail["energy"] or 1.0),
             "removed_norm": removed.norm().item(),
-            "change_norm": None if base is None else (weight.double() - base.double()).norm().item(),
+            "change_norm": None if base is None else (weight - base).norm().item(),
             "tokens": tail["tokens"],
         }
-        purified = (weight.double() - removed).to(dtype)
+        purified = (weight - removed).to(dtype)
         return {"tensor": (purified.mT if self.transposed else purified).contiguous(), "stats": stats}
 
 

@@ -59,7 +59,7 @@ def assert_exact(weight: torch.Tensor, rows: torch.Tensor, shift: float, rank: i
     reference = Reference(weight, rows, shift)
     expected = reference.purified(rank)
     tail = tail_components(weight, covariance_of(rows), shift, components - rank)
-    purified = weight.double() - drop_components(weight, tail.directions)
+    purified = weight.double() - drop_components(weight.double(), tail.directions)
 
     # Where only null directions of W are dropped, W' is W, and what the reference removes is its own rounding error.
     floor = 1e-9 * reference.weight.norm()
@@ -320,6 +320,17 @@ def test_the_task_vector_alone_is_projected():
     purified = weight - removed
     torch.testing.assert_close(directions.mT @ (purified - base), torch.zeros(6, 64, dtype=torch.float64), rtol=0, atol=1e-12)
     assert not drop_components(base, directions, base).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_removing_in_float32_is_exact_enough(dtype):
+    weight, base = weights(48, 64, seed=1).to(dtype), weights(48, 64, seed=2).to(dtype)
+    directions = torch.linalg.qr(torch.randn(48, 6, generator=torch.Generator().manual_seed(7))).Q
+    for other in (None, base):
+        removed = drop_components(weight, directions, other)
+        exact = drop_components(weight.double(), directions, other)
+        assert (removed.dtype, exact.dtype) == (torch.float32, torch.float64)
+        assert (removed - exact).norm() <= 1e-6 * exact.norm()
 
 
 def test_nothing_dropped_removes_nothing():
