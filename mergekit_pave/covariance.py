@@ -51,11 +51,16 @@ class Covariance:
 
     def multiply(self, weight: Tensor, shift: float) -> Tensor:
         """`weight @ (C + shift * I)` for a (m, d) float64 weight, without forming C from rows."""
-        if self.rows is None:
-            product = weight @ self.gram
-        else:
+        gram = self.gram
+        if self.rows is not None:
             rows = self.rows.to(weight.dtype)
-            product = (weight @ rows.mT) @ rows
+            m, (n, d) = weight.shape[0], rows.shape
+            if 4 * m * n <= n * d + 2 * m * d:  # operations, over d: (W X^T) X against W (X^T X)
+                product = (weight @ rows.mT) @ rows
+                return product.div_(self.tokens).add_(weight, alpha=shift)
+            gram = upper_gram(rows)
+            gram += gram.triu(1).mT
+        product = weight @ gram
         return product.div_(self.tokens).add_(weight, alpha=shift)
 
     def unscaled(self) -> Tensor:
@@ -130,3 +135,12 @@ class SecondMoment:
             stop = start + self._STRIP
             self._gram[stop:, start:stop] = self._gram[start:stop, stop:].mT
         return Covariance(self.tokens, gram=self._gram)
+
+
+def upper_gram(x: Tensor, strip: int = 512) -> Tensor:
+    """The upper triangle of x^T x for x (rows, n), and zeros below it: half of the work of the whole product."""
+    n = x.shape[1]
+    gram = x.new_zeros(n, n)
+    for start in range(0, n, strip):
+        torch.mm(x[:, start : start + strip].mT, x[:, start:], out=gram[start : start + strip, start:])
+    return gram.triu_()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import json
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +44,8 @@ from mergekit_pave.tasks import (
 )
 
 LOG = logging.getLogger(__name__)
+
+_NOT_LINEAR = "not the weight of a linear layer"
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,12 @@ class _Source:
         self.entry = config.entry(model)
         self.folder, self._shards = environment.checkpoint(model)
         self._config = model.config(trust_remote_code=environment.runtime.trust_remote_code)
+        unsupported = {
+            "an encoder-decoder model": getattr(self._config, "is_encoder_decoder", False),
+            "quantised": getattr(self._config, "quantization_config", None),
+        }
+        for what in (what for what, present in unsupported.items() if present):
+            raise PaveError(f"pave.models: {model} is {what}, which cannot be calibrated; give it `purify: false`")
         self.architecture: Architecture = describe(self._config, self.folder, environment.runtime.trust_remote_code)
 
     def prepare(self) -> None:
@@ -241,7 +250,7 @@ def _select(
     """The weights to purify by output tensor, and per model why each other tensor is left as it is."""
     chosen: dict[int, list[_Choice]] = {}
     reasons: dict[ModelReference, dict[str, str]] = {model: {} for model in sources}
-    unmatched = {(key, pattern) for model in sources for key in ("include", "exclude") for pattern in config.setting(model, key)}
+    _check_patterns(config, tensors, sources)
     for place, planned in enumerate(tensors):
         for model in planned.models:
             if model not in sources or model == planned.base:
@@ -249,13 +258,11 @@ def _select(
             info = planned.gather.weight_info[model] if planned.gather else None
             tensor = info.name if info else planned.name
             linear, reason = _linear(sources[model].architecture, info)
-            if linear:
-                include, exclude = config.setting(model, "include"), config.setting(model, "exclude")
-                unmatched -= {("include", p) for p in include if p in tensor} | {("exclude", p) for p in exclude if p in tensor}
-                if include and not any(pattern in tensor for pattern in include):
-                    reason = "not under include"
-                elif any(pattern in tensor for pattern in exclude):
-                    reason = "under exclude"
+            include, exclude = config.setting(model, "include"), config.setting(model, "exclude")
+            if include and not any(pattern in tensor for pattern in include):
+                reason = reason or "not under include"
+            elif any(pattern in tensor for pattern in exclude):
+                reason = "under exclude"
             if not reason:
                 share = fair_share(min(linear.shape), _rank_ratio(config, model, tensor, planned.t))
                 if share:
@@ -263,9 +270,41 @@ def _select(
                     continue
                 reason = "rank_ratio keeps every component"
             reasons[model][tensor] = reason
-    for key, pattern in sorted(unmatched):
-        raise PaveError(f"pave.{key}: {pattern!r} is part of no linear weight's name, so it selects nothing")
+    for model, source in sources.items():
+        _check_coverage(model, source.architecture, reasons[model])
     return chosen, reasons
+
+
+def _check_patterns(config: PaveConfig, tensors: list[PlannedTensor], sources: dict[ModelReference, _Source]) -> None:
+    """Every pattern has to match something: an `include` a linear weight, an `exclude` any tensor."""
+    matchable: dict[str, set[str]] = {"include": set(), "exclude": set()}
+    for planned in tensors:
+        for model in sources.keys() & set(planned.models) if planned.gather else ():
+            info = planned.gather.weight_info[model]
+            matchable["exclude"].add(info.name)
+            if _linear(sources[model].architecture, info)[0]:
+                matchable["include"].add(info.name)
+    for key, names in matchable.items():
+        for pattern in sorted({pattern for model in sources for pattern in config.setting(model, key)}):
+            if not any(pattern in name for name in names):
+                what = "linear weight" if key == "include" else "tensor"
+                raise PaveError(f"pave.{key}: {pattern!r} is part of no {what}'s name, so it selects nothing")
+
+
+def _check_coverage(model: ModelReference, architecture: Architecture, reasons: dict[str, str]) -> None:
+    """Refuse a model most of whose matrices would silently keep their plain task vector: fused experts, say."""
+    missed = {}
+    for tensor, reason in reasons.items():
+        shape = architecture.weights.get(architecture.weight_name([tensor]) or "", ())
+        if reason == _NOT_LINEAR and len(shape) > 1:
+            missed[tensor] = math.prod(shape)
+    linear = sum(math.prod(layer.shape) for layer in architecture.linears.values())
+    if sum(missed.values()) > linear:
+        largest = max(missed, key=missed.get)
+        raise PaveError(
+            f"pave: {model} has more weights in {len(missed)} tensors that cannot be purified (such as {largest}) than in its "
+            "linear layers; put them under pave.exclude to merge them as they are"
+        )
 
 
 def _linear(architecture: Architecture, info: Any) -> tuple[Optional[Linear], Optional[str]]:
@@ -278,7 +317,7 @@ def _linear(architecture: Architecture, info: Any) -> tuple[Optional[Linear], Op
     if name in architecture.heads:
         return None, "head"
     if name not in architecture.linears:
-        return None, "not the weight of a linear layer"
+        return None, _NOT_LINEAR
     return architecture.linears[name], None
 
 

@@ -24,7 +24,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from mergekit_pave.covariance import Covariance
+from mergekit_pave.covariance import Covariance, upper_gram
 
 _EPS = torch.finfo(torch.float64).eps
 
@@ -75,7 +75,7 @@ def tail_components(weight: Tensor, covariance: Covariance, shift: float, count:
 def _triangle(weight: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """R of W = Q R for a tall W, and the product with Q."""
     # W^T W = R^T R costs a fraction of Householder's QR. It squares W's condition, but C's large one is not in it.
-    triangle, failed = torch.linalg.cholesky_ex(_gram(weight), upper=True)
+    triangle, failed = torch.linalg.cholesky_ex(upper_gram(weight), upper=True)
     if not failed:
         probes = _random(weight.shape[1], 8, weight)  # (d_in, 8)
         condition = triangle.norm() * torch.linalg.solve_triangular(triangle, probes, upper=True).norm()
@@ -129,7 +129,7 @@ def _inverse_root(a: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tens
     else:
         factors = factors.tril(-1)
         factors.diagonal().fill_(1)
-        left, failed = torch.linalg.cholesky_ex(_gram(factors), upper=True)
+        left, failed = torch.linalg.cholesky_ex(upper_gram(factors), upper=True)
         left = left.contiguous().mT  # lower triangular, left left^T = L^T L
         if failed:
             return None
@@ -202,7 +202,7 @@ def _remove(x: Tensor, basis: Tensor) -> Tensor:
 def _leading_dense(root: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Leading eigenpairs of H^T H, as `_leading` returns them, for an explicit H (n, n)."""
     n = root.shape[0]
-    gram = _gram(root)
+    gram = upper_gram(root)
     if not gram.isfinite().all():
         return gram.new_full((count,), torch.inf), gram[:count]
     if gram.device.type == "cpu":
@@ -217,15 +217,6 @@ def _leading_dense(root: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return values.flip(0), vectors.flip(1).mT
 
 
-def _gram(x: Tensor, strip: int = 512) -> Tensor:
-    """The upper triangle of x^T x for x (rows, n); what is below is not all filled. PyTorch has no symmetric product."""
-    n = x.shape[1]
-    gram = x.new_zeros(n, n)
-    for start in range(0, n, strip):
-        torch.mm(x[:, start : start + strip].mT, x[:, start:], out=gram[start : start + strip, start:])
-    return gram
-
-
 def _orthonormal(x: Tensor) -> Tensor:
     """Orthonormal rows that span the same space."""
     return torch.linalg.qr(x.mT).Q.mT.contiguous()
@@ -237,8 +228,11 @@ def _random(rows: int, columns: int, like: Tensor, seed: int = 0) -> Tensor:
     return torch.randn(rows, columns, generator=generator, dtype=like.dtype).to(like.device)
 
 
-def drop_components(weight: Tensor, directions: Tensor, base: Tensor | None = None) -> Tensor:
-    """The part that purification removes: U_t U_t^T W, or U_t U_t^T (W - W_base) when a base is given.
+def drop_components(weight: Tensor, directions: Tensor, base: Tensor | None = None) -> tuple[Tensor, float]:
+    """W' = W - U_t U_t^T W, or W - U_t U_t^T (W - W_base) when a base is given, and how far that is from W.
+
+    Given the directions this is an ordinary product, and a warm merge spends its time here: so it is float32 unless
+    the weight is more precise, in one pass over W for each factor.
 
     Args:
         weight: W, (d_out, d_in).
@@ -246,13 +240,13 @@ def drop_components(weight: Tensor, directions: Tensor, base: Tensor | None = No
         base: W_base, (d_out, d_in), to remove only from what fine-tuning changed.
 
     Returns:
-        (d_out, d_in), to be subtracted from W: float64 for a float64 weight, else float32. Given the directions, this
-        is an ordinary product: nothing in it needs more, and a warm merge spends its time here.
+        W', (d_out, d_in), float64 for a float64 weight, else float32; and ||W' - W||_F.
     """
     precision = torch.promote_types(weight.dtype, torch.float32)
-    change = weight.to(precision) if base is None else weight.to(precision) - base.to(precision)
-    directions = directions.to(precision)
-    return directions @ (directions.mT @ change)
+    weight, directions = weight.to(precision), directions.to(precision)
+    coefficients = directions.mT @ (weight if base is None else weight - base)  # (k, d_in)
+    # U_t is orthonormal, so what is removed is as long as its coefficients.
+    return torch.addmm(weight, directions, coefficients, alpha=-1), coefficients.norm().item()
 
 
 def purify(weight: Tensor, covariance: Covariance, rank: int, *, shift: float) -> Tensor:
@@ -273,5 +267,4 @@ def purify(weight: Tensor, covariance: Covariance, rank: int, *, shift: float) -
     if rank == components:
         return weight.clone()
     tail = tail_components(weight, covariance, shift, components - rank)
-    exact = weight.double()
-    return (exact - drop_components(exact, tail.directions)).to(weight.dtype)
+    return drop_components(weight.double(), tail.directions)[0].to(weight.dtype)

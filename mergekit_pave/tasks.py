@@ -232,12 +232,9 @@ class PurifyTensor(_TensorTask):
             weight, base = weight.mT, None if base is None else base.mT
         if self.target == "task_vector" and base is None:
             raise PaveError(f"{self.model}: {self.tensor} is not in the base model; put it under pave.exclude")
-        # Once for all that follows; float32 at least, as in `drop_components`.
-        precision = torch.promote_types(weight.dtype, torch.float32)
-        weight, base = weight.to(precision), None if base is None else base.to(precision)
         drop = allocation[self.position]
         directions = tail["directions"][:, :drop]
-        removed = drop_components(weight, directions, base if self.target == "task_vector" else None)
+        purified, removed = drop_components(weight, directions, base if self.target == "task_vector" else None)
         components = min(weight.shape)
         stats = {
             "tensor": self.tensor,
@@ -246,11 +243,11 @@ class PurifyTensor(_TensorTask):
             "components": components,
             "kept": components - drop,
             "energy_dropped": tail["values"][:drop].square().sum().item() / (tail["energy"] or 1.0),
-            "removed_norm": removed.norm().item(),
-            "change_norm": None if base is None else (weight - base).norm().item(),
+            "removed_norm": removed,
+            "change_norm": None if base is None else torch.linalg.vector_norm(weight - base, dtype=torch.float32).item(),
             "tokens": tail["tokens"],
         }
-        purified = (weight - removed).to(dtype)
+        purified = purified.to(dtype)
         return {"tensor": (purified.mT if self.transposed else purified).contiguous(), "stats": stats}
 
 

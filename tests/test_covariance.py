@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mergekit_pave.covariance import Covariance, SecondMoment
+from mergekit_pave.covariance import Covariance, SecondMoment, upper_gram
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -48,6 +48,20 @@ def test_multiply_is_the_product_with_the_shifted_matrix(form):
     expected = weight @ (covariance.matrix() + 0.3 * torch.eye(24, dtype=torch.float64))
     torch.testing.assert_close(covariance.multiply(weight, 0.3), expected, rtol=1e-12, atol=1e-13)
     assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 16, 17, 24, 40, 90])
+@pytest.mark.parametrize("d_out", [1, 6, 24, 100])
+def test_multiply_with_rows_in_whichever_order_is_cheaper(d_out, tokens):
+    covariance = Covariance(tokens, rows=draw(tokens, 24))
+    weight = draw(d_out, 24, seed=1, dtype=torch.float64)
+    expected = weight @ (moment(covariance.rows) + 0.3 * torch.eye(24, dtype=torch.float64))
+    torch.testing.assert_close(covariance.multiply(weight, 0.3), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_upper_gram():
+    x = draw(30, 1100, dtype=torch.float64)
+    torch.testing.assert_close(upper_gram(x), (x.mT @ x).triu(), rtol=0, atol=1e-12)
 
 
 def test_rows_are_kept_as_they_came():

@@ -1,13 +1,17 @@
 """What a user can get wrong: the message names the key, the model and the way out, and nothing is written."""
 
 import copy
+import dataclasses
+import json
 import shutil
 
 import pytest
 import torch
 import transformers
-from merging import config_for, invoke, start, write_config
-from models import write_rows
+from merging import config_for, invoke, merge, start, write_config
+from models import perturbed, save, write_rows
+
+from mergekit_pave.errors import PaveError
 
 
 @pytest.fixture
@@ -320,3 +324,39 @@ def test_settings_are_checked_before_weights_and_samples(workplace):
         (workplace / folder / "model.safetensors").unlink()
     (workplace / "rows.jsonl").unlink()
     assert_refused(spoil(("allocation",), "none"), workplace, "pave.allocation")
+
+
+def family_of(cls, config, like, folder):
+    """A base and two fine-tunes of another architecture, with the tokenizer and data of a known one."""
+    torch.manual_seed(0)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(like.base)
+    base = cls(config)
+    paths = [save(base, tokenizer, folder / "base")]
+    paths += [save(perturbed(base, seed=i), tokenizer, folder / f"tuned{i}") for i in (1, 2)]
+    return dataclasses.replace(like, base=paths[0], tuned=tuple(paths[1:]))
+
+
+def test_models_that_are_mostly_something_else_than_linear_layers(llama, tmp_path):
+    """Fused experts would keep their plain task vector; that has to be asked for."""
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_local_experts": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    config = transformers.MixtralConfig(vocab_size=320, **shape, **heads)
+    family = family_of(transformers.MixtralForCausalLM, config, llama, tmp_path)
+    with pytest.raises(
+        PaveError, match=r"tuned0 has more weights in \d tensors that cannot be purified .*experts.*pave\.exclude"
+    ):
+        merge(config_for(family, {}), tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    merge(config_for(family, {"exclude": ["experts"]}), tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "pave_report.json").read_text())
+    assert len(report["purified"]) == 2 * 2 * 4  # q, k, v and o of two layers in two models
+
+
+def test_encoder_decoder_models_are_refused(llama, tmp_path):
+    sizes = {f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in (("layers", 1), ("ffn_dim", 32))}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = transformers.BartConfig(vocab_size=320, d_model=16, max_position_embeddings=64, **sizes, **heads)
+    family = family_of(transformers.BartForConditionalGeneration, config, llama, tmp_path)
+    with pytest.raises(PaveError, match=r"tuned0 is an encoder-decoder model, which cannot be calibrated"):
+        merge(config_for(family, {}), tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()

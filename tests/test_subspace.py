@@ -59,7 +59,10 @@ def assert_exact(weight: torch.Tensor, rows: torch.Tensor, shift: float, rank: i
     reference = Reference(weight, rows, shift)
     expected = reference.purified(rank)
     tail = tail_components(weight, covariance_of(rows), shift, components - rank)
-    purified = weight.double() - drop_components(weight.double(), tail.directions)
+    purified, removed = drop_components(weight.double(), tail.directions)
+    assert removed == pytest.approx(
+        float((purified - weight.double()).norm()), rel=1e-6, abs=1e-12 * float(weight.double().norm())
+    )
 
     # Where only null directions of W are dropped, W' is W, and what the reference removes is its own rounding error.
     floor = 1e-9 * reference.weight.norm()
@@ -275,7 +278,7 @@ def test_where_all_values_are_equal_any_choice_is_optimal(shape):
     weight, _, rows = spectrum_weight(torch.full((min(d_out, d_in),), 3.0, dtype=torch.float64), (d_out, d_in))
     tail = tail_components(weight, covariance_of(rows), 0.5, 10)
     torch.testing.assert_close(tail.values, torch.full((10,), 1.5, dtype=torch.float64))
-    assert drop_components(weight, tail.directions).norm() == pytest.approx(3 * math.sqrt(10))
+    assert drop_components(weight, tail.directions)[1] == pytest.approx(3 * math.sqrt(10))
 
 
 def test_the_same_input_gives_the_same_bits():
@@ -314,12 +317,13 @@ def test_a_strided_weight_is_read_as_what_it_is():
 def test_the_task_vector_alone_is_projected():
     weight, base = weights(48, 64, seed=1).double(), weights(48, 64, seed=2).double()
     directions = torch.linalg.qr(torch.randn(48, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(7))).Q
-    removed = drop_components(weight, directions, base)
-    torch.testing.assert_close(removed, directions @ directions.mT @ (weight - base))
+    purified, removed = drop_components(weight, directions, base)
+    expected = directions @ directions.mT @ (weight - base)
+    torch.testing.assert_close(purified, weight - expected)
+    assert removed == pytest.approx(float(expected.norm()))
     # What is left of the change has no part in the dropped directions, and the base keeps all of its own.
-    purified = weight - removed
     torch.testing.assert_close(directions.mT @ (purified - base), torch.zeros(6, 64, dtype=torch.float64), rtol=0, atol=1e-12)
-    assert not drop_components(base, directions, base).any()
+    assert torch.equal(drop_components(base, directions, base)[0], base)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -327,11 +331,13 @@ def test_removing_in_float32_is_exact_enough(dtype):
     weight, base = weights(48, 64, seed=1).to(dtype), weights(48, 64, seed=2).to(dtype)
     directions = torch.linalg.qr(torch.randn(48, 6, generator=torch.Generator().manual_seed(7))).Q
     for other in (None, base):
-        removed = drop_components(weight, directions, other)
-        exact = drop_components(weight.double(), directions, other)
-        assert (removed.dtype, exact.dtype) == (torch.float32, torch.float64)
-        assert (removed - exact).norm() <= 1e-6 * exact.norm()
+        (purified, removed), (exact, length) = (drop_components(w, directions, other) for w in (weight, weight.double()))
+        assert (purified.dtype, exact.dtype) == (torch.float32, torch.float64)
+        assert (purified - exact).norm() <= 1e-6 * length
+        assert removed == pytest.approx(length, rel=1e-6)
 
 
 def test_nothing_dropped_removes_nothing():
-    assert not drop_components(weights(48, 64), torch.empty(48, 0)).any()
+    purified, removed = drop_components(weights(48, 64), torch.empty(48, 0))
+    assert torch.equal(purified, weights(48, 64))
+    assert removed == 0

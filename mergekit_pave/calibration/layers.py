@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import accelerate
 import torch
 import transformers
 from torch import nn
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from mergekit_pave.errors import PaveError
@@ -39,7 +41,7 @@ class Architecture:
     Attributes:
         linears: backbone layers by the name of their weight.
         heads: names of the weights of linear layers outside the backbone.
-        weights: all names of parameters.
+        weights: the shape of every parameter by its name.
         prefix: what a checkpoint of the bare backbone leaves out of each name, with its dot.
         positions: the longest sequence it can take, or None; of an image model the number of patches.
         hidden_size: width of the hidden states between blocks.
@@ -48,7 +50,7 @@ class Architecture:
 
     linears: dict[str, Linear]
     heads: frozenset[str]
-    weights: frozenset[str]
+    weights: dict[str, tuple[int, ...]]
     prefix: str
     positions: int | None
     hidden_size: int
@@ -86,11 +88,20 @@ def model_class(config: transformers.PretrainedConfig, folder: str, trust_remote
     return get_class_from_dynamic_module(remote, folder)
 
 
+def empty_model(cls: Any, config: transformers.PretrainedConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A model with its buffers but without its parameters, which are on the meta device."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with accelerate.init_empty_weights(include_buffers=False), no_init_weights():
+            return cls(config)
+    finally:
+        torch.set_default_dtype(default)
+
+
 def describe(config: transformers.PretrainedConfig, folder: str, trust_remote_code: bool) -> Architecture:
     """Find the linear layers of a model without reading its weights."""
-    cls = model_class(config, folder, trust_remote_code)
-    with torch.device("meta"):
-        model = cls(config)
+    model = empty_model(model_class(config, folder, trust_remote_code), config)
     backbone = {id(module) for module in model.base_model.modules()}
     output = model.get_output_embeddings()
     linears, heads = {}, set()
@@ -106,7 +117,7 @@ def describe(config: transformers.PretrainedConfig, folder: str, trust_remote_co
     return Architecture(
         linears=linears,
         heads=frozenset(heads),
-        weights=frozenset(name for name, _ in model.named_parameters(remove_duplicate=False)),
+        weights={name: tuple(value.shape) for name, value in model.named_parameters(remove_duplicate=False)},
         prefix=f"{model.base_model_prefix}." if model.base_model_prefix else "",
         positions=_longest_sequence(model),
         hidden_size=getattr(config.get_text_config(), "hidden_size", 0),

@@ -17,7 +17,7 @@ from torch import nn
 
 from mergekit_pave.calibration.batches import Batch
 from mergekit_pave.calibration.layers import find_blocks
-from mergekit_pave.calibration.weights import StreamedModel
+from mergekit_pave.calibration.weights import StreamedModel, UnknownWeightError
 
 
 def run_in_lockstep(
@@ -30,28 +30,39 @@ def run_in_lockstep(
         batches: at least one.
         run: runs the model on a batch.
         begin: is told of a batch whenever it starts or goes on.
+
+    Raises:
+        UnknownWeightError: the model needs a weight that cannot be found, or where we do not see it.
     """
     scheduler = getcurrent()
+
+    def resume(runner: greenlet, *args: Batch) -> nn.Module | None:
+        try:
+            return runner.switch(*args)
+        except (RuntimeError, NotImplementedError) as error:
+            if "meta" in str(error):  # a module has used a weight of another one, which is not loaded
+                raise UnknownWeightError(str(error).splitlines()[0]) from error
+            raise
+
     blocks = find_blocks(streamed.model)
 
     def pause(module: nn.Module, _) -> None:
         if getcurrent() is not scheduler:
             scheduler.switch(module)
 
-    handles = []
-    for module in streamed.model.modules():
-        if module in blocks:
-            handles.append(module.register_forward_pre_hook(pause, prepend=True))
-        # Outside the blocks weights come one module at a time: embeddings before the first block, norms after the last.
-        elif module._parameters:
-            handles.append(module.register_forward_pre_hook(lambda m, _: streamed.load(m, recurse=False), prepend=True))
+    # Outside the blocks weights come one module at a time: embeddings before the first block, norms after the last.
+    within = {module for block in blocks for module in block.modules()}
+    outside = [module for module in streamed.model.modules() if module._parameters and module not in within]
+    handles = [block.register_forward_pre_hook(pause, prepend=True) for block in blocks]
+    for module in outside:
+        handles.append(module.register_forward_pre_hook(lambda m, _: streamed.load(m, recurse=False), prepend=True))
 
     try:
         waiting: list[tuple[greenlet, Batch, nn.Module]] = []
         for batch in batches:
             begin(batch)
             runner = greenlet(run)
-            if (block := runner.switch(batch)) is not None:
+            if (block := resume(runner, batch)) is not None:
                 waiting.append((runner, batch, block))
         streamed.release()
         yield None
@@ -62,7 +73,7 @@ def run_in_lockstep(
             for runner, batch, block in waiting:
                 if block is current:
                     begin(batch)
-                    block = runner.switch()
+                    block = resume(runner)
                 if block is not None:
                     later.append((runner, batch, block))
             waiting = later

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import accelerate
 import torch
 import transformers
 from mergekit.common import ModelPath, ModelReference
 from mergekit.io.tasks import LoaderCache, LoadTensor
 from torch import Tensor, nn
-from transformers.initialization import no_init_weights
+
+from mergekit_pave.calibration.layers import empty_model
 
 
 class UnknownWeightError(Exception):
@@ -27,13 +27,7 @@ class StreamedModel:
     def __init__(self, cls: Any, config: transformers.PretrainedConfig, folder: str, dtype: torch.dtype, device: str):
         self._reference = ModelReference(model=ModelPath(path=folder))
         self._dtype, self._device = dtype, device
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            with accelerate.init_empty_weights(include_buffers=False), no_init_weights():
-                self.model = cls(config)
-        finally:
-            torch.set_default_dtype(default)
+        self.model = empty_model(cls, config, dtype)
         self.model.tie_weights()
         self.model.eval().requires_grad_(False)
         # A tied weight is in the checkpoint under one of its names.
@@ -49,6 +43,7 @@ class StreamedModel:
         Raises:
             UnknownWeightError: one of them cannot be found.
         """
+        before = len(self._loaded)
         for owner in module.modules() if recurse else (module,):
             for leaf, parameter in list(owner._parameters.items()):
                 if parameter is not None and parameter.is_meta:
@@ -57,8 +52,9 @@ class StreamedModel:
                         raise UnknownWeightError(self._names[id(parameter)][0])
                     owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
                     self._loaded.append((owner, leaf, parameter))
-        # Open files are mapped memory, which counts until they are closed.
-        LoaderCache().get(self._reference).flush()
+        if len(self._loaded) > before:
+            # Open files are mapped memory, which counts until they are closed.
+            LoaderCache().get(self._reference).flush()
 
     def release(self) -> None:
         """Let go of every parameter that is loaded."""

@@ -114,7 +114,7 @@ def ours(weight: torch.Tensor, rows: torch.Tensor, ratio: float, collect: Clock,
         # As many components as spectral allocation may ask for.
         tail = tail_components(weight, covariance, shift, most_dropped(min(weight.shape), share))
         (dropped,) = allocate_ranks([(tail.values / tail.largest).tolist()], [share], [share])
-        purified = weight.float() - drop_components(weight, tail.directions.float()[:, :dropped])
+        purified, _ = drop_components(weight, tail.directions[:, :dropped])
     return purified
 
 
@@ -166,7 +166,7 @@ def growth(options: argparse.Namespace) -> None:
                 spectra = [(tail.values / tail.largest).tolist() for tail in tails]
                 dropped = allocate_ranks(spectra, [share] * models, [cap] * models)
                 for weight, tail, count in zip(pool, tails, dropped):
-                    weight.float().sub_(drop_components(weight, tail.directions[:, :count]))
+                    drop_components(weight, tail.directions[:, :count])
         seconds = clock.cpu if options.cpu_time else clock.wall
         print(f"{layers:4d} x {models:2d} {seconds:9.2f} {seconds / layers / models:9.3f}", flush=True)
 
