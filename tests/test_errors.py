@@ -342,9 +342,7 @@ def test_models_that_are_mostly_something_else_than_linear_layers(llama, tmp_pat
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
     config = transformers.MixtralConfig(vocab_size=320, **shape, **heads)
     family = family_of(transformers.MixtralForCausalLM, config, llama, tmp_path)
-    with pytest.raises(
-        PaveError, match=r"tuned0 has more weights in \d tensors that cannot be purified .*experts.*pave\.exclude"
-    ):
+    with pytest.raises(PaveError, match=r"tuned1 has more weights in 6 tensors .*experts.*pave\.exclude"):
         merge(config_for(family, {}), tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
     merge(config_for(family, {"exclude": ["experts"]}), tmp_path / "out")
@@ -357,6 +355,6 @@ def test_encoder_decoder_models_are_refused(llama, tmp_path):
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
     config = transformers.BartConfig(vocab_size=320, d_model=16, max_position_embeddings=64, **sizes, **heads)
     family = family_of(transformers.BartForConditionalGeneration, config, llama, tmp_path)
-    with pytest.raises(PaveError, match=r"tuned0 is an encoder-decoder model, which cannot be calibrated"):
+    with pytest.raises(PaveError, match=r"tuned1 is an encoder-decoder model, which cannot be calibrated"):
         merge(config_for(family, {}), tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
