@@ -244,7 +244,7 @@ def drop_components(weight: Tensor, directions: Tensor, base: Tensor | None = No
     """
     precision = torch.promote_types(weight.dtype, torch.float32)
     weight, directions = weight.to(precision), directions.to(precision)
-    coefficients = directions.mT @ (weight if base is None else weight - base)  # (k, d_in)
+    coefficients = directions.mT @ (weight if base is None else weight - base.to(precision))  # (k, d_in)
     # U_t is orthonormal, so what is removed is as long as its coefficients.
     return torch.addmm(weight, directions, coefficients, alpha=-1), coefficients.norm().item()
 

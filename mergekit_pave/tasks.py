@@ -244,11 +244,16 @@ class PurifyTensor(_TensorTask):
             "kept": components - drop,
             "energy_dropped": tail["values"][:drop].square().sum().item() / (tail["energy"] or 1.0),
             "removed_norm": removed,
-            "change_norm": None if base is None else torch.linalg.vector_norm(weight - base, dtype=torch.float32).item(),
+            "change_norm": None if base is None else _norm(weight - base),
             "tokens": tail["tokens"],
         }
         purified = purified.to(dtype)
         return {"tensor": (purified.mT if self.transposed else purified).contiguous(), "stats": stats}
+
+
+def _norm(x: Tensor) -> float:
+    # Of half precision it would be summed, and could overflow, in half precision.
+    return torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)).item()
 
 
 class PurifiedTensor(_TensorTask):
