@@ -1,41 +1,49 @@
-"""How the plugin gets into mergekit: a finder that waits for mergekit's modules to be imported.
+"""How the plugin gets into mergekit: a watch for its configuration module.
 
-PyTorch calls `install` at the end of every `import torch` (entry point group `torch.backends`), and
-mergekit imports torch before its planner, so the finder is always in place in time. Nothing here may
-import anything heavy, and `install` may not raise: it would break `import torch` itself.
+PyTorch calls `install` at the end of every `import torch` (entry point group `torch.backends`). By then mergekit's
+configuration may not be imported yet (a finder waits for it), may be half-way through its own import, which is what has
+imported torch (its first use from outside is waited for), or may be there. Nothing here may import anything
+heavy, and `install` may not raise: it would break `import torch` itself.
 """
 
 import importlib.abc
 import sys
+import types
 
-# Module to wait for -> function of `mergekit_pave.plugin` to call once it has been executed.
-_AFTER = {"mergekit.plan": "register", "mergekit.merge": "register_run_merge"}
+_TARGET = "mergekit.config"
 
 
 def install() -> None:
-    """Put the finder in place, and register at once with what is loaded already. Idempotent."""
+    """Put the finder in place, and see to a configuration that is loaded already. Idempotent."""
     if any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
     sys.meta_path.insert(0, _Finder())
-    for module in _AFTER:
-        loaded = sys.modules.get(module)
-        # A module that is still executing was found before us; torch is not imported that late.
-        if loaded is not None and not getattr(loaded.__spec__, "_initializing", False):
-            _register(module)
+    module = sys.modules.get(_TARGET)
+    if hasattr(module, "ConfigReader"):
+        _add_field()
+    elif module is not None:
+        module.__class__ = _HalfLoaded
 
 
-def _register(module: str) -> None:
-    from mergekit_pave import plugin
+def _add_field() -> None:
+    from mergekit_pave import _field
 
-    # Where the plugin itself has started the import it is half-loaded, and registers when it is done.
-    function = getattr(plugin, _AFTER[module], None)
-    if function is not None:
-        function()
+    _field.add()
+
+
+class _HalfLoaded(types.ModuleType):
+    """mergekit's configuration until somebody asks it for something and it has all there is to have."""
+
+    def __getattribute__(self, name: str):
+        if not name.startswith("__") and "ConfigReader" in self.__dict__:
+            self.__class__ = types.ModuleType
+            _add_field()
+        return types.ModuleType.__getattribute__(self, name)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, fullname, path=None, target=None):
-        if fullname not in _AFTER:
+        if fullname != _TARGET:
             return None
         # Ask the finders behind this one for the real module, whatever they are.
         for finder in sys.meta_path:
@@ -50,7 +58,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _Loader(importlib.abc.Loader):
-    """The module's own loader, followed by the registration."""
+    """The module's own loader, after which the field is added."""
 
     def __init__(self, loader):
         self._loader = loader
@@ -61,4 +69,4 @@ class _Loader(importlib.abc.Loader):
     def exec_module(self, module):
         module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
-        _register(module.__name__)
+        _add_field()

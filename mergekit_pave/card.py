@@ -6,24 +6,20 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 
-from mergekit_pave.report import REPORT_NAME, by_model, read_report
+from mergekit_pave.report import REPORT_NAME, by_model
 
 PAPER = "https://arxiv.org/abs/2510.14697"
 
 
-def append_to_card(out_path: str) -> None:
-    """Add the section and the metadata to the card of a merged model, from the report beside it."""
-    readme = Path(out_path) / "README.md"
-    if not readme.is_file():  # some architectures have mergekit move its output elsewhere
-        return
-    report = read_report(out_path)
-    card = ModelCard.load(readme)
+def with_section(text: str, report: dict) -> str:
+    """A model card with the section and its metadata added."""
+    card = ModelCard(text)
     card.data.tags = [*(card.data.tags or []), "pave"]
-    hub = sorted({d["path"] for d in _data(report) if not _is_local(d["path"])})
+    hub = sorted({data["path"] for data in _data(report) if not _is_local(data["path"])})
     if hub:
         card.data.datasets = hub
     card.text = card.text.rstrip() + "\n\n" + section(report)
-    card.save(readme)
+    return str(card)
 
 
 def section(report: dict) -> str:
@@ -45,6 +41,7 @@ def section(report: dict) -> str:
         f"| `regularization` (λ) | {_value(settings['regularization'])} |",
         f"| `target` | {settings['target']} |",
         "",
+        *_overrides(report),
         "| model | calibration data | samples | tokens | tensors purified | mean rank kept | removed part / change |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -64,6 +61,17 @@ def section(report: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _overrides(report: dict) -> list[str]:
+    """A line for each model whose settings differ from the block's."""
+    lines = []
+    for model, source in report["models"].items():
+        own = {key: value for key, value in source["settings"].items() if value != report["settings"][key]}
+        if own:
+            told = "; ".join(f"`{key}` {_value(value)}" for key, value in own.items())
+            lines += [f"For {_escape(model)}: {told}.", ""]
+    return lines
+
+
 def _data(report: dict) -> list[dict]:
     return [data for source in report["models"].values() for data in source["data"]]
 
@@ -76,6 +84,8 @@ def _describe(data: dict) -> str:
 
 
 def _is_local(path: str) -> bool:
+    if path in ("json", "csv", "parquet", "text", "imagefolder"):  # a loader, with data_files
+        return True
     return Path(path).expanduser().exists() or path.startswith((".", "/", "~")) or path.count("/") > 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,16 +13,22 @@ import click
 import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
+from pydantic import ValidationError
 
 from mergekit_pave import cache as caches
 from mergekit_pave import plugin, versions
 from mergekit_pave.calibration.estimate import readable
 from mergekit_pave.errors import PaveError
 
-_PROBE = (
-    "import mergekit.merge; from mergekit.config import MergeConfiguration as C;"
-    "raise SystemExit(0 if 'pave' in C.model_fields else 3)"
-)
+_PROBE = """
+import mergekit.merge
+from mergekit.config import MergeConfiguration
+if "pave" not in MergeConfiguration.model_fields:
+    raise SystemExit(3)
+from mergekit_pave import _field, plugin
+if _field.problem:
+    raise SystemExit(_field.problem)
+"""
 
 
 @click.group()
@@ -36,7 +43,10 @@ def main() -> None:
 def calibrate(config_file: str, merge_options: MergeOptions) -> None:
     """Fill the caches for CONFIG_FILE (a mergekit YAML with a `pave:` block) and merge nothing."""
     merge_options.apply_global_options()
-    config = MergeConfiguration.model_validate(yaml.safe_load(Path(config_file).read_text(encoding="utf-8")))
+    try:
+        config = MergeConfiguration.model_validate(yaml.safe_load(Path(config_file).read_text(encoding="utf-8")))
+    except (yaml.YAMLError, ValidationError, UnicodeDecodeError) as error:
+        raise PaveError(f"{config_file} is not a mergekit config: {error}") from error
     plan = plugin.fill_caches(config, merge_options)
     done = len(plan.decompositions)
     if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
@@ -111,9 +121,12 @@ def export(key: str, folder: Path, cache_dir: str | None) -> None:
 @_cache_dir
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def import_folder(folder: Path, cache_dir: str | None) -> None:
-    """Copy exported covariances from FOLDER, so that they are found for the same model and data."""
+    """Copy exported covariances from FOLDER into the cache, where a model from the Hub finds them for the same data.
+
+    For a local model, whose files have times of their own here, name FOLDER as `covariance:` in the config instead.
+    """
     manifest = caches.Artefact(folder).manifest()
-    if manifest is None or "key" not in manifest:
+    if manifest is None or not re.fullmatch("[0-9a-f]{32}", str(manifest.get("key"))):
         raise PaveError(f"{folder} has no exported covariances")
     caches.copy(folder, caches.cache_root(cache_dir) / "covariance" / manifest["key"])
     click.echo(f"imported as {manifest['key'][:12]}, covariances of {manifest['model']}")

@@ -17,6 +17,7 @@ from pydantic import (
     BeforeValidator,
     Discriminator,
     Field,
+    PrivateAttr,
     Tag,
     ValidationError,
     model_serializer,
@@ -108,10 +109,10 @@ class Data(_Block):
     revision: str | None = None
     data_files: str | list[str] | dict[str, str | list[str]] | None = None
     streaming: bool = False
-    text: str | None = None
-    text_pair: str | None = None
-    messages: str | None = None
-    image: str | None = None
+    text: str | None = Field(default=None, min_length=1)
+    text_pair: str | None = Field(default=None, min_length=1)
+    messages: str | None = Field(default=None, min_length=1)
+    image: str | None = Field(default=None, min_length=1)
 
     @model_validator(mode="after")
     def _one_kind_of_sample(self) -> Data:
@@ -169,6 +170,8 @@ class _Shielded:
 class PaveConfig(_Block):
     """The whole `pave:` block."""
 
+    _out_path: str = PrivateAttr("")  # where the merge is written, for the model card
+
     rank_ratio: RankRatio = 0.984
     allocation: Literal["spectral", "uniform"] = "spectral"
     regularization: Regularization = RelativeRegularization(relative=0.01)
@@ -225,10 +228,17 @@ def parse(value: Any, handler, info) -> PaveConfig | None:
         config = handler(value)
     except ValidationError as error:
         raise PaveError("\n".join(_describe(value, error))) from None
+    if not {"modules", "slices", "models", "base_model"} <= info.data.keys():
+        return config  # the rest of the config is wrong, which mergekit will tell
+    try:
+        from mergekit_pave.plugin import register
+    except ImportError as error:
+        raise PaveError(f"mergekit-pave cannot be loaded ({error}); install it anew, or remove the `pave:` block") from error
+    register()  # from here on mergekit has to honour the block
     base = info.data.get("base_model")
     merged = set(_merged_models(info.data, base))
     for entry in config.models:
-        if entry.model == base and entry.purify:
+        if entry.model == base and entry.purify and base not in merged:
             raise PaveError(f"pave.models: {entry.model} is the base model, which is never purified; remove its entry")
         if entry.model not in merged and entry.model != base:
             known = ", ".join(sorted(map(str, merged)))

@@ -25,9 +25,10 @@ from mergekit_pave import cache, versions
 from mergekit_pave.allocation import fair_share, most_dropped
 from mergekit_pave.calibration.batches import encode
 from mergekit_pave.calibration.data import Sample, load_samples
+from mergekit_pave.calibration.estimate import readable
 from mergekit_pave.calibration.layers import Architecture, Linear, describe
 from mergekit_pave.calibration.run import Job, Runtime, covariance_key
-from mergekit_pave.config import PaveConfig, RelativeRegularization
+from mergekit_pave.config import PaveConfig, PaveModel, RelativeRegularization
 from mergekit_pave.errors import PaveError
 from mergekit_pave.tasks import (
     AllocateRanks,
@@ -129,9 +130,30 @@ def make_plan(config: PaveConfig, tensors: list[PlannedTensor], environment: Env
     plan = Plan()
     for place, choices in chosen.items():
         _add_tensor(plan, config, tensors[place], place, choices, sources)
+    plan.decompositions = list(dict.fromkeys(plan.decompositions))
     plan.calibrations = list(dict.fromkeys(decomposition.calibration for decomposition in plan.decompositions))
+    _preflight(plan.calibrations)
     plan.header = _header(config, tensors, sources, reasons)
     return plan
+
+
+def _preflight(calibrations: list[CalibrateModel | GivenCovariance]) -> None:
+    """Say what the calibrations that are still to be done will cost, and refuse what the disk has no room for."""
+    total = 0
+    for task in calibrations:
+        if isinstance(task, GivenCovariance) or cache.Artefact(Path(task.folder)).manifest():
+            continue
+        cost = task.job.estimate(task.runtime.device)
+        total += cost.cache
+        LOG.info(
+            "%s: to be calibrated with %d tokens; takes at most %s of cache and about %s of memory",
+            task.job.name,
+            sum(len(sample.counted) for sample in task.job.encoded),
+            readable(cost.cache),
+            readable(cost.peak),
+        )
+    if total:
+        cache.require_space(Path(task.folder), total)
 
 
 class _Source:
@@ -173,10 +195,16 @@ class _Source:
         settings = self._pave.calibration_of(self.model)
         samples = load_samples(self.entry.sources, settings, str(self.model))
         encoded = encode(samples, self._processor(samples), settings, self.architecture.positions, str(self.model))
+        largest = max((max(sample.inputs.get("input_ids", [0])) for sample in encoded), default=0)
+        if self.architecture.vocabulary and largest >= self.architecture.vocabulary:
+            raise PaveError(
+                f"{self.model}: its tokenizer gives the token id {largest}, but the model knows only "
+                f"{self.architecture.vocabulary}; the tokenizer beside it belongs to another model"
+            )
         self.samples = len(encoded)
         self.tokens = sum(len(sample.counted) for sample in encoded)
         self.data = [data.model_dump(mode="json", exclude_defaults=True) | {"split": data.split} for data in self.entry.sources]
-        key = covariance_key(cache.weights_identity(self.folder, self._shards), encoded)
+        key = covariance_key(self._identity(), encoded)
         about = {
             "key": key,
             "model": str(self.model),
@@ -211,7 +239,15 @@ class _Source:
             raise PaveError(f"{where}: these were measured on other weights, those of {manifest['model']}; use `data` instead")
         self.samples, self.tokens, self.data = manifest["samples"], manifest["tokens"], manifest["data"]
         self.calibration = GivenCovariance(folder=str(folder))
-        return cache.digest(manifest["files"])
+        return cache.digest(manifest["files"], self._identity())
+
+    def _identity(self) -> str:
+        """Key of the weights and of what is computed with them."""
+        described = self._config.to_dict()
+        for volatile in ("transformers_version", "_name_or_path"):
+            described.pop(volatile, None)
+        code = [path.read_bytes() for path in sorted(Path(self.folder).glob("*.py"))]
+        return cache.digest(cache.weights_identity(self.folder, self._shards), json.dumps(described, default=str), *code)
 
     def tail_folder(self, tensor: str) -> Path:
         return self._tails / tensor.replace("/", "_")
@@ -276,7 +312,7 @@ def _select(
 
 
 def _check_patterns(config: PaveConfig, tensors: list[PlannedTensor], sources: dict[ModelReference, _Source]) -> None:
-    """Every pattern has to match something: an `include` a linear weight, an `exclude` any tensor."""
+    """Every pattern has to match something: an `include` or a filter a linear weight, an `exclude` any tensor."""
     matchable: dict[str, set[str]] = {"include": set(), "exclude": set()}
     for planned in tensors:
         for model in sources.keys() & set(planned.models) if planned.gather else ():
@@ -289,6 +325,12 @@ def _check_patterns(config: PaveConfig, tensors: list[PlannedTensor], sources: d
             if not any(pattern in name for name in names):
                 what = "linear weight" if key == "include" else "tensor"
                 raise PaveError(f"pave.{key}: {pattern!r} is part of no {what}'s name, so it selects nothing")
+    settings = [config.rank_ratio, *(config.entry(model).rank_ratio for model in sources)]
+    conditions = [condition for setting in settings for condition in (setting if isinstance(setting, list) else [setting])]
+    for condition in conditions:
+        pattern = getattr(condition, "filter", None)
+        if pattern not in (None, "*") and not any(pattern in name for name in matchable["include"]):
+            raise PaveError(f"pave.rank_ratio: the filter {pattern!r} is part of no linear weight's name")
 
 
 def _check_coverage(model: ModelReference, architecture: Architecture, reasons: dict[str, str]) -> None:
@@ -352,7 +394,7 @@ def _add_tensor(
         source = sources[choice.model]
         folder = source.tail_folder(choice.tensor)
         if has_tail(folder, cap):
-            tails.append(LoadTail(model=choice.model, tensor=choice.tensor, folder=str(folder)))
+            tails.append(LoadTail(model=choice.model, tensor=choice.tensor, folder=str(folder), count=cap))
             continue
         decomposition = DecomposeWeight(
             model=choice.model,
@@ -404,12 +446,14 @@ def _header(
     sources: dict[ModelReference, _Source],
     reasons: dict[ModelReference, dict[str, str]],
 ) -> dict[str, Any]:
+    block = json.loads(config.model_dump_json(exclude={"models", "cache_dir", "calibration"}))
     return {
         "versions": versions.installed(),
-        "settings": json.loads(config.model_dump_json(exclude={"models", "cache_dir", "calibration"})),
+        "settings": block,
         "models": {
             str(model): {
                 "data": source.data,
+                "settings": _resolved(source.entry, block),
                 "calibration": config.calibration_of(model).model_dump() if source.entry.data else None,
                 "samples": source.samples,
                 "tokens": source.tokens,
@@ -419,3 +463,9 @@ def _header(
         },
         "tensors": len(tensors),
     }
+
+
+def _resolved(entry: PaveModel, block: dict[str, Any]) -> dict[str, Any]:
+    """The settings that hold for one model: its own where it has one."""
+    own = json.loads(entry.model_dump_json())
+    return {key: value if own.get(key) is None else own[key] for key, value in block.items()}

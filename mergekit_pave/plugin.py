@@ -1,10 +1,9 @@
-"""Every place where we touch mergekit's inside, for mergekit >=0.1.5,<0.2.
+"""Every place where we touch mergekit's inside, for mergekit >=0.1.5,<0.2; the field itself is added in `_field`.
 
-- `MergeConfiguration` gets a field `pave`, so that the block is validated with the YAML and survives `to_yaml`.
 - `MergePlanner.plan_tensor` notes where in its slice a tensor lies (gradients need it, and the plan forgets it).
 - `MergePlanner._plan` swaps the gather tasks of purified tensors.
-- `MergePlanner.plan_to_disk` adds the task that writes the report.
-- `run_merge` appends to the model card.
+- `MergePlanner.plan_to_disk` adds the task that writes the report, and sees to it that `generate_card`, which
+  `mergekit.merge` will call when the merge is done, appends to the card.
 
 Without a `pave:` block each of these hands on to mergekit's own code and does nothing else.
 """
@@ -16,65 +15,35 @@ import inspect
 import json
 import logging
 import sys
-from importlib.metadata import version
-from typing import Annotated, Optional
 
 from mergekit.architecture import get_architecture_info
 from mergekit.common import ModelReference
-from mergekit.config import ConfigReader, MergeConfiguration
+from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor
 from mergekit.io.tasks import GatherTensors, LoaderCache
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
-from packaging.specifiers import SpecifierSet
-from pydantic import WrapValidator
-from pydantic.fields import FieldInfo
 
-from mergekit_pave import config as pave_config
+from mergekit_pave import _field
 from mergekit_pave.calibration import distributed
 from mergekit_pave.calibration.run import Runtime
-from mergekit_pave.card import append_to_card
+from mergekit_pave.card import with_section
 from mergekit_pave.errors import PaveError
 from mergekit_pave.planning import Environment, Plan, PlannedTensor, make_plan
+from mergekit_pave.report import read_report
 from mergekit_pave.tasks import WriteReport
-
-SUPPORTED = SpecifierSet(">=0.1.5,<0.2")
 
 
 def register() -> None:
-    """Teach the loaded mergekit about the `pave:` block. Idempotent.
-
-    Raises:
-        PaveError: this mergekit is not one we know.
-    """
-    installed = version("mergekit")
-    if installed not in SUPPORTED:
-        raise PaveError(
-            f"mergekit-pave {version('mergekit-pave')} works with mergekit {SUPPORTED}, but {installed} is installed. "
-            f"Install a version that fits (pip install 'mergekit{SUPPORTED}'), or remove mergekit-pave"
-        )
-    if "pave" not in MergeConfiguration.model_fields:
-        _add_field()
+    """Teach mergekit about the `pave:` block. Idempotent; validating a config with a block calls it."""
+    _field.add()
+    if not hasattr(MergePlanner._plan, "__wrapped__"):
         MergePlanner.plan_tensor = _noting_position(MergePlanner.plan_tensor)
         MergePlanner._plan = _with_purification(MergePlanner._plan)
         MergePlanner.plan_to_disk = _with_report(MergePlanner.plan_to_disk)
         log = logging.getLogger("mergekit_pave")
         if log.level == logging.NOTSET:
             log.setLevel(logging.INFO)  # the line that says what was purified shows at default verbosity
-
-
-def register_run_merge() -> None:
-    """The part of `register` that needs `mergekit.merge`, which is loaded after the planner. Idempotent."""
-    module = sys.modules["mergekit.merge"]
-    if not hasattr(module.run_merge, "__wrapped__"):
-        module.run_merge = _with_card(module.run_merge)
-
-
-def _add_field() -> None:
-    annotation = Annotated[Optional[pave_config.PaveConfig], WrapValidator(pave_config.parse)]
-    MergeConfiguration.__pydantic_fields__["pave"] = FieldInfo.from_annotated_attribute(annotation, None)
-    MergeConfiguration.model_rebuild(force=True)
-    ConfigReader.model_rebuild(force=True)  # it embeds the schema of the other
 
 
 def _noting_position(plan_tensor):
@@ -122,18 +91,20 @@ def _with_report(plan_to_disk):
         if self.config.pave is not None:
             plan = self._pave_plan
             tasks.append(WriteReport(out_path=out_path, header=json.dumps(plan.header), stats=tuple(plan.stats)))
+            self.config.pave._out_path = out_path
+            merge = sys.modules.get("mergekit.merge")
+            if merge is not None and not hasattr(merge.generate_card, "__wrapped__"):
+                merge.generate_card = _with_card(merge.generate_card)
         return tasks
 
     return wrapper
 
 
-def _with_card(run_merge):
-    @functools.wraps(run_merge)
-    def wrapper(*args, **kwargs):
-        run_merge(*args, **kwargs)
-        given = inspect.signature(run_merge).bind(*args, **kwargs).arguments
-        if given["merge_config"].pave is not None and given["options"].write_model_card:
-            append_to_card(given["out_path"])
+def _with_card(generate_card):
+    @functools.wraps(generate_card)
+    def wrapper(config, *args, **kwargs):
+        card = generate_card(config, *args, **kwargs)
+        return card if config.pave is None else with_section(card, read_report(config.pave._out_path))
 
     return wrapper
 
@@ -187,8 +158,3 @@ def fill_caches(config: MergeConfiguration, options: MergeOptions) -> Plan:
     for _ in executor.run(quiet=options.quiet, desc="Decomposing"):
         pass
     return plan
-
-
-register()
-if hasattr(sys.modules.get("mergekit.merge"), "run_merge"):
-    register_run_merge()

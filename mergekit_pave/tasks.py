@@ -123,13 +123,7 @@ class DecomposeWeight(_TensorTask):
         return {"weight": self.weight, "covariances": self.calibration}
 
     def execute(self, weight: Tensor, covariances: str) -> dict[str, Any]:
-        artefact = Artefact(Path(self.folder))
-        with artefact.lock():
-            if not has_tail(artefact.folder, self.count):  # another process may have just made it
-                self._store(artefact, weight.mT if self.transposed else weight, covariances)
-        return read_tail(artefact)
-
-    def _store(self, artefact: Artefact, weight: Tensor, covariances: str) -> None:
+        weight = weight.mT if self.transposed else weight
         if weight.shape != self.shape or not weight.is_floating_point():
             raise PaveError(
                 f"{self.model}: {self.tensor} is a {weight.dtype} tensor of shape {tuple(weight.shape)}, but the layer "
@@ -147,35 +141,34 @@ class DecomposeWeight(_TensorTask):
                 "set an absolute pave.regularization or exclude the layer"
             )
         tail = tail_components(weight, covariance, shift, self.count)
-        # float32 is exact enough for directions: the error of the removed part is about 1e-7 of it.
+        # float32 adds an error of about 1e-7 of ||W||, which is what storing W' in float32 costs, too.
         directions = tail.directions.float()
+        known = {"largest": tail.largest, "energy": tail.energy, "tokens": covariance.tokens}
+        artefact = Artefact(Path(self.folder))
         entry = artefact.write(_TAIL_FILE, {"directions": directions, "values": tail.values})
         about = {"model": str(self.model), "tensor": self.tensor, "count": self.count}
-        known = {"largest": tail.largest, "energy": tail.energy, "tokens": covariance.tokens}
         artefact.complete({"files": {_TAIL_FILE: entry}, **about, **known})
+        return {"directions": directions, "values": tail.values, **known}
 
 
 class LoadTail(_TensorTask):
     """The tail of one weight from the cache.
 
-    Value: {directions: (d_out, count), values: (count,) ascending, largest, energy, tokens}.
+    Value: {directions: (d_out, at least count), values: ascending, largest, energy, tokens}.
     """
 
     folder: str
+    count: int
 
     def arguments(self) -> dict[str, Task]:
         return {}
 
     def execute(self) -> dict[str, Any]:
-        return read_tail(Artefact(Path(self.folder)))
-
-
-def read_tail(artefact: Artefact) -> dict[str, Any]:
-    """The value of `LoadTail`, from an artefact known to be there."""
-    manifest = artefact.manifest()
-    if manifest is None:
-        raise PaveError(f"the cache entry {artefact.folder} has been removed or damaged during the run; run again")
-    return {**artefact.read(_TAIL_FILE), **{key: manifest[key] for key in ("largest", "energy", "tokens")}}
+        if not has_tail(Path(self.folder), self.count):
+            raise PaveError(f"the cache entry {self.folder} was removed or replaced during the run; run again")
+        artefact = Artefact(Path(self.folder))
+        manifest = artefact.manifest()
+        return {**artefact.read(_TAIL_FILE), **{key: manifest[key] for key in ("largest", "energy", "tokens")}}
 
 
 def has_tail(folder: Path, count: int) -> bool:

@@ -63,7 +63,7 @@ def encode(samples: list[Sample], processor: Any, calibration: Calibration, posi
             try:
                 inputs = _prepare(sample, processor, longest)
                 problem = None if inputs else "empty"
-            except TemplateError as error:
+            except (TemplateError, TypeError, ValueError, KeyError) as error:
                 problem = f"refused by the chat template ({error})"
         if problem is None:
             encoded.append((sample.origin, inputs))

@@ -50,7 +50,10 @@ def load_samples(sources: list[Data], calibration: Calibration, model: str) -> l
     """
     loaded = [_Rows(data, calibration, model) for data in sources]
     shares = share_evenly([len(rows) for rows in loaded], calibration.samples)
-    return [sample for rows, share in zip(loaded, shares) for sample in rows.samples(share)]
+    samples = [sample for rows, share in zip(loaded, shares) for sample in rows.samples(share)]
+    if len({sample.image is None for sample in samples if sample.problem is None}) > 1:
+        raise PaveError(f"pave.models[{model}].data: a model cannot be calibrated with both texts and images")
+    return samples
 
 
 def share_evenly(sizes: list[int], budget: int) -> list[int]:
@@ -68,10 +71,7 @@ class _Rows:
     def __init__(self, data: Data, calibration: Calibration, model: str):
         where = f"pave.models[{model}].data"
         self._seed, self._path = calibration.seed, data.path
-        rows = _load(data, f"{where}.path")
-        if data.streaming:
-            rows = rows.shuffle(seed=calibration.seed, buffer_size=max(1000, 4 * calibration.samples))
-            rows = datasets.Dataset.from_list(list(rows.take(calibration.samples)))
+        rows = _load(data, calibration, f"{where}.path")
         if not len(rows):
             raise PaveError(f"{where}: {data.path} (split {data.split!r}) has no rows")
         self._rows = rows
@@ -112,7 +112,7 @@ class _Rows:
             return Sample(origin, problem=str(error))
 
 
-def _load(data: Data, where: str) -> Any:
+def _load(data: Data, calibration: Calibration, where: str) -> datasets.Dataset:
     loader = _LOADERS.get(os.path.splitext(data.path)[1].lower())
     path = Path(data.path).expanduser()
     if loader and not path.is_file():
@@ -128,7 +128,11 @@ def _load(data: Data, where: str) -> Any:
         source = str(path) if path.exists() else data.path
         options |= {"name": data.name, "revision": data.revision, "data_files": data.data_files}
     try:
-        return datasets.load_dataset(source, **options)
+        rows = datasets.load_dataset(source, **options)
+        if data.streaming:
+            rows = rows.shuffle(seed=calibration.seed, buffer_size=max(1000, 4 * calibration.samples))
+            rows = datasets.Dataset.from_list(list(rows.take(calibration.samples)))
+        return rows
     except Exception as error:  # the library raises a dozen kinds, all of them about this one entry
         cause = error.__cause__ or error
         reason = " ".join(str(cause).split())

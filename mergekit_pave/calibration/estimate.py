@@ -11,7 +11,7 @@ from mergekit_pave.calibration.layers import Architecture
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes that a calibration needs. Upper bounds where layers turn out to share an input.
+    """Bytes that a calibration needs. Upper bounds: layers that turn out to share an input need less.
 
     Attributes:
         cache: covariances on disk.
@@ -41,14 +41,13 @@ def estimate(architecture: Architecture, encoded: list[Encoded], batch_size: int
     """
     tokens = sum(len(sample.counted) for sample in encoded)
     lengths = sorted(sample.length for sample in encoded)
-    # Siblings with inputs of one width nearly always see the same input.
-    inputs = {(linear.module.rpartition(".")[0], linear.shape[1]) for linear in architecture.linears.values()}
     cache = 0
     accumulators: dict[str, int] = defaultdict(int)
-    for parent, width in inputs:
+    for linear in architecture.linears.values():
+        width = linear.shape[1]
         rows, triangle = tokens * width * itemsize, 4 * width * (width + 1)
         cache += min(rows, triangle)
-        accumulators[architecture.block_of(parent)] += rows if rows <= triangle else 8 * width * width
+        accumulators[architecture.block_of(linear.module)] += rows if rows <= triangle else 8 * width * width
     wide = max((sum(linear.shape) for linear in architecture.linears.values()), default=0)
     return Estimate(
         cache=cache,

@@ -43,6 +43,7 @@ class Architecture:
         heads: names of the weights of linear layers outside the backbone.
         weights: the shape of every parameter by its name.
         prefix: what a checkpoint of the bare backbone leaves out of each name, with its dot.
+        vocabulary: the number of token ids it knows, or None.
         positions: the longest sequence it can take, or None; of an image model the number of patches.
         hidden_size: width of the hidden states between blocks.
         blocks: number of parameters of each block by its path, and under "" of all that is in no block.
@@ -52,6 +53,7 @@ class Architecture:
     heads: frozenset[str]
     weights: dict[str, tuple[int, ...]]
     prefix: str
+    vocabulary: int | None
     positions: int | None
     hidden_size: int
     blocks: dict[str, int]
@@ -119,6 +121,7 @@ def describe(config: transformers.PretrainedConfig, folder: str, trust_remote_co
         heads=frozenset(heads),
         weights={name: tuple(value.shape) for name, value in model.named_parameters(remove_duplicate=False)},
         prefix=f"{model.base_model_prefix}." if model.base_model_prefix else "",
+        vocabulary=getattr(model.get_input_embeddings(), "num_embeddings", None),
         positions=_longest_sequence(model),
         hidden_size=getattr(config.get_text_config(), "hidden_size", 0),
         blocks=_sizes(model.base_model, f"{model.base_model_prefix}." if model.base_model is not model else ""),
@@ -167,7 +170,12 @@ def load_model(config: transformers.PretrainedConfig, folder: str, device: str, 
     """
     cls = model_class(config, folder, trust_remote_code)
     dtype = inference_dtype(config, device)
-    model, info = cls.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
+    try:
+        model, info = cls.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
+    except (RuntimeError, OSError, ValueError) as error:
+        if "memory" in str(error):
+            raise
+        raise PaveError(f"{folder}: transformers cannot load it as {cls.__name__}: {error}") from error
     backbone = {id(parameter) for parameter in model.base_model.parameters()}
     missing = [name for name in sorted(info["missing_keys"]) if id(model.get_parameter(name)) in backbone]
     if missing:

@@ -27,14 +27,24 @@ class ReenteredError(Exception):
     """A layer was called again after its covariance had been taken."""
 
 
+class UnalignedInputError(Exception):
+    """The rows of a layer's input are not the tokens of the batch, so padding among them cannot be told."""
+
+
 class Observer:
     """Accumulates the second moment of the input of every layer it watches.
 
     Layers that see the same tensor (query, key and value; gate and up) are found on their first call and share one
     accumulation from then on.
+
+    Args:
+        layers: paths of the modules to watch.
+        name: the model's name, for messages.
+        unpadded: batches have one sample each, so that every row of an input that is not aligned with tokens counts.
     """
 
-    def __init__(self, model: nn.Module, layers: list[str], name: str):
+    def __init__(self, model: nn.Module, layers: list[str], name: str, unpadded: bool):
+        self._unpadded = unpadded
         self._model = model
         self._layers = layers
         self._name = name
@@ -82,7 +92,7 @@ class Observer:
                 f"{self._name}: {layer} shared its input with {group.members[0]} in the first calibration batch but not "
                 "in a later one; list one of the two under pave.exclude"
             )
-        rows = self._counted_rows(x)
+        rows = self._counted_rows(layer, x)
         if rows.shape[0]:
             if not rows.isfinite().all():
                 raise PaveError(f"{self._name}: the input of {layer} is not finite for {self._culprit(x)}")
@@ -90,15 +100,22 @@ class Observer:
         group.calls += 1
         self._last = (weakref.ref(x), x._version, group)
 
-    def _counted_rows(self, x: Tensor) -> Tensor:
-        """The rows of x that belong to counted tokens; all of them where x is not aligned with the tokens. A copy."""
+    def _counted_rows(self, layer: str, x: Tensor) -> Tensor:
+        """The rows of x that belong to counted tokens; all of them where x is not aligned with the tokens. A copy.
+
+        Raises:
+            UnalignedInputError: x is not aligned, and the batch may have padding.
+        """
         counted = self._batch.counted
         flat = x.reshape(-1, x.shape[-1])
-        if counted is None:
-            return flat.clone()
-        if x.shape[:-1] == counted.shape:
-            return x[counted]
-        return flat[counted.flatten()] if x.dim() == 2 and flat.shape[0] == counted.numel() else flat.clone()
+        if counted is None or (x.dim() == 2 and x.shape[0] == counted.shape[0] != counted.numel()):
+            return flat.clone()  # images, and what is pooled to one row a sample
+        aligned = [n for n in x.shape[:-1] if n > 1] == [n for n in counted.shape if n > 1]
+        if aligned or (x.dim() == 2 and flat.shape[0] == counted.numel()):
+            return flat[counted.flatten()]
+        if not self._unpadded:
+            raise UnalignedInputError(layer)
+        return flat.clone()
 
     def _culprit(self, x: Tensor) -> str:
         counted = self._batch.counted

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from mergekit_pave.calibration.batches import Batch, Encoded
 from mergekit_pave.calibration.estimate import Estimate, estimate, readable
 from mergekit_pave.calibration.layers import Architecture, find_blocks, inference_dtype, load_model, model_class
 from mergekit_pave.calibration.lockstep import run_in_lockstep
-from mergekit_pave.calibration.observe import Observer, ReenteredError
+from mergekit_pave.calibration.observe import Observer, ReenteredError, UnalignedInputError
 from mergekit_pave.calibration.weights import StreamedModel, UnknownWeightError
 from mergekit_pave.covariance import Covariance
 from mergekit_pave.errors import PaveError
@@ -102,22 +102,12 @@ def calibrate(job: Job, artefact: cache.Artefact, runtime: Runtime) -> None:
     with artefact.lock():
         if distributed.world_size() == 1 and artefact.is_intact():
             return  # another process has just made them
-        cost = job.estimate(runtime.device)
-        tokens = sum(len(sample.counted) for sample in job.encoded)
-        LOG.info(
-            "%s: calibrating with %d tokens; at most %s of cache and about %s of memory",
-            job.name,
-            tokens,
-            readable(cost.cache),
-            readable(cost.peak),
-        )
-        artefact.require_space(cost.cache)
         try:
             with artefact.discarded_on_error():
                 artefact.complete(_measure_and_store(job, artefact, runtime))
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error):
-                raise PaveError(_out_of_memory(job, cost, runtime.device)) from error
+                raise PaveError(_out_of_memory(job, runtime.device)) from error
             raise
 
 
@@ -137,7 +127,8 @@ def _measure_and_store(job: Job, artefact: cache.Artefact, runtime: Runtime) -> 
     return {"files": files, "layers": layers, **job.about}
 
 
-def _out_of_memory(job: Job, cost: Estimate, device: str) -> str:
+def _out_of_memory(job: Job, device: str) -> str:
+    cost = job.estimate(device)
     halved = max(1, job.batch_size // 2)
     return (
         f"{job.name}: calibration ran out of memory on {device}. It needs about {readable(cost.peak)}: "
@@ -150,28 +141,35 @@ def _out_of_memory(job: Job, cost: Estimate, device: str) -> str:
 
 
 def _measure(job: Job, runtime: Runtime) -> Measured:
-    """Block by block where that is possible. What comes later replaces what came before for the same layers."""
-    try:
-        yield from measure_in_lockstep(job, runtime)
-    except (ReenteredError, UnknownWeightError) as error:
-        # ALBERT calls one block over and over; some checkpoints need transformers' own loader.
-        LOG.info("%s: cannot be run block by block (%s), loading it whole", job.name, error)
-        yield from measure_whole(job, runtime)
+    """Block by block and in batches where that is possible. What comes later replaces what came before for a layer."""
+    measure, batch_size = measure_in_lockstep, job.batch_size
+    while True:
+        try:
+            yield from measure(job, runtime, batch_size)
+            return
+        except (ReenteredError, UnknownWeightError) as error:
+            # ALBERT calls one block over and over; some checkpoints need transformers' own loader.
+            LOG.info("%s: cannot be run block by block (%s), loading it whole", job.name, error)
+            measure = measure_whole
+        except UnalignedInputError as error:
+            LOG.info("%s: running samples one by one, because padding cannot be told from tokens in %s", job.name, error)
+            batch_size = 1
 
 
-def measure_in_lockstep(job: Job, runtime: Runtime) -> Measured:
+def measure_in_lockstep(job: Job, runtime: Runtime, batch_size: int) -> Measured:
     """Each covariance with the layers that it belongs to, block by block.
 
     Raises:
         ReenteredError: the model calls a block again after all batches have left it.
         UnknownWeightError: a weight cannot be found in the checkpoint.
+        UnalignedInputError: only batches without padding will do.
     """
     cls = model_class(job.config, job.folder, runtime.trust_remote_code)
     dtype = inference_dtype(job.config, runtime.device)
     streamed = StreamedModel(cls, job.config, job.folder, dtype, runtime.device)
-    observer = Observer(streamed.model, job.layers, job.name)
-    run = _runner(streamed.model)
-    batches = [batch.to(runtime.device) for batch in distributed.share(job.encoded, job.batch_size)]
+    run = _runner(streamed.model, batch_size)
+    observer = Observer(streamed.model, job.layers, job.name, unpadded=batch_size == 1)
+    batches = [batch.to(runtime.device) for batch in distributed.share(job.encoded, batch_size)]
     tokens = sum(sample.length for sample in job.encoded) / distributed.world_size()
     blocks = len(find_blocks(streamed.model))
     with (
@@ -189,12 +187,16 @@ def measure_in_lockstep(job: Job, runtime: Runtime) -> Measured:
     yield from distributed.add_up(observer.take())
 
 
-def measure_whole(job: Job, runtime: Runtime) -> Measured:
-    """The same with the whole model, and all of its covariances, in memory."""
+def measure_whole(job: Job, runtime: Runtime, batch_size: int) -> Measured:
+    """The same with the whole model, and all of its covariances, in memory.
+
+    Raises:
+        UnalignedInputError: only batches without padding will do.
+    """
     model = load_model(job.config, job.folder, runtime.device, runtime.trust_remote_code)
-    observer = Observer(model, job.layers, job.name)
-    run = _runner(model)
-    batches = distributed.share(job.encoded, job.batch_size)
+    run = _runner(model, batch_size)
+    observer = Observer(model, job.layers, job.name, unpadded=batch_size == 1)
+    batches = distributed.share(job.encoded, batch_size)
     with torch.no_grad(), observer.watching() as begin:
         for batch in tqdm.tqdm(batches, desc=f"Calibrating {job.name}", unit="batch", disable=runtime.quiet):
             batch = batch.to(runtime.device)
@@ -203,15 +205,20 @@ def measure_whole(job: Job, runtime: Runtime) -> Measured:
     yield from distributed.add_up(observer.take())
 
 
-def _runner(model: nn.Module) -> Any:
+def _runner(model: nn.Module, batch_size: int) -> Callable[[Batch], None]:
     """A function that runs the model on a batch.
 
     Heads are not measured, and a language model's is often the costliest layer: only the backbone is run.
+
+    Raises:
+        UnalignedInputError: the model takes no attention mask, so padding would be read as text.
     """
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
     backbone = model.base_model
     accepted = inspect.signature(backbone.forward).parameters
+    if "input_ids" in accepted and "attention_mask" not in accepted and batch_size > 1:
+        raise UnalignedInputError("a model without attention_mask")
 
     def run(batch: Batch) -> None:
         backbone(**{name: values for name, values in batch.inputs.items() if name in accepted})

@@ -22,11 +22,16 @@ class StreamedModel:
 
     Attributes:
         model: the model. Its buffers are real, its parameters are not unless loaded.
+
+    Raises:
+        UnknownWeightError: the checkpoint cannot be read in parts.
     """
 
     def __init__(self, cls: Any, config: transformers.PretrainedConfig, folder: str, dtype: torch.dtype, device: str):
         self._reference = ModelReference(model=ModelPath(path=folder))
         self._dtype, self._device = dtype, device
+        if not LoaderCache().get(self._reference).index.is_safetensors:
+            raise UnknownWeightError("its weights are not in safetensors files, which can be read in parts")
         self.model = empty_model(cls, config, dtype)
         self.model.tie_weights()
         self.model.eval().requires_grad_(False)
