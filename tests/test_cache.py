@@ -136,13 +136,26 @@ class TestWeightsIdentity:
 
     def test_pickled_and_tiny_shards(self, tmp_path):
         (tmp_path / "config.json").write_text("{}")
-        for name in ("pytorch_model.bin", "tiny.safetensors"):
-            (tmp_path / name).write_bytes(b"abc")
-            os.utime(tmp_path / name, ns=(1, 1))
-            before = weights_identity(str(tmp_path), [name])
-            (tmp_path / name).write_bytes(b"abd")
-            os.utime(tmp_path / name, ns=(1, 1))
-            assert weights_identity(str(tmp_path), [name]) != before
+        path = tmp_path / "pytorch_model.bin"
+        path.write_bytes(b"abc")
+        os.utime(path, ns=(1, 1))
+        before = weights_identity(str(tmp_path), [path.name])
+        path.write_bytes(b"abd")
+        os.utime(path, ns=(1, 1))
+        assert weights_identity(str(tmp_path), [path.name]) != before
+
+    def test_every_tensor_is_sampled(self, tmp_path):
+        """A change of one small tensor among large ones shows, even where the file's time does not."""
+        (tmp_path / "config.json").write_text("{}")
+        path = tmp_path / "model.safetensors"
+        tensors = {"large": torch.zeros(1_000_000), "small": torch.zeros(3), "last": torch.zeros(500_000)}
+        keys = set()
+        for value in (0, 1):
+            tensors["small"][0] = value
+            safetensors.torch.save_file(tensors, path)
+            os.utime(path, ns=(1, 1))
+            keys.add(weights_identity(str(tmp_path), [path.name]))
+        assert len(keys) == 2
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import torch
 import transformers
 from models import make_rows, read_rows, save, write_rows
 
-from mergekit_pave.cache import Artefact
+from mergekit_pave.cache import Artefact, require_space
 from mergekit_pave.calibration import lockstep, run
 from mergekit_pave.calibration.batches import Encoded, draw_positions, encode, make_batches
 from mergekit_pave.calibration.data import load_samples, share_evenly
@@ -23,6 +23,14 @@ from mergekit_pave.config import DEFAULT_CALIBRATION, Data
 from mergekit_pave.errors import PaveError
 
 CPU = Runtime("cpu", False, True)
+
+
+def in_lockstep(job: Job):
+    return measure_in_lockstep(job, CPU, job.batch_size)
+
+
+def whole(job: Job):
+    return measure_whole(job, CPU, job.batch_size)
 
 
 def job_for(folder: Path, samples: list[str], batch_size: int = 4, max_tokens: int = 65536) -> Job:
@@ -51,14 +59,14 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], to
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
 def test_block_by_block_is_the_same_as_whole(families, kind):
     job = job_for(families[kind].tuned[0], texts())
-    assert_same(by_layer(measure_in_lockstep(job, CPU)), by_layer(measure_whole(job, CPU)), 1e-12)
+    assert_same(by_layer(in_lockstep(job)), by_layer(whole(job)), 1e-12)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
 def test_padding_and_batch_size_change_nothing_but_rounding(families, kind):
-    alone = by_layer(measure_in_lockstep(job_for(families[kind].tuned[0], texts(), batch_size=1), CPU))
+    alone = by_layer(in_lockstep(job_for(families[kind].tuned[0], texts(), batch_size=1)))
     for size in (3, 64):
-        assert_same(alone, by_layer(measure_in_lockstep(job_for(families[kind].tuned[0], texts(), batch_size=size), CPU)), 1e-5)
+        assert_same(alone, by_layer(in_lockstep(job_for(families[kind].tuned[0], texts(), batch_size=size))), 1e-5)
 
 
 def test_one_block_at_a_time_is_loaded(llama):
@@ -76,14 +84,14 @@ def test_one_block_at_a_time_is_loaded(llama):
     batches = make_batches(job.encoded, 4)
     assert len(batches) > 1
     with torch.no_grad():
-        order = list(lockstep.run_in_lockstep(streamed, batches, run._runner(streamed.model), lambda batch: None))
+        order = list(lockstep.run_in_lockstep(streamed, batches, run._runner(streamed.model, 4), lambda batch: None))
     assert order == [None, "model.layers.0", "model.layers.1", "model.layers.2"]
     assert most == [[i] for i in range(3) for _ in batches]
     assert all(p.is_meta for p in streamed.model.parameters())
 
 
 def test_layers_with_one_input_are_measured_once(llama):
-    groups = [members for members, _ in measure_in_lockstep(job_for(llama.tuned[0], texts()), CPU)]
+    groups = [members for members, _ in in_lockstep(job_for(llama.tuned[0], texts()))]
     layer = "model.layers.1"
     assert [f"{layer}.self_attn.{name}_proj" for name in "qkv"] in groups
     assert [f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj"] in groups
@@ -100,9 +108,9 @@ def test_a_block_that_is_called_again_and_again(tmp_path, families):
     folder = save(transformers.AlbertForSequenceClassification(config), tokenizer, tmp_path / "albert")
     job = job_for(folder, texts())
     calibrate(job, Artefact(tmp_path / "cache"), CPU)
-    whole = by_layer(measure_whole(job, CPU))
+    expected = by_layer(whole(job))
     tokens = sum(sample.length for sample in job.encoded)
-    for layer, matrix in whole.items():
+    for layer, matrix in expected.items():
         covariance = load_covariance(Artefact(tmp_path / "cache"), layer)
         assert (covariance.matrix() - matrix).norm() <= 1e-6 * matrix.norm()
         if "attention" in layer:
@@ -122,7 +130,7 @@ def test_token_budget_is_drawn_evenly():
 
 def test_only_drawn_tokens_enter(llama):
     job = job_for(llama.tuned[0], texts(), max_tokens=20)
-    for _, covariance in measure_in_lockstep(job, CPU):
+    for _, covariance in in_lockstep(job):
         assert covariance.tokens == 20
 
 
@@ -270,7 +278,7 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_written(llama, tmp_path, ca
 
 def test_too_little_space_is_told_before_anything_runs(tmp_path):
     with pytest.raises(PaveError, match=r"may need 1000000000\.0 GB.*cache_dir"):
-        Artefact(tmp_path / "a" / "b").require_space(10**18)
+        require_space(tmp_path / "a" / "b", 10**18)
 
 
 def test_two_processes_give_the_numbers_of_one(llama, tmp_path, cache):
@@ -346,9 +354,9 @@ def test_images_go_through_the_image_processor(tmp_path):
     encoded = encode(samples, processor, DEFAULT_CALIBRATION, architecture.positions, "m")
     job = Job("vit", str(folder), transformers.AutoConfig.from_pretrained(folder), architecture, encoded, 3, {})
     calibrate(job, Artefact(tmp_path / "cache"), CPU)
-    whole = by_layer(measure_whole(job, CPU))
-    assert len(whole) == 12  # six layers in each of two blocks
-    for layer, matrix in whole.items():
+    expected = by_layer(whole(job))
+    assert len(expected) == 12  # six layers in each of two blocks
+    for layer, matrix in expected.items():
         covariance = load_covariance(Artefact(tmp_path / "cache"), layer)
         assert (covariance.matrix() - matrix).norm() <= 1e-6 * matrix.norm()
         assert covariance.tokens == 7 * 17  # sixteen patches and the class token
