@@ -22,7 +22,7 @@ test-slow: $(READY)
 	$(VENV)/bin/python -m pytest -q -m slow
 
 demo: $(READY)
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python examples/demo.py
+	OMP_WAIT_POLICY=passive PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python examples/demo.py
 
 clean:
 	rm -rf $(VENV) demo-out
