@@ -351,7 +351,7 @@ def report(tuned: list[str], other: str, scores: dict[str, list[Score]]) -> None
         mean, error = gain(compared[name], compared["plain"])
         verdict = "not distinguishable from zero" if abs(mean) < 2 * error else "better" if mean > 0 else "worse"
         print(f"  {name}: {verdict}, {signed((mean, error))} ({mean / whole:+.2%} of the gain of fine-tuning)")
-    print("This is one small model, one seed and one setting: a larger one may fall otherwise.")
+    print("This is one small model, one seed and one setting; another may come out differently.")
     if weak := [name for name, after, before in zip(tuned, own, base) if gain([after], [before])[0] <= 0]:
         sys.exit(f"Fine-tuning did not help on {', '.join(weak)}, so the comparison above means nothing.")
 

@@ -40,6 +40,7 @@ def section(report: dict) -> str:
         f"| `allocation` | {settings['allocation']} |",
         f"| `regularization` (λ) | {_value(settings['regularization'])} |",
         f"| `target` | {settings['target']} |",
+        *(f"| `{key}` | {', '.join(settings[key])} |" for key in ("include", "exclude") if settings[key]),
         "",
         *_overrides(report),
         "| model | calibration data | samples | tokens | tensors purified | mean rank kept | removed part / change |",

@@ -32,6 +32,7 @@ if _field.problem:
 
 
 @click.group()
+@click.version_option(package_name="mergekit-pave")
 def main() -> None:
     """PAVE for mergekit: purify task vectors before they are merged."""
     plugin.register()
@@ -58,7 +59,7 @@ def cache() -> None:
     """Look after the cache of covariances and subspaces."""
 
 
-_cache_dir = click.option("--cache-dir", help="The cache, where it is not the default one.")
+_cache_dir = click.option("--cache-dir", help="The cache, where a config sets pave.cache_dir.")
 _keys = click.argument("keys", nargs=-1, required=True)
 
 
@@ -134,9 +135,10 @@ def import_folder(folder: Path, cache_dir: str | None) -> None:
 
 def _find(key: str, cache_dir: str | None) -> caches.Entry:
     root = caches.cache_root(cache_dir)
-    found = [entry for entry in caches.entries(root) if entry.key.startswith(key)]
+    found = [entry for entry in caches.entries(root) if key and entry.key.startswith(key)]
     if len(found) != 1:
-        raise PaveError(f"{'no entry' if not found else 'more than one entry'} in {root} begins with {key}; see `cache list`")
+        count = "more than one entry" if found else "no entry"
+        raise PaveError(f"{count} in {root} begins with {key!r}; see `cache list`, and --cache-dir for a cache elsewhere")
     return found[0]
 
 

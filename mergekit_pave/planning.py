@@ -132,6 +132,7 @@ def make_plan(config: PaveConfig, tensors: list[PlannedTensor], environment: Env
         _add_tensor(plan, config, tensors[place], place, choices, sources)
     plan.decompositions = list(dict.fromkeys(plan.decompositions))
     plan.calibrations = list(dict.fromkeys(decomposition.calibration for decomposition in plan.decompositions))
+    LOG.info("PAVE: %d of %d weights are in the cache", len(plan.stats) - len(plan.decompositions), len(plan.stats))
     _preflight(plan.calibrations)
     plan.header = _header(config, tensors, sources, reasons)
     return plan

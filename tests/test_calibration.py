@@ -162,7 +162,7 @@ def test_rows_that_cannot_be_used_are_skipped_and_counted(llama, tmp_path, caplo
 
 def test_too_many_bad_rows_are_an_error(llama, tmp_path):
     rows = [{"text": ["a", "list"]}] * 4 + [{"text": ["one"]}]
-    with pytest.raises(PaveError, match=r"5 of 5 rows cannot be used: 5 column text is not text but list"):
+    with pytest.raises(PaveError, match=r"5 of 5 rows cannot be used: 5 \(column 'text' holds no text but a list\)"):
         encode_rows(llama, tmp_path, rows)
 
 

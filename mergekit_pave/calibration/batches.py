@@ -72,7 +72,10 @@ def encode(samples: list[Sample], processor: Any, calibration: Calibration, posi
     if problems:
         told = ", ".join(f"{count} {problem}" for problem, count in problems.most_common(3))
         if 2 * problems.total() > len(samples):
-            raise PaveError(f"{where}: {problems.total()} of {len(samples)} rows cannot be used: {told}")
+            raise PaveError(
+                f"{where}: {problems.total()} of {len(samples)} rows cannot be used: {told}. Texts go under `text`, "
+                "chats under `messages`, images under `image`"
+            )
         LOG.warning("%s: skipped %d of %d rows: %s", where, problems.total(), len(samples), told)
     if "input_ids" not in encoded[0][1]:
         return [Encoded(origin, inputs, list(range(positions or 1))) for origin, inputs in encoded]

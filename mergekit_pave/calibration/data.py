@@ -171,20 +171,20 @@ def _fill(template: str, row: dict[str, Any]) -> str:
     cells = {name: "" if row[name] is None else row[name] for name in fields}
     for name, cell in cells.items():
         if not isinstance(cell, (str, int, float)):
-            raise ValueError(f"column {name} is not text but {type(cell).__name__}")
+            raise ValueError(f"(column {name!r} holds no text but a {type(cell).__name__})")
     return template.format_map(cells) if any(str(cell).strip() for cell in cells.values()) else ""
 
 
 def _chat(messages: Any) -> list[dict[str, Any]]:
     if not isinstance(messages, list) or not all(isinstance(turn, dict) and turn.get("role") for turn in messages):
-        raise ValueError("not a list of {role, content}")
+        raise ValueError("(no list of {role, content})")
     # A table gives every turn the keys of all turns; a chat template takes a key that is there for one that is meant.
     return [{key: value for key, value in turn.items() if value is not None} for turn in messages]
 
 
 def _picture(image: Any, column: str) -> Any:
     if not hasattr(image, "convert"):
-        raise ValueError(f"column {column} is not an image but {type(image).__name__}")
+        raise ValueError(f"(column {column!r} holds no image but a {type(image).__name__})")
     return image.convert("RGB")
 
 

@@ -67,6 +67,11 @@ class Runtime:
     trust_remote_code: bool
     quiet: bool
 
+    @property
+    def no_progress(self) -> bool:
+        """Of several processes one draws a bar."""
+        return self.quiet or distributed.rank() > 0
+
 
 Measured = Iterator[tuple[list[str], Covariance]]
 
@@ -102,6 +107,8 @@ def calibrate(job: Job, artefact: cache.Artefact, runtime: Runtime) -> None:
     with artefact.lock():
         if distributed.world_size() == 1 and artefact.is_intact():
             return  # another process has just made them
+        if artefact.manifest():
+            LOG.warning("%s: the covariances in the cache are damaged; making them anew", job.name)
         try:
             with artefact.discarded_on_error():
                 artefact.complete(_measure_and_store(job, artefact, runtime))
@@ -175,7 +182,7 @@ def measure_in_lockstep(job: Job, runtime: Runtime, batch_size: int) -> Measured
     with (
         torch.no_grad(),
         observer.watching() as begin,
-        tqdm.tqdm(total=blocks, desc=f"Calibrating {job.name}", unit="block", disable=runtime.quiet) as progress,
+        tqdm.tqdm(total=blocks, desc=f"Calibrating {job.name}", unit="block", disable=runtime.no_progress) as progress,
     ):
         start = time.monotonic()
         for block in run_in_lockstep(streamed, batches, run, begin):
@@ -198,7 +205,7 @@ def measure_whole(job: Job, runtime: Runtime, batch_size: int) -> Measured:
     observer = Observer(model, job.layers, job.name, unpadded=batch_size == 1)
     batches = distributed.share(job.encoded, batch_size)
     with torch.no_grad(), observer.watching() as begin:
-        for batch in tqdm.tqdm(batches, desc=f"Calibrating {job.name}", unit="batch", disable=runtime.quiet):
+        for batch in tqdm.tqdm(batches, desc=f"Calibrating {job.name}", unit="batch", disable=runtime.no_progress):
             batch = batch.to(runtime.device)
             begin(batch)
             run(batch)
