@@ -6,8 +6,8 @@ U_r S_r V_r^T = U_r U_r^T W C_s, the inverse cancels:
 
     W' = U_r U_r^T W = W - U_t U_t^T W,    U_t: the left singular vectors of the dropped tail,
 
-so only the few smallest singular directions are ever computed. All of it is float64: the tail lives at the far end of
-a spectrum that covers six decades and more.
+so only the few smallest singular directions are ever computed. Finding them is float64 throughout: the tail lives at the
+far end of a spectrum that covers six decades and more. Taking them out of W is an ordinary product in W's precision.
 
 In A A^T (A = W C_s) the tail would drown in the rounding error of the largest values, which can be 1e7 times larger.
 In (A A^T)^-1 it comes first and is well separated, so that is what is worked with, as a factorisation of A: block

@@ -1,6 +1,6 @@
 """What purifying one weight costs: the paper's pipeline, as published, against ours, side by side.
 
-    python tests/benchmarks/decomposition.py            # the table of issue 4; half an hour and more on two cores
+    python tests/benchmarks/decomposition.py            # all shapes; half an hour and more on two cores
     python tests/benchmarks/decomposition.py --quick    # 1024-wide, under a minute
 
 The paper's pipeline, in float32: activations are collected for the rank search (`svdvals` of W C_s) and again for the task
