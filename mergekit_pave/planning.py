@@ -149,7 +149,7 @@ def _preflight(calibrations: list[CalibrateModel | GivenCovariance]) -> None:
         LOG.info(
             "%s: to be calibrated with %d tokens; takes at most %s of cache and about %s of memory",
             task.job.name,
-            sum(len(sample.counted) for sample in task.job.encoded),
+            task.job.about["tokens"],
             readable(cost.cache),
             readable(cost.peak),
         )
