@@ -37,10 +37,26 @@ LOG = logging.getLogger(__name__)
 _TAIL_FILE = "tail.safetensors"
 
 
-class CalibrateModel(Task[str]):
-    """Make sure that a model's covariances are in the cache. Value: their folder."""
+class _CovarianceTask(Task[str]):
+    """A task that sees to the covariances of one model. Value: their folder."""
 
     folder: str
+
+    def arguments(self) -> dict[str, Task]:
+        return {}
+
+    def priority(self) -> int:
+        # Before mergekit opens its output: what fails here leaves nothing behind.
+        return 20000
+
+    def main_thread_only(self) -> bool:
+        # Before a multi-GPU executor splits the rest into islands.
+        return True
+
+
+class CalibrateModel(_CovarianceTask):
+    """Make sure that a model's covariances are in the cache."""
+
     # A Job and a Runtime; they have come from us, so pydantic need not look into them.
     job: Any
     runtime: Any
@@ -52,29 +68,13 @@ class CalibrateModel(Task[str]):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, CalibrateModel) and self.folder == other.folder
 
-    def arguments(self) -> dict[str, Task]:
-        return {}
-
     def execute(self) -> str:
         calibrate(self.job, Artefact(Path(self.folder)), self.runtime)
         return self.folder
 
-    def priority(self) -> int:
-        # Before mergekit opens its output: what fails here leaves nothing behind.
-        return 20000
 
-    def main_thread_only(self) -> bool:
-        # Before a multi-GPU executor splits the rest into islands.
-        return True
-
-
-class GivenCovariance(Task[str]):
-    """Make sure that covariances which somebody else has made are intact. Value: their folder."""
-
-    folder: str
-
-    def arguments(self) -> dict[str, Task]:
-        return {}
+class GivenCovariance(_CovarianceTask):
+    """Make sure that covariances which somebody else has made are intact."""
 
     def execute(self) -> str:
         if not Artefact(Path(self.folder)).is_intact():
@@ -82,12 +82,6 @@ class GivenCovariance(Task[str]):
                 f"the covariances at {self.folder} are damaged: a file is not what their manifest says; fetch them again"
             )
         return self.folder
-
-    def priority(self) -> int:
-        return 20000
-
-    def main_thread_only(self) -> bool:
-        return True
 
 
 class _TensorTask(Task[Any]):
