@@ -1,8 +1,10 @@
 """The second moment of a layer's inputs, C = X^T X / N, in whichever form is smaller.
 
-Few rows are kept as they are, in the model's own precision: exact, and the cheaper thing to multiply by too. Many
-rows are summed in float64. Float32 would be twice as fast and half as large, but it moves the directions that PAVE
-drops, which belong to the smallest eigenvalues, by 1e-4 of the removed part at the default λ and by far more below it.
+Few rows are kept as they are, in the model's own precision: exact, and the cheaper thing to multiply by too. Of more,
+products of a thousand rows at a time are summed in float64. The products of the first few thousand are float64 as well;
+later ones are float32, twice as fast, because over many their rounding averages out to that of the model's own
+forward pass. (A sum in float32 would move the directions that PAVE drops, which belong to the smallest eigenvalues,
+about ten times further.)
 """
 
 from __future__ import annotations
@@ -58,14 +60,13 @@ class Covariance:
             if 4 * m * n <= n * d + 2 * m * d:  # operations, over d: (W X^T) X against W (X^T X)
                 product = (weight @ rows.mT) @ rows
                 return product.div_(self.tokens).add_(weight, alpha=shift)
-            gram = upper_gram(rows)
-            gram += gram.triu(1).mT
+            gram = mirror_upper(upper_gram(rows))
         product = weight @ gram
         return product.div_(self.tokens).add_(weight, alpha=shift)
 
     def unscaled(self) -> Tensor:
         """X^T X, (d, d) float64."""
-        return self.rows.double().mT @ self.rows.double() if self.gram is None else self.gram
+        return mirror_upper(upper_gram(self.rows.double())) if self.gram is None else self.gram
 
     def matrix(self) -> Tensor:
         """C itself, (d, d) float64."""
@@ -95,8 +96,8 @@ class Covariance:
 class SecondMoment:
     """Accumulates a `Covariance` batch by batch, in memory of at most one float64 (d, d) matrix and a few batches."""
 
-    _CHUNK = 1024  # rows are saved up to this number: many small products would spend their time on reading the sum
-    _STRIP = 512  # columns in one product: what is left of the strip is its mirror image and need not be computed
+    _CHUNK = 1024  # rows in one product: fewer would spend their time on reading the sum, more would lose precision
+    _EXACT = 4096  # rows that are multiplied in float64
 
     def __init__(self, dim: int):
         self.tokens = 0
@@ -117,11 +118,11 @@ class SecondMoment:
             self._sum_pending()
 
     def _sum_pending(self) -> None:
-        for rows in torch.cat(self._rows).split(4 * self._CHUNK):
-            rows = rows.double()
-            for start in range(0, self._dim, self._STRIP):
-                stop = start + self._STRIP
-                self._gram[start:stop, start:].addmm_(rows[:, start:stop].mT, rows[:, start:])
+        summed = self.tokens - self._pending
+        for rows in torch.cat(self._rows).split(self._CHUNK):
+            least = torch.float64 if summed < self._EXACT else torch.float32
+            add_upper_gram(self._gram, rows.to(torch.promote_types(rows.dtype, least)))
+            summed += rows.shape[0]
         self._rows.clear()
         self._pending = 0
 
@@ -131,16 +132,31 @@ class SecondMoment:
             return Covariance(self.tokens, rows=torch.cat(self._rows))
         if self._pending:
             self._sum_pending()
-        for start in range(0, self._dim, self._STRIP):
-            stop = start + self._STRIP
-            self._gram[stop:, start:stop] = self._gram[start:stop, stop:].mT
-        return Covariance(self.tokens, gram=self._gram)
+        return Covariance(self.tokens, gram=mirror_upper(self._gram))
 
 
-def upper_gram(x: Tensor, strip: int = 512) -> Tensor:
-    """The upper triangle of x^T x for x (rows, n), and zeros below it: half of the work of the whole product."""
-    n = x.shape[1]
-    gram = x.new_zeros(n, n)
-    for start in range(0, n, strip):
-        torch.mm(x[:, start : start + strip].mT, x[:, start:], out=gram[start : start + strip, start:])
-    return gram.triu_()
+_STRIP = 512  # columns in one product: what is left of the strip is its mirror image and need not be computed
+
+
+def add_upper_gram(gram: Tensor, x: Tensor) -> None:
+    """Add the upper triangle of x^T x, for x (rows, n), to gram (n, n): half of the work of the whole product."""
+    for start in range(0, x.shape[1], _STRIP):
+        stop = start + _STRIP
+        gram[start:stop, start:] += x[:, start:stop].mT @ x[:, start:]
+
+
+def upper_gram(x: Tensor) -> Tensor:
+    """The upper triangle of x^T x for x (rows, n), in an (n, n) tensor that holds nothing of use below it."""
+    gram = x.new_zeros(x.shape[1], x.shape[1])
+    add_upper_gram(gram, x)
+    return gram
+
+
+def mirror_upper(gram: Tensor) -> Tensor:
+    """Complete, in place, what `add_upper_gram` has summed."""
+    for start in range(0, gram.shape[0], _STRIP):
+        stop = start + _STRIP
+        block = gram[start:stop, start:stop]
+        block.copy_(block.triu() + block.triu(1).mT)
+        gram[stop:, start:stop] = gram[start:stop, stop:].mT
+    return gram

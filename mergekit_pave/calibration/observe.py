@@ -94,7 +94,7 @@ class Observer:
             )
         rows = self._counted_rows(layer, x)
         if rows.shape[0]:
-            if not rows.isfinite().all():
+            if not all(extreme.isfinite() for extreme in rows.aminmax()):
                 raise PaveError(f"{self._name}: the input of {layer} is not finite for {self._culprit(x)}")
             group.moment.add(rows)
         group.calls += 1
