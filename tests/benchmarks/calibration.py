@@ -1,7 +1,7 @@
 """What calibration costs, beside a bare forward pass and PEFT's covariance pass, and how its memory grows.
 
-    python tests/benchmarks/calibration.py            # about 20 minutes on 2 cores, 25 GB of disk
-    python tests/benchmarks/calibration.py --quick    # about 3 minutes, 3 GB of disk
+    python tests/benchmarks/calibration.py            # about 40 minutes on 2 cores, 25 GB of disk
+    python tests/benchmarks/calibration.py --quick    # about 8 minutes, 4 GB of disk
 
 Every measurement runs in a process of its own, so that peak memory is its own. PEFT's pass needs the package attrs.
 """
@@ -25,7 +25,7 @@ VOCABULARY = 8192
 
 
 def write_checkpoint(folder: Path, hidden: int, feed_forward: int, layers: int, dtype: torch.dtype) -> int:
-    """A sharded Llama checkpoint of random weights, written without ever holding it whole. Returns its bytes."""
+    """A sharded Llama of random weights and a small vocabulary, written without ever holding it whole. Returns its bytes."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=hidden,
@@ -58,7 +58,7 @@ def write_checkpoint(folder: Path, hidden: int, feed_forward: int, layers: int, 
 
 
 def encoded_samples(samples: int, length: int, max_tokens: int):
-    """Random token ids in place of tokenised text: the cost is the same."""
+    """Random token ids in place of tokenised text: the cost is the same. At most `max_tokens` of them count."""
     from mergekit_pave.calibration.batches import Encoded, draw_positions
 
     ids = torch.randint(0, VOCABULARY, (samples, length), generator=torch.Generator().manual_seed(1)).tolist()
@@ -66,10 +66,10 @@ def encoded_samples(samples: int, length: int, max_tokens: int):
     return [Encoded(str(i), {"input_ids": row}, places) for i, (row, places) in enumerate(zip(ids, counted))]
 
 
-def stage_forward(folder: str, samples: int, length: int) -> None:
+def stage_forward(folder: str, samples: int, length: int, counted: int) -> None:
     """The model's own forward pass over the same tokens, and nothing else."""
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ids = torch.tensor([sample.inputs["input_ids"] for sample in encoded_samples(samples, length, 1)])
+    ids = torch.tensor([sample.inputs["input_ids"] for sample in encoded_samples(samples, length, counted)])
     with torch.no_grad():
         start = time.perf_counter()
         for batch in ids.split(8):
@@ -77,28 +77,28 @@ def stage_forward(folder: str, samples: int, length: int) -> None:
     report(time.perf_counter() - start)
 
 
-def stage_pave(folder: str, samples: int, length: int) -> None:
+def stage_pave(folder: str, samples: int, length: int, counted: int) -> None:
     """Our pass at the default settings, loading weights and writing covariances included."""
     from mergekit_pave.cache import Artefact
     from mergekit_pave.calibration.layers import describe
     from mergekit_pave.calibration.run import Job, Runtime, calibrate
 
     config = AutoConfig.from_pretrained(folder)
-    job = Job("model", folder, config, describe(config, folder, False), encoded_samples(samples, length, 65536), 8, {})
+    job = Job("model", folder, config, describe(config, folder, False), encoded_samples(samples, length, counted), 8, {})
     with tempfile.TemporaryDirectory(dir=Path(folder).parent) as cache:
         start = time.perf_counter()
         calibrate(job, Artefact(Path(cache, "covariance")), Runtime("cpu", False, True))
         report(time.perf_counter() - start)
 
 
-def stage_peft(folder: str, samples: int, length: int) -> None:
+def stage_peft(folder: str, samples: int, length: int, counted: int) -> None:
     """The covariance part of PEFT's `preprocess_corda`, without the decomposition that follows it there."""
     from peft import LoraConfig
     from peft.tuners.lora import corda
     from peft.tuners.lora.config import CordaConfig
 
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ids = torch.tensor([sample.inputs["input_ids"] for sample in encoded_samples(samples, length, 1)])
+    ids = torch.tensor([sample.inputs["input_ids"] for sample in encoded_samples(samples, length, counted)])
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     config = LoraConfig(init_lora_weights="corda", target_modules=targets, corda_config=CordaConfig(corda_method="kpm"))
 
@@ -116,9 +116,9 @@ def report(seconds: float) -> None:
     print(json.dumps({"seconds": seconds, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
 
 
-def measure(stage: str, folder: Path, samples: int, length: int) -> dict[str, float]:
+def measure(stage: str, folder: Path, samples: int, length: int, counted: int) -> dict[str, float]:
     command = [sys.executable, __file__, "--stage", stage, "--folder", str(folder)]
-    command += ["--samples", str(samples), "--length", str(length)]
+    command += ["--samples", str(samples), "--length", str(length), "--counted", str(counted)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
@@ -129,23 +129,29 @@ def main() -> None:
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--samples", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--length", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--counted", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.stage:
-        globals()[f"stage_{options.stage}"](options.folder, options.samples, options.length)
+        globals()[f"stage_{options.stage}"](options.folder, options.samples, options.length, options.counted)
         return
 
     quick = options.quick
+    # At the default settings, 256 samples of 512 tokens of which half count; the quick form has a quarter of each.
+    samples, counted = (64, 16384) if quick else (256, 65536)
     with tempfile.TemporaryDirectory() as place:
-        folder = Path(place, "speed")
-        folder.mkdir()
-        samples = 32 if quick else 256
-        write_checkpoint(folder, 768, 2048, 6, torch.float32)
-        print(f"Llama, 6 layers, 768 wide, {samples} samples of 512 tokens, float32 on {torch.get_num_threads()} threads\n")
-        print("| pass | seconds | x forward | peak memory |\n|---|---|---|---|")
-        results = {stage: measure(stage, folder, samples, 512) for stage in ("forward", "pave", "peft")}
-        for stage, result in results.items():
-            ratio = result["seconds"] / results["forward"]["seconds"]
-            print(f"| {stage} | {result['seconds']:.1f} | {ratio:.2f} | {result['peak'] / 1e9:.2f} GB |")
+        print(f"{samples} samples of 512 tokens, {counted} counted, float32 on {torch.get_num_threads()} threads\n")
+        print("| model | pass | seconds | x forward | peak memory |\n|---|---|---|---|---|", flush=True)
+        shapes = {"SmolLM2-135M": (576, 1536, 30), "TinyLlama-1.1B, 2 of its 22 layers": (2048, 5632, 2)}
+        for name, shape in shapes.items():
+            folder = Path(place, "speed", name)
+            folder.mkdir(parents=True)
+            write_checkpoint(folder, *shape, torch.float32)
+            for stage in ("forward", "pave", "peft"):
+                result = measure(stage, folder, samples, 512, counted)
+                if stage == "forward":
+                    forward = result["seconds"]
+                ratio = result["seconds"] / forward
+                print(f"| {name} | {stage} | {result['seconds']:.0f} | {ratio:.2f} | {result['peak'] / 1e9:.2f} GB |", flush=True)
 
         shape = (1024, 2816) if quick else (2048, 5632)
         print("\n| layers | checkpoint | peak memory of calibration | share |\n|---|---|---|---|", flush=True)
@@ -153,7 +159,7 @@ def main() -> None:
             folder = Path(place, f"memory-{layers}")
             folder.mkdir()
             size = write_checkpoint(folder, *shape, layers, torch.bfloat16)
-            peak = measure("pave", folder, 16, 256)["peak"]
+            peak = measure("pave", folder, 16, 256, 65536)["peak"]
             print(f"| {layers} | {size / 1e9:.2f} GB | {peak / 1e9:.2f} GB | {peak / size:.2f} |", flush=True)
 
 
