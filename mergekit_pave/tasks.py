@@ -18,7 +18,6 @@ import logging
 from pathlib import Path
 from typing import Any, Optional
 
-import torch
 from mergekit.common import ImmutableMap, ModelReference, dtype_from_name
 from mergekit.graph import Task
 from mergekit.io.tasks import GatherTensors, LoadTensor
@@ -221,7 +220,7 @@ class PurifyTensor(_TensorTask):
             raise PaveError(f"{self.model}: {self.tensor} is not in the base model; put it under pave.exclude")
         drop = allocation[self.position]
         directions = tail["directions"][:, :drop]
-        purified, removed = drop_components(weight, directions, base if self.target == "task_vector" else None)
+        purified, removed, change = drop_components(weight, directions, base, target=self.target, dtype=dtype)
         components = min(weight.shape)
         stats = {
             "tensor": self.tensor,
@@ -231,16 +230,10 @@ class PurifyTensor(_TensorTask):
             "kept": components - drop,
             "energy_dropped": tail["values"][:drop].square().sum().item() / (tail["energy"] or 1.0),
             "removed_norm": removed,
-            "change_norm": None if base is None else _norm(weight - base),
+            "change_norm": change,
             "tokens": tail["tokens"],
         }
-        purified = purified.to(dtype)
         return {"tensor": (purified.mT if self.transposed else purified).contiguous(), "stats": stats}
-
-
-def _norm(x: Tensor) -> float:
-    # Of half precision it would be summed, and could overflow, in half precision.
-    return torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)).item()
 
 
 class PurifiedTensor(_TensorTask):

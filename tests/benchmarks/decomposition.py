@@ -114,7 +114,7 @@ def ours(weight: torch.Tensor, rows: torch.Tensor, ratio: float, collect: Clock,
         # As many components as spectral allocation may ask for.
         tail = tail_components(weight, covariance, shift, most_dropped(min(weight.shape), share))
         (dropped,) = allocate_ranks([(tail.values / tail.largest).tolist()], [share], [share])
-        purified, _ = drop_components(weight, tail.directions[:, :dropped])
+        purified, *_ = drop_components(weight, tail.directions[:, :dropped])
     return purified
 
 
