@@ -335,13 +335,13 @@ def _check_patterns(config: PaveConfig, tensors: list[PlannedTensor], sources: d
 
 
 def _check_coverage(model: ModelReference, architecture: Architecture, reasons: dict[str, str]) -> None:
-    """Refuse a model most of whose matrices would silently keep their plain task vector: fused experts, say."""
+    """Refuse a model most of whose matrices would silently keep their plain task vector: experts of an unknown kind, say."""
     missed = {}
     for tensor, reason in reasons.items():
         shape = architecture.weights.get(architecture.weight_name([tensor]) or "", ())
         if reason == _NOT_LINEAR and len(shape) > 1:
             missed[tensor] = math.prod(shape)
-    linear = sum(math.prod(layer.shape) for layer in architecture.linears.values())
+    linear = sum(layer.size for layer in architecture.linears.values())
     if sum(missed.values()) > linear:
         largest = max(missed, key=missed.get)
         raise PaveError(
@@ -357,6 +357,8 @@ def _linear(architecture: Architecture, info: Any) -> tuple[Optional[Linear], Op
     name = architecture.weight_name([info.name, *(info.aliases or ())])
     if name is None:
         return None, "unknown to the architecture"
+    if name in architecture.routers:
+        return None, "router"
     if name in architecture.heads:
         return None, "head"
     if name not in architecture.linears:
@@ -394,20 +396,19 @@ def _add_tensor(
     for choice, cap in zip(choices, caps):
         source = sources[choice.model]
         folder = source.tail_folder(choice.tensor)
-        if has_tail(folder, cap):
-            tails.append(LoadTail(model=choice.model, tensor=choice.tensor, folder=str(folder), count=cap))
+        min_tokens = config.calibration_of(choice.model).min_tokens if choice.linear.experts else 0
+        needed = {"folder": str(folder), "count": cap, "min_tokens": min_tokens}
+        if has_tail(folder, cap, min_tokens):
+            tails.append(LoadTail(model=choice.model, tensor=choice.tensor, **needed))
             continue
         decomposition = DecomposeWeight(
             model=choice.model,
             tensor=choice.tensor,
             weight=load_stored(gather, choice.model),
             calibration=source.calibration,
-            layer=choice.linear.module,
-            shape=choice.linear.shape,
-            transposed=choice.linear.transposed,
+            layer=choice.linear,
             regularization=config.setting(choice.model, "regularization"),
-            count=cap,
-            folder=str(folder),
+            **needed,
         )
         tails.append(decomposition)
         plan.decompositions.append(decomposition)
