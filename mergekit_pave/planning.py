@@ -116,6 +116,8 @@ def make_plan(config: PaveConfig, tensors: list[PlannedTensor], environment: Env
     if not models:
         raise PaveError("pave.models: every model has `purify: false`, so nothing would be purified; remove the block instead")
     sources = {model: _Source(config, model, environment) for model in models}
+    for model, source in sources.items():
+        _check_experts(model, source.architecture, tensors)
     chosen, reasons = _select(config, tensors, sources)
     purified = {choice.model for choices in chosen.values() for choice in choices}
     if idle := [model for model in models if model not in purified]:
@@ -347,6 +349,22 @@ def _check_coverage(model: ModelReference, architecture: Architecture, reasons: 
         raise PaveError(
             f"pave: {model} has more weights in {len(missed)} tensors that cannot be purified (such as {largest}) than in its "
             "linear layers; put them under pave.exclude to merge them as they are"
+        )
+
+
+def _check_experts(model: ModelReference, architecture: Architecture, tensors: list[PlannedTensor]) -> None:
+    """Refuse a merge whose output would lack all experts.
+
+    mergekit takes a tensor that only some layers have for optional, and leaves it out unless it is in the checkpoint by the
+    very name that transformers has for it, which a checkpoint with a tensor for each expert has not.
+    """
+    experts = {name for name, linear in architecture.linears.items() if linear.experts}
+    infos = [planned.gather.weight_info[model] for planned in tensors if planned.gather and model in planned.models]
+    if experts and not experts & {architecture.weight_name([info.name, *(info.aliases or ())]) for info in infos}:
+        raise PaveError(
+            f"{model}: mergekit would leave its experts (such as {min(experts)}) out of the merged model, with or without a pave "
+            "block. Load each model of the merge with transformers, save it with `save_pretrained(folder, "
+            "save_original_format=False)`, and merge these"
         )
 
 
