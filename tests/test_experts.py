@@ -130,10 +130,7 @@ def seen_by(kind, folder, data, limit=64):
             rows = rows if expert in index else rows[:0]
             note(f"{path}.gate_up_proj", expert, rows)
             first = module.gate_up_proj[expert]
-            if kind == "gpt_oss":
-                both = rows @ first + module.gate_up_proj_bias[expert]
-            else:
-                both = rows @ first.T
+            both = rows @ first + module.gate_up_proj_bias[expert] if kind == "gpt_oss" else rows @ first.T
             note(f"{path}.down_proj", expert, gated(kind, both))
 
     for name, module in model.model.named_modules(prefix="model"):
@@ -238,7 +235,7 @@ def test_every_expert_is_exact(family_of, tmp_path, cache, kind, batch_size):
         assert rows.keys() == wanted[i].keys()
         assert all(row["kept"] == wanted[i][key][2] for key, row in rows.items())
         left = report["models"][model]["left_as_they_are"]
-        routers = [tensor for tensor in left if tensor.endswith(("gate.weight", "router.weight", "router.layer.weight"))]
+        routers = [tensor for tensor in left if tensor.endswith(("mlp.gate.weight", "router.weight", "router.layer.weight"))]
         assert routers and all(left[tensor] == "router" for tensor in routers)
         total = sum(value.dim() == 3 and "expert" in name for name, value in plain[0].items()) * EXPERTS
         few = [tensor for tensor, reason in left.items() if "too few calibration tokens" in reason]
@@ -286,20 +283,17 @@ def test_uniform_allocation_and_the_change_alone(family_of, tmp_path, cache):
     written = merge(config_for(family, {"allocation": "uniform"}, weight=(1.0, 0.0), dtype="float64"), tmp_path / "uniform")
     compare(written, wanted[0], plain[0])
     base = reference.weights(family.base)
-    written = merge(
-        config_for(family, {"allocation": "uniform", "target": "task_vector"}, weight=(1.0, 0.0), dtype="float64"),
-        tmp_path / "change",
-    )
-    for (weight, expert), (exact, stored, _) in wanted[0].items():
-        if expert is None:
-            continue
-        # W' = P W and here W - (1 - P)(W - W_base), with P the projection onto what is kept (from the side of the output).
-        origin = base[weight][expert].double()
-        kept = torch.linalg.lstsq(stored, exact).solution  # stored is (d_in, d_out) here: exact = stored @ kept
-        if stored.shape[0] >= stored.shape[1]:
-            changed = origin + (stored - origin) @ kept
-            error = ((written[weight][expert] - changed).norm() / (changed - stored).norm()).item()
-            assert error < 1e-3, (weight, expert, error)
+    pave = {"allocation": "uniform", "target": "task_vector"}
+    written = merge(config_for(family, pave, weight=(1.0, 0.0), dtype="float64"), tmp_path / "change")
+    changed = {}
+    for (weight, expert), (exact, stored, rank) in wanted[0].items():
+        turn = (lambda x: x.T) if expert is not None else (lambda x: x)
+        origin = base[weight].double() if expert is None else base[weight][expert].double()
+        # What was taken from W lies in the dropped directions, and in all of them.
+        directions = torch.linalg.svd(turn(stored - exact))[0][:, : min(exact.shape) - rank]
+        low = turn(stored) - directions @ directions.T @ turn(stored - origin)
+        changed[weight, expert] = (turn(low), stored, rank)
+    compare(written, changed, plain[0])
 
 
 def test_experts_that_mergekit_would_lose_are_refused(family_of, tmp_path, cache):
@@ -307,7 +301,9 @@ def test_experts_that_mergekit_would_lose_are_refused(family_of, tmp_path, cache
     family = family_of("deepseek_v3")
     folders = []
     for folder in (family.base, *family.tuned):
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        model = type(loaded)(loaded.config)  # what is loaded would be saved in the form in which it was found
+        model.load_state_dict(loaded.state_dict())
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         folders.append(save(model, tokenizer, tmp_path / folder.name))
     split = Family(family.kind, folders[0], tuple(folders[1:]), family.data)
@@ -334,11 +330,10 @@ def test_the_estimate_bounds_the_cache(family_of, tmp_path, cache, tokens):
     architecture = describe(config, str(family.base), False)
     pave = {"models": entries(family, 1), "calibration": {"max_tokens": tokens}}
     merge(config_for(family, pave, models=1), tmp_path / "out")
-    files = [file for file in (cache / "covariance").rglob("*.safetensors")]
+    files = list((cache / "covariance").rglob("*.safetensors"))
     stored = sum(math.prod(t.shape) * t.element_size() for file in files for t in reference.load_file(file).values())
-    lengths = [min(tokens, sum(1 for _ in read_rows(family.data[0])))]
     report = json.loads((tmp_path / "out" / "pave_report.json").read_text())
     counted = report["models"][str(family.tuned[0])]["tokens"]
     cost = estimate(architecture, [Encoded("", {"input_ids": [0] * counted}, list(range(counted)))], 1, 4)
-    assert stored <= cost.cache, lengths
+    assert stored <= cost.cache
     assert cost.cache <= 4 * stored, "a bound that is far off is no help"
