@@ -118,7 +118,8 @@ def ours(weight: torch.Tensor, batches: list[torch.Tensor], ratio: float, collec
         # As many components as spectral allocation may ask for.
         tail = tail_components(weight, covariance, shift, most_dropped(min(weight.shape), share))
         (dropped,) = allocate_ranks([(tail.values / tail.largest).tolist()], [share], [share])
-        purified, *_ = drop_components(weight, tail.directions[:, :dropped])
+        purified = torch.empty_like(weight, dtype=torch.float32)
+        drop_components(weight, tail.directions[:, :dropped], out=purified)
     return purified
 
 
