@@ -232,9 +232,9 @@ _BLOCK = 1 << 19  # elements at a time: they stay in the processor's cache, and 
 
 
 def drop_components(
-    weight: Tensor, directions: Tensor, base: Tensor | None = None, *, target: str = "weights", dtype: torch.dtype | None = None
-) -> tuple[Tensor, float, float | None]:
-    """W' = W - U_t U_t^T W, or for the target `task_vector` W - U_t U_t^T (W - W_base), and what it did.
+    weight: Tensor, directions: Tensor, base: Tensor | None = None, *, target: str = "weights", out: Tensor
+) -> tuple[float, float | None]:
+    """Write W' = W - U_t U_t^T W, or for the target `task_vector` W - U_t U_t^T (W - W_base).
 
     Given the directions this is an ordinary product, and a warm merge spends its time here: so it is float32 unless
     the weight is more precise.
@@ -243,10 +243,10 @@ def drop_components(
         weight: W, (d_out, d_in).
         directions: U_t, (d_out, k), orthonormal columns.
         base: W_base, (d_out, d_in), if there is one; the target `task_vector` needs it.
-        dtype: of the result; default: that in which it is computed.
+        out: where W' goes, (d_out, d_in); it must not overlap with the others.
 
     Returns:
-        W', (d_out, d_in); the length of what was removed, ||W' - W||_F; and of the change, ||W - W_base||_F, or None.
+        The length of what was removed, ||W' - W||_F, and of the change, ||W - W_base||_F, or None.
     """
     precision = torch.promote_types(weight.dtype, torch.float32)
     directions = directions.to(precision)
@@ -260,11 +260,10 @@ def drop_components(
         if base is not None:
             change += _square(changed)
         coefficients.addmm_(directions[rows].mT, part if target == "weights" else changed)
-    purified = torch.empty_like(weight, dtype=dtype or precision)
     for rows in blocks:
-        purified[rows] = torch.addmm(weight[rows].to(precision), directions[rows], coefficients, alpha=-1)
+        out[rows] = torch.addmm(weight[rows].to(precision), directions[rows], coefficients, alpha=-1)
     # U_t is orthonormal, so what is removed is as long as its coefficients.
-    return purified, _square(coefficients).sqrt().item(), None if base is None else change.sqrt().item()
+    return _square(coefficients).sqrt().item(), None if base is None else change.sqrt().item()
 
 
 def _square(x: Tensor) -> Tensor:
@@ -290,4 +289,6 @@ def purify(weight: Tensor, covariance: Covariance, rank: int, *, shift: float) -
     if rank == components:
         return weight.clone()
     tail = tail_components(weight, covariance, shift, components - rank)
-    return drop_components(weight.double(), tail.directions)[0].to(weight.dtype)
+    purified = torch.empty_like(weight)
+    drop_components(weight.double(), tail.directions, out=purified)
+    return purified

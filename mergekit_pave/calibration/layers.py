@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import accelerate
 import torch
 import transformers
 from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightTransform
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
+from mergekit_pave.calibration.experts import find_experts, find_routers, part_of_experts, projections
 from mergekit_pave.errors import PaveError
 
 # Heads that some architectures keep inside what they declare as their backbone.
@@ -21,17 +25,37 @@ _HEADS = {"lm_head", "classifier", "score", "qa_outputs"}
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer of the backbone.
+    """A linear layer of the backbone, or the same projection of the experts of a mixture, each of which is a layer of its own.
 
     Attributes:
-        module: its path in the model.
-        shape: (d_out, d_in).
-        transposed: the stored weight is (d_in, d_out), as in GPT-2's Conv1D.
+        module: its path in the model; of experts the path of their 3-D parameter.
+        shape: (d_out, d_in) of one matrix.
+        transposed: a stored matrix is (d_in, d_out), as in GPT-2's Conv1D.
+        experts: the numbers of the experts whose matrices the weight holds; none for an ordinary layer.
+        stacked: the matrices lie along a first dimension of the weight; otherwise it is one matrix.
     """
 
     module: str
     shape: tuple[int, int]
     transposed: bool
+    experts: tuple[int, ...] = ()
+    stacked: bool = False
+
+    @property
+    def layers(self) -> list[str]:
+        """What covariances are named by: the module, or each of the experts."""
+        return [f"{self.module}.{expert}" for expert in self.experts] or [self.module]
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of the weight."""
+        shape = self.shape[::-1] if self.transposed else self.shape
+        return (len(self.experts), *shape) if self.stacked else shape
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape) * len(self.layers)
 
 
 @dataclass(frozen=True)
@@ -41,22 +65,28 @@ class Architecture:
     Attributes:
         linears: backbone layers by the name of their weight.
         heads: names of the weights of linear layers outside the backbone.
+        routers: names of the weights that choose among experts.
         weights: the shape of every parameter by its name.
         prefix: what a checkpoint of the bare backbone leaves out of each name, with its dot.
         vocabulary: the number of token ids it knows, or None.
         positions: the longest sequence it can take, or None; of an image model the number of patches.
         hidden_size: width of the hidden states between blocks.
+        experts_a_token: how many experts a token is routed to, at most.
         blocks: number of parameters of each block by its path, and under "" of all that is in no block.
+        conversions: how transformers makes parameters of the tensors of a checkpoint that has them in another form.
     """
 
     linears: dict[str, Linear]
     heads: frozenset[str]
+    routers: frozenset[str]
     weights: dict[str, tuple[int, ...]]
     prefix: str
     vocabulary: int | None
     positions: int | None
     hidden_size: int
+    experts_a_token: int
     blocks: dict[str, int]
+    conversions: list[WeightTransform]
 
     def block_of(self, module: str) -> str:
         """The path of the block that a module is part of, or ""."""
@@ -68,6 +98,18 @@ class Architecture:
             for candidate in (name, self.prefix + name, name.removeprefix(self.prefix)):
                 if candidate in self.weights:
                     return candidate
+        return None
+
+    def linear(self, names: list[str]) -> Linear | None:
+        """The linear layer whose weight goes by one of these names in a checkpoint, be it one expert of a parameter of many."""
+        if name := self.weight_name(names):
+            return self.linears.get(name)
+        for name in names:
+            part = part_of_experts(self.conversions, name)
+            experts = self.linears.get(self.weight_name([part.parameter]) or "") if part else None
+            if experts and part.dim == (2 if experts.transposed else 1) and part.expert in experts.experts:
+                d_out, d_in = experts.shape
+                return replace(experts, shape=(d_out // part.parts, d_in), experts=(part.expert,), stacked=False)
         return None
 
 
@@ -106,6 +148,9 @@ def describe(config: transformers.PretrainedConfig, folder: str, trust_remote_co
     model = empty_model(model_class(config, folder, trust_remote_code), config)
     backbone = {id(module) for module in model.base_model.modules()}
     output = model.get_output_embeddings()
+    experts = find_experts(model.base_model)
+    start = "" if model.base_model is model else f"{model.base_model_prefix}."
+    routers = {start + name for name in find_routers(model.base_model, experts)}
     linears, heads = {}, set()
     for path, module in model.named_modules():
         if not isinstance(module, (nn.Linear, Conv1D)):
@@ -113,18 +158,30 @@ def describe(config: transformers.PretrainedConfig, folder: str, trust_remote_co
         if id(module) not in backbone or module is output or path.split(".")[0] in _HEADS:
             heads.add(f"{path}.weight")
             continue
+        if f"{path}.weight" in routers:
+            continue
         transposed = isinstance(module, Conv1D)
         d_out, d_in = module.weight.T.shape if transposed else module.weight.shape
         linears[f"{path}.weight"] = Linear(path, (d_out, d_in), transposed)
+    for path, module in experts.items():
+        for leaf in projections(module):
+            name = f"{start}{path}.{leaf}"
+            count, *shape = getattr(module, leaf).shape
+            shape = tuple(shape[::-1] if module.is_transposed else shape)
+            linears[name] = Linear(name, shape, module.is_transposed, tuple(range(count)), stacked=True)
+    most = max((len(linear.experts) for linear in linears.values()), default=0)
     return Architecture(
         linears=linears,
         heads=frozenset(heads),
+        routers=frozenset(routers),
         weights={name: tuple(value.shape) for name, value in model.named_parameters(remove_duplicate=False)},
         prefix=f"{model.base_model_prefix}." if model.base_model_prefix else "",
         vocabulary=getattr(model.get_input_embeddings(), "num_embeddings", None),
         positions=_longest_sequence(model),
         hidden_size=getattr(config.get_text_config(), "hidden_size", 0),
-        blocks=_sizes(model.base_model, f"{model.base_model_prefix}." if model.base_model is not model else ""),
+        experts_a_token=getattr(config.get_text_config(), "num_experts_per_tok", None) or most,
+        blocks=_sizes(model.base_model, start),
+        conversions=get_model_conversion_mapping(model, add_legacy=False),
     )
 
 
