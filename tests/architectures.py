@@ -19,7 +19,7 @@ class Architecture:
         head: the class is called `<prefix><head>`.
         prefix: see `head`.
         settings: what its configuration needs besides the common sizes.
-        linears: the last parts of the names of its backbone's linear layers.
+        linears: the last parts of the names of its backbone's linear layers, as they are stored.
         within: what the names of all tensors in the backbone start with.
         exclude: tensors that have to be left alone, as `pave.exclude` takes them.
         tokenizer: whose tokenizer it gets, or "image" for an image model.
@@ -128,10 +128,10 @@ def _encoders() -> list[Architecture]:
 
 
 def _image_models() -> list[Architecture]:
-    vit = "query key value dense q_proj k_proj v_proj o_proj fc1 fc2"
+    dinov2 = f"{_BERT} fc1 fc2"
     return [
-        Architecture("vit", "ForImageClassification", "ViT", vit, within="vit.", tokenizer="image"),
-        Architecture("dinov2", "ForImageClassification", "Dinov2", vit, {"mlp_ratio": 2}, "dinov2.", tokenizer="image"),
+        Architecture("vit", "ForImageClassification", "ViT", _BERT, within="vit.", tokenizer="image"),
+        Architecture("dinov2", "ForImageClassification", "Dinov2", dinov2, {"mlp_ratio": 2}, "dinov2.", tokenizer="image"),
         Architecture("clip_vision_model", "Model", "CLIPVision", _FC, tokenizer="image"),
         # The attention of the pooling head reads the weight of its layer out_proj.
         Architecture(

@@ -112,9 +112,13 @@ def _layer_inputs(kind: str, folder: Path, source: tuple, max_length: int) -> di
     """All inputs (tokens, width) of every linear layer of the backbone, by module."""
     model = getattr(transformers, KINDS[kind].model).from_pretrained(folder, dtype=torch.float64).eval()
     kept: dict[str, list[torch.Tensor]] = {}
-    for name, module in model.named_modules():
-        if KINDS[kind].is_linear(f"{name}.weight"):
+    modules = dict(model.named_modules())
+    for tensor, value in weights(folder).items():
+        name = tensor.removesuffix(".weight")
+        if KINDS[kind].is_linear(tensor):
             kept[name] = []
+            # A module that goes by another name than its weight in the checkpoint is told by the weight itself.
+            module = modules.get(name) or next(m for m in modules.values() if _has_weight(m, value))
             module.register_forward_hook(
                 lambda m, args, out, name=name: kept[name].append(args[0].reshape(-1, args[0].shape[-1]))
             )
@@ -123,6 +127,11 @@ def _layer_inputs(kind: str, folder: Path, source: tuple, max_length: int) -> di
         for sample in samples:
             model(**sample)
     return {name: torch.cat(parts) for name, parts in kept.items()}
+
+
+def _has_weight(module: torch.nn.Module, value: torch.Tensor) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, torch.Tensor) and torch.equal(weight, value.double())
 
 
 def _images(source: Path, folder: Path) -> Iterator[dict[str, torch.Tensor]]:
