@@ -195,6 +195,13 @@ def expected(family, plain, min_tokens=64, ratio=0.875, allocation="spectral"):
     return results
 
 
+def median_tokens(family):
+    """Half of the second model's experts saw fewer tokens."""
+    counts = sorted(len(x) for of in seen_in(family)[1].values() for expert, x in of.items() if expert is not None)
+    assert counts[0] < counts[len(counts) // 2] > 1
+    return counts[len(counts) // 2]
+
+
 def plain_merges(family, tmp_path):
     """What mergekit alone writes for each model: its weights, in the layout of the output."""
     models = range(len(family.tuned))
@@ -269,14 +276,15 @@ def test_min_tokens_needs_no_new_calibration(family_of, tmp_path, cache, monkeyp
     family = family_of("qwen3_moe")
     plain = plain_merges(family, tmp_path)
     weight = (0.0, 1.0)
-    for turn, least in enumerate((64, 1, 64, 10**6)):
+    median = median_tokens(family)
+    for turn, least in enumerate((median, 1, median, 10**6)):
         pave = {"calibration": {"min_tokens": least}}
         written = merge(config_for(family, pave, weight=weight, dtype="float64"), tmp_path / f"out{turn}")
         compare(written, expected(family, plain, least)[1], plain[1])
         folders = list((cache / "covariance").iterdir())
         assert len([folder for folder in folders if folder.is_dir()]) == 2
     caches = [path.stat().st_mtime_ns for path in sorted((cache / "subspace").rglob("tail.safetensors"))]
-    merge(config_for(family, {"calibration": {"min_tokens": 100}}, weight=weight), tmp_path / "again")
+    merge(config_for(family, {"calibration": {"min_tokens": median + 1}}, weight=weight), tmp_path / "again")
     assert caches == [path.stat().st_mtime_ns for path in sorted((cache / "subspace").rglob("tail.safetensors"))]
 
 
