@@ -7,6 +7,7 @@ configurations, tokenizers and samples, but no weights, so that every mistake in
 from __future__ import annotations
 
 import collections
+import itertools
 import json
 import logging
 import math
@@ -167,13 +168,17 @@ class _Source:
         self.entry = config.entry(model)
         self.folder, self._shards = environment.checkpoint(model)
         self._config = model.config(trust_remote_code=environment.runtime.trust_remote_code)
-        unsupported = {
-            "an encoder-decoder model": getattr(self._config, "is_encoder_decoder", False),
-            "quantised": getattr(self._config, "quantization_config", None),
-        }
-        for what in (what for what, present in unsupported.items() if present):
-            raise PaveError(f"pave.models: {model} is {what}, which cannot be calibrated; give it `purify: false`")
+        if getattr(self._config, "quantization_config", None):
+            raise PaveError(f"pave.models: {model} is quantised, which cannot be calibrated; give it `purify: false`")
         self.architecture: Architecture = describe(self._config, self.folder, environment.runtime.trust_remote_code)
+        for data in self.entry.sources if self.entry.data else ():
+            if self.architecture.shift is None and data.target is not None:
+                raise PaveError(f"pave.models[{model}].data.target: only an encoder-decoder model takes one; put it into `text`")
+            if self.architecture.shift is not None and data.target is None:
+                raise PaveError(
+                    f"pave.models[{model}].data.target: missing. The model is an encoder-decoder model, whose decoder has to "
+                    "be shown what it shall answer; name its column, or give a template over columns"
+                )
 
     def prepare(self) -> None:
         """Read and tokenise the samples, which checks all of the `data` entry, and name the artefacts."""
@@ -195,15 +200,17 @@ class _Source:
     def _use_data(self, root: Path) -> str:
         settings = self._pave.calibration_of(self.model)
         samples = load_samples(self.entry.sources, settings, str(self.model))
-        encoded = encode(samples, self._processor(samples), settings, self.architecture.positions, str(self.model))
-        largest = max((max(sample.inputs.get("input_ids", [0])) for sample in encoded), default=0)
+        positions, shift = self.architecture.positions, self.architecture.shift
+        encoded = encode(samples, self._processor(samples), settings, positions, str(self.model), shift)
+        ids = (sample.inputs.get(side, ()) for sample in encoded for side in ("input_ids", "decoder_input_ids"))
+        largest = max(itertools.chain.from_iterable(ids), default=0)
         if self.architecture.vocabulary and largest >= self.architecture.vocabulary:
             raise PaveError(
                 f"{self.model}: its tokenizer gives the token id {largest}, but the model knows only "
                 f"{self.architecture.vocabulary}; the tokenizer beside it belongs to another model"
             )
         self.samples = len(encoded)
-        self.tokens = sum(len(sample.counted) for sample in encoded)
+        self.tokens = sum(sample.tokens for sample in encoded)
         self.data = [data.model_dump(mode="json", exclude_defaults=True) | {"split": data.split} for data in self.entry.sources]
         key = covariance_key(self._identity(), encoded)
         about = {

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,26 +25,45 @@ class Encoded:
 
     Attributes:
         origin: where it comes from, for messages.
-        inputs: the model's inputs by name: lists of the sample's length, or a tensor for an image.
+        inputs: the model's inputs by name: lists of the sample's length, or a tensor for an image. Those of an
+            encoder-decoder model include `decoder_input_ids`, which have a length of their own.
         counted: ascending positions whose layer inputs enter C; of an image all do.
+        counted_target: the same of `decoder_input_ids`.
     """
 
     origin: str
     inputs: dict[str, Any]
     counted: list[int]
+    counted_target: list[int] = field(default_factory=list)
 
     @property
     def length(self) -> int:
-        return len(self.inputs["input_ids"]) if "input_ids" in self.inputs else len(self.counted)
+        """Tokens, or patches of an image, that the model has to run over."""
+        if "input_ids" not in self.inputs:
+            return len(self.counted)
+        return len(self.inputs["input_ids"]) + len(self.inputs.get("decoder_input_ids", ()))
+
+    @property
+    def tokens(self) -> int:
+        """Positions that enter a covariance."""
+        return len(self.counted) + len(self.counted_target)
 
 
-def encode(samples: list[Sample], processor: Any, calibration: Calibration, positions: int | None, model: str) -> list[Encoded]:
+def encode(
+    samples: list[Sample],
+    processor: Any,
+    calibration: Calibration,
+    positions: int | None,
+    model: str,
+    shift: Callable[[list[int]], list[int]] | None = None,
+) -> list[Encoded]:
     """Tokenise samples and draw the token positions that count. Rows that cannot be used are skipped and told.
 
     Args:
         processor: the model's tokenizer, or its image processor.
         positions: the longest sequence that the model can take, or None; of images the number of patches.
         model: the model's name, for messages.
+        shift: makes a decoder's inputs of the token ids of its target; samples have a target where this is given.
 
     Raises:
         PaveError: most rows cannot be used, or the tokenizer lacks a chat template that is needed.
@@ -62,6 +82,11 @@ def encode(samples: list[Sample], processor: Any, calibration: Calibration, posi
         if problem is None:
             try:
                 inputs = _prepare(sample, processor, longest)
+                if inputs and shift is not None:
+                    # One fewer than the model can take: see `make_batches`.
+                    limit = min(longest, positions - 1) if positions else longest
+                    labels = processor(text_target=sample.target, truncation=True, max_length=limit)["input_ids"]
+                    inputs["decoder_input_ids"] = shift(labels)
                 problem = None if inputs else "empty"
             except (TemplateError, TypeError, ValueError, KeyError) as error:
                 problem = f"refused by the chat template ({error})"
@@ -79,9 +104,12 @@ def encode(samples: list[Sample], processor: Any, calibration: Calibration, posi
         LOG.warning("%s: skipped %d of %d rows: %s", where, problems.total(), len(samples), told)
     if "input_ids" not in encoded[0][1]:
         return [Encoded(origin, inputs, list(range(positions or 1))) for origin, inputs in encoded]
-    lengths = [len(inputs["input_ids"]) for _, inputs in encoded]
-    counted = draw_positions(lengths, calibration.max_tokens, calibration.seed)
-    return [Encoded(origin, inputs, places) for (origin, inputs), places in zip(encoded, counted)]
+
+    def draw(name: str) -> list[list[int]]:
+        return draw_positions([len(inputs.get(name, ())) for _, inputs in encoded], calibration.max_tokens, calibration.seed)
+
+    drawn = zip(encoded, draw("input_ids"), draw("decoder_input_ids"))
+    return [Encoded(origin, inputs, places, targets) for (origin, inputs), places, targets in drawn]
 
 
 def _prepare(sample: Sample, processor: Any, longest: int) -> dict[str, Any]:
@@ -118,24 +146,26 @@ class Batch:
 
     Attributes:
         inputs: keyword arguments of the model, each (samples, length) or (samples, channels, height, width).
-        counted: bool (samples, length), the positions that enter C; never padding. None where all rows enter.
+        counted: bool (samples, length), the positions that enter C; never padding. One for each sequence that a model
+            reads, an encoder-decoder model two of different lengths; none where all rows enter.
         origins: where each sample comes from, for messages.
     """
 
     inputs: dict[str, Tensor]
-    counted: Tensor | None
+    counted: tuple[Tensor, ...]
     origins: list[str]
 
     def to(self, device: str) -> Batch:
         """The same batch on another device."""
         inputs = {name: values.to(device) for name, values in self.inputs.items()}
-        return Batch(inputs, self.counted if self.counted is None else self.counted.to(device), self.origins)
+        return Batch(inputs, tuple(counted.to(device) for counted in self.counted), self.origins)
 
 
 def make_batches(encoded: list[Encoded], batch_size: int) -> list[Batch]:
     """Group samples by length, so that little is spent on padding, and pad them.
 
-    What stands at a padded position never matters: attention ignores it and it is not counted.
+    What stands at a padded position never matters: attention ignores it and it is not counted. Decoder inputs get one more of
+    them where encoder and decoder would have one length, so that each layer's input shows which of the two it belongs to.
     """
     batches = []
     ordered = sorted(encoded, key=lambda sample: sample.length)
@@ -144,17 +174,37 @@ def make_batches(encoded: list[Encoded], batch_size: int) -> list[Batch]:
         origins = [sample.origin for sample in group]
         if "input_ids" not in group[0].inputs:
             images = {name: torch.stack([sample.inputs[name] for sample in group]) for name in group[0].inputs}
-            batches.append(Batch(images, None, origins))
+            batches.append(Batch(images, (), origins))
             continue
-        shape = (len(group), group[-1].length)
-        inputs = {name: torch.zeros(shape, dtype=torch.long) for name in group[0].inputs}
-        inputs["attention_mask"] = torch.zeros(shape, dtype=torch.long)
-        counted = torch.zeros(shape, dtype=torch.bool)
-        for i, sample in enumerate(group):
-            length = sample.length
-            for name, values in sample.inputs.items():
-                inputs[name][i, :length] = torch.tensor(values)
-            inputs["attention_mask"][i, :length] = 1
-            counted[i, sample.counted] = True
+        padded = [sample.inputs | {"attention_mask": [1] * len(sample.inputs["input_ids"])} for sample in group]
+        width = max(len(inputs["input_ids"]) for inputs in padded)
+        places, widths = [[sample.counted for sample in group]], [width]
+        if "decoder_input_ids" in padded[0]:
+            for inputs in padded:
+                inputs["decoder_attention_mask"] = [1] * len(inputs["decoder_input_ids"])
+            width = max(len(inputs["decoder_input_ids"]) for inputs in padded)
+            places.append([sample.counted_target for sample in group])
+            widths.append(width + (width == widths[0]))
+        inputs = {
+            name: _stack([torch.tensor(inputs[name]) for inputs in padded], widths[name.startswith("decoder_")])
+            for name in padded[0]
+        }
+        counted = tuple(_marked(rows, width) for rows, width in zip(places, widths))
         batches.append(Batch(inputs, counted, origins))
     return batches
+
+
+def _stack(rows: list[Tensor], width: int) -> Tensor:
+    """Rows of different lengths as one (rows, width) tensor, zeros on the right."""
+    stacked = torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        stacked[i, : len(row)] = row
+    return stacked
+
+
+def _marked(places: list[list[int]], width: int) -> Tensor:
+    """bool (rows, width), true at each row's places."""
+    marked = torch.zeros(len(places), width, dtype=torch.bool)
+    for i, row in enumerate(places):
+        marked[i, row] = True
+    return marked

@@ -39,7 +39,7 @@ def estimate(architecture: Architecture, encoded: list[Encoded], batch_size: int
     Args:
         itemsize: bytes of one number in the precision that the model runs in.
     """
-    tokens = sum(len(sample.counted) for sample in encoded)
+    tokens = sum(sample.tokens for sample in encoded)
     lengths = sorted(sample.length for sample in encoded)
     cache = 0
     accumulators: dict[str, int] = defaultdict(int)

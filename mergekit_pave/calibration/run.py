@@ -85,7 +85,10 @@ def covariance_key(weights: str, encoded: list[Encoded]) -> str:
     for sample in encoded:
         texts = {name: values for name, values in sample.inputs.items() if isinstance(values, list)}
         images = {name: values for name, values in sample.inputs.items() if name not in texts}
-        parts += [[texts, sample.counted, list(images)], *(image.numpy().tobytes() for image in images.values())]
+        parts += [
+            [texts, sample.counted, sample.counted_target, list(images)],
+            *(image.numpy().tobytes() for image in images.values()),
+        ]
     return cache.digest("covariance", weights, *parts)
 
 
