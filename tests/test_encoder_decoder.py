@@ -126,7 +126,7 @@ def test_purified_weights_are_exact(seq2seq, tmp_path, kind, batch_size):
 def test_questions_as_long_as_their_answers_are_exact(seq2seq, tmp_path, kind):
     """One length on both sides of a batch, but padding in other rows of each."""
     family = seq2seq(kind)
-    texts = [row["text"] for row in make_rows("sum add count equal number", 12, seed=8)]
+    texts = [row["question"] for row in make_rows("sum add count equal number", 12, seed=8)]
     rows = [{"question": one, "answer": f"Q: {other}"} for one, other in zip(texts, reversed(texts))]
     data = write_rows(tmp_path / "rows.jsonl", rows)
     pave = block(family, calibration={"batch_size": 64})
