@@ -11,6 +11,8 @@ import accelerate
 import torch
 import transformers
 from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
@@ -45,6 +47,7 @@ class Architecture:
         heads: names of the weights of linear layers outside the backbone.
         weights: the shape of every parameter by its name.
         prefix: what a checkpoint of the bare backbone leaves out of each name, with its dot.
+        renamed: what transformers calls a tensor that goes by this name in a checkpoint.
         vocabulary: the number of token ids it knows, or None.
         positions: the longest sequence it can take, or None; of an image model the number of patches.
         hidden_size: width of the hidden states between blocks.
@@ -56,6 +59,7 @@ class Architecture:
     heads: frozenset[str]
     weights: dict[str, tuple[int, ...]]
     prefix: str
+    renamed: Callable[[str], str]
     vocabulary: int | None
     positions: int | None
     hidden_size: int
@@ -68,10 +72,11 @@ class Architecture:
 
     def weight_name(self, names: list[str]) -> str | None:
         """The parameter that goes by one of these names in a checkpoint."""
-        for name in names:
-            for candidate in (name, self.prefix + name, name.removeprefix(self.prefix)):
-                if candidate in self.weights:
-                    return candidate
+        for stored in names:
+            for name in (stored, self.renamed(stored)):
+                for candidate in (name, self.prefix + name, name.removeprefix(self.prefix)):
+                    if candidate in self.weights:
+                        return candidate
         return None
 
 
@@ -125,12 +130,25 @@ def describe(config: transformers.PretrainedConfig, folder: str, trust_remote_co
         heads=frozenset(heads),
         weights={name: tuple(value.shape) for name, value in model.named_parameters(remove_duplicate=False)},
         prefix=f"{model.base_model_prefix}." if model.base_model_prefix else "",
+        renamed=renaming(model),
         vocabulary=getattr(model.get_input_embeddings(), "num_embeddings", None),
         positions=_longest_sequence(model),
         hidden_size=getattr(config.get_text_config(), "hidden_size", 0),
         blocks=_sizes(model.base_model, f"{model.base_model_prefix}." if model.base_model is not model else ""),
         shift=_target_shift(model, folder),
     )
+
+
+def renaming(model: nn.Module) -> Callable[[str], str]:
+    """What transformers calls a checkpoint's tensors once they are loaded: it has moved modules of some models since."""
+    renamings = [change for change in get_model_conversion_mapping(model) if isinstance(change, WeightRenaming)]
+
+    def renamed(name: str) -> str:
+        for change in renamings:
+            name = change.rename_source_key(name)[0]
+        return name
+
+    return renamed
 
 
 def find_blocks(model: nn.Module) -> dict[nn.Module, str]:
