@@ -93,11 +93,12 @@ class Calibration(_Block):
     samples: Count | None = None
     max_length: Count | None = None
     max_tokens: Count | None = None
+    min_tokens: Count | None = None
     batch_size: Count | None = None
     seed: Annotated[int, Field(ge=0, strict=True)] | None = None
 
 
-DEFAULT_CALIBRATION = Calibration(samples=256, max_length=512, max_tokens=65536, batch_size=8, seed=42)
+DEFAULT_CALIBRATION = Calibration(samples=256, max_length=512, max_tokens=65536, min_tokens=64, batch_size=8, seed=42)
 
 
 class Data(_Block):

@@ -117,6 +117,8 @@ def make_plan(config: PaveConfig, tensors: list[PlannedTensor], environment: Env
     if not models:
         raise PaveError("pave.models: every model has `purify: false`, so nothing would be purified; remove the block instead")
     sources = {model: _Source(config, model, environment) for model in models}
+    for model, source in sources.items():
+        _check_experts(model, source.architecture, tensors)
     chosen, reasons = _select(config, tensors, sources)
     purified = {choice.model for choices in chosen.values() for choice in choices}
     if idle := [model for model in models if model not in purified]:
@@ -342,18 +344,34 @@ def _check_patterns(config: PaveConfig, tensors: list[PlannedTensor], sources: d
 
 
 def _check_coverage(model: ModelReference, architecture: Architecture, reasons: dict[str, str]) -> None:
-    """Refuse a model most of whose matrices would silently keep their plain task vector: fused experts, say."""
+    """Refuse a model most of whose matrices would silently keep their plain task vector: experts of an unknown kind, say."""
     missed = {}
     for tensor, reason in reasons.items():
         shape = architecture.weights.get(architecture.weight_name([tensor]) or "", ())
         if reason == _NOT_LINEAR and len(shape) > 1:
             missed[tensor] = math.prod(shape)
-    linear = sum(math.prod(layer.shape) for layer in architecture.linears.values())
+    linear = sum(layer.size for layer in architecture.linears.values())
     if sum(missed.values()) > linear:
         largest = max(missed, key=missed.get)
         raise PaveError(
             f"pave: {model} has more weights in {len(missed)} tensors that cannot be purified (such as {largest}) than in its "
             "linear layers; put them under pave.exclude to merge them as they are"
+        )
+
+
+def _check_experts(model: ModelReference, architecture: Architecture, tensors: list[PlannedTensor]) -> None:
+    """Refuse a merge whose output would lack all experts.
+
+    mergekit takes a tensor that only some layers have for optional, and leaves it out unless it is in the checkpoint by the
+    very name that transformers has for it, which a checkpoint with a tensor for each expert has not.
+    """
+    experts = {name for name, linear in architecture.linears.items() if linear.experts}
+    infos = [planned.gather.weight_info[model] for planned in tensors if planned.gather and model in planned.models]
+    if experts and not experts & {architecture.weight_name([info.name, *(info.aliases or ())]) for info in infos}:
+        raise PaveError(
+            f"{model}: mergekit would leave its experts (such as {min(experts)}) out of the merged model, with or without a pave "
+            "block. Load each model of the merge with transformers, save it with `save_pretrained(folder, "
+            "save_original_format=False)`, and merge these"
         )
 
 
@@ -364,6 +382,8 @@ def _linear(architecture: Architecture, info: Any) -> tuple[Optional[Linear], Op
     name = architecture.weight_name([info.name, *(info.aliases or ())])
     if name is None:
         return None, "unknown to the architecture"
+    if name in architecture.routers:
+        return None, "router"
     if name in architecture.heads:
         return None, "head"
     if name not in architecture.linears:
@@ -401,20 +421,19 @@ def _add_tensor(
     for choice, cap in zip(choices, caps):
         source = sources[choice.model]
         folder = source.tail_folder(choice.tensor)
-        if has_tail(folder, cap):
-            tails.append(LoadTail(model=choice.model, tensor=choice.tensor, folder=str(folder), count=cap))
+        min_tokens = config.calibration_of(choice.model).min_tokens if choice.linear.experts else 0
+        needed = {"folder": str(folder), "count": cap, "min_tokens": min_tokens}
+        if has_tail(folder, cap, min_tokens):
+            tails.append(LoadTail(model=choice.model, tensor=choice.tensor, **needed))
             continue
         decomposition = DecomposeWeight(
             model=choice.model,
             tensor=choice.tensor,
             weight=load_stored(gather, choice.model),
             calibration=source.calibration,
-            layer=choice.linear.module,
-            shape=choice.linear.shape,
-            transposed=choice.linear.transposed,
+            layer=choice.linear,
             regularization=config.setting(choice.model, "regularization"),
-            count=cap,
-            folder=str(folder),
+            **needed,
         )
         tails.append(decomposition)
         plan.decompositions.append(decomposition)

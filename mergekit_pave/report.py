@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 REPORT_NAME = "pave_report.json"
+FEW_TOKENS = "an expert that saw too few calibration tokens"
 
 
 def read_report(out_path: str) -> dict[str, Any]:
@@ -26,7 +27,7 @@ def by_model(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
         removed = sum(row["removed_norm"] ** 2 for row in of_model) ** 0.5
         changed = None if None in changes else sum(change**2 for change in changes) ** 0.5
         result[model] = {
-            "tensors": len(of_model),
+            "tensors": len({row["output"] for row in of_model}),
             "mean_kept": sum(row["kept"] / row["components"] for row in of_model) / len(of_model),
             "mean_rank": sum(row["kept"] for row in of_model) / len(of_model),
             "tokens": max(row["tokens"] for row in of_model),
@@ -47,6 +48,20 @@ def summary(report: dict[str, Any]) -> str:
             part += f", removed {sums['removed_norm'] / sums['change_norm']:.2g} x its change"
         parts.append(part)
     return f"PAVE purified {outputs} of {report['tensors']} tensors: {'; '.join(parts)}"
+
+
+def left_experts(report: dict[str, Any]) -> list[str]:
+    """A line for each model with experts that stay as they are."""
+    lines = []
+    for model, source in report["models"].items():
+        left = sum(reason.startswith(FEW_TOKENS) for reason in source["left_as_they_are"].values())
+        if left:
+            total = left + sum("expert" in row and row["model"] == model for row in report["purified"])
+            lines.append(
+                f"{model}: {left} of {total} expert weights stay as they are, because they saw fewer calibration tokens than "
+                "pave.calibration.min_tokens; more samples reach more of them"
+            )
+    return lines
 
 
 def warnings(report: dict[str, Any]) -> list[str]:

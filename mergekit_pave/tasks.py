@@ -26,11 +26,13 @@ from torch import Tensor
 
 from mergekit_pave.allocation import allocate_ranks
 from mergekit_pave.cache import Artefact
-from mergekit_pave.calibration.run import calibrate, load_covariance
+from mergekit_pave.calibration.layers import Linear
+from mergekit_pave.calibration.run import StoredCovariances, calibrate
 from mergekit_pave.config import RelativeRegularization
+from mergekit_pave.covariance import Covariance
 from mergekit_pave.errors import PaveError
-from mergekit_pave.report import REPORT_NAME, summary, warnings
-from mergekit_pave.subspace import drop_components, tail_components
+from mergekit_pave.report import FEW_TOKENS, REPORT_NAME, left_experts, summary, warnings
+from mergekit_pave.subspace import Tail, drop_components, tail_components
 
 LOG = logging.getLogger(__name__)
 
@@ -106,74 +108,108 @@ class DecomposeWeight(_TensorTask):
 
     weight: LoadTensor
     calibration: CalibrateModel | GivenCovariance
-    layer: str
-    shape: tuple[int, int]
-    transposed: bool
+    layer: Linear
     regularization: float | RelativeRegularization
     count: int
+    min_tokens: int
     folder: str
 
     def arguments(self) -> dict[str, Task]:
         return {"weight": self.weight, "covariances": self.calibration}
 
     def execute(self, weight: Tensor, covariances: str) -> dict[str, Any]:
-        weight = weight.mT if self.transposed else weight
-        if weight.shape != self.shape or not weight.is_floating_point():
+        stored = tuple(weight.shape)
+        shape = self.layer.shape[::-1] if self.layer.transposed else self.layer.shape
+        expected = (self.layer.experts, *shape) if self.layer.experts else shape
+        if stored != expected or not weight.is_floating_point():
             raise PaveError(
-                f"{self.model}: {self.tensor} is a {weight.dtype} tensor of shape {tuple(weight.shape)}, but the layer "
-                f"{self.layer} of the architecture has a float weight of shape {self.shape}; it cannot be purified"
+                f"{self.model}: {self.tensor} is a {weight.dtype} tensor of shape {stored}, but the layer "
+                f"{self.layer.module} of the architecture has a float weight of shape {expected}; it cannot be purified"
             )
         if not weight.isfinite().all():
             raise PaveError(f"{self.model}: {self.tensor} has values that are not finite")
-        covariance = load_covariance(Artefact(Path(covariances)), self.layer).to(weight.device)
+        matrices = _matrices(weight, self.layer.transposed)
+        known = StoredCovariances(Artefact(Path(covariances)))
+        tails, slices, left = [], [], {}
+        for i, layer in enumerate(self.layer.layers):
+            if self.layer.experts and known.tokens(layer) < self.min_tokens:
+                left[str(i)] = known.tokens(layer)
+                continue
+            covariance = known.load(layer).to(weight.device)
+            tail = self._tail(matrices[i], covariance, layer)
+            tails.append(tail)
+            about = {"largest": tail.largest, "energy": tail.energy, "tokens": covariance.tokens}
+            slices.append(about | ({"expert": i} if self.layer.experts else {}))
+        empty = torch.zeros(0, self.layer.shape[0], self.count, device=weight.device)
+        # float32 adds an error of about 1e-7 of ||W||, which is what storing W' in float32 costs, too.
+        directions = torch.stack([tail.directions.float() for tail in tails]) if tails else empty
+        values = torch.stack([tail.values for tail in tails]) if tails else empty[:, 0].double()
+        artefact = Artefact(Path(self.folder))
+        entry = artefact.write(_TAIL_FILE, {"directions": directions, "values": values})
+        about = {"model": str(self.model), "tensor": self.tensor, "count": self.count, "min_tokens": self.min_tokens}
+        artefact.complete({"files": {_TAIL_FILE: entry}, "slices": slices, "left": left, **about})
+        return {"directions": directions, "values": values, "slices": slices, "left": left}
+
+    def _tail(self, weight: Tensor, covariance: Covariance, layer: str) -> Tail:
         shift = self.regularization
         if isinstance(shift, RelativeRegularization):
             shift = shift.relative * covariance.mean_diagonal()
         if not shift > 0:
             raise PaveError(
-                f"{self.model}: all calibration inputs of {self.layer} are zero, so a relative regularization is zero too; "
+                f"{self.model}: all calibration inputs of {layer} are zero, so a relative regularization is zero too; "
                 "set an absolute pave.regularization or exclude the layer"
             )
-        tail = tail_components(weight, covariance, shift, self.count)
-        # float32 adds an error of about 1e-7 of ||W||, which is what storing W' in float32 costs, too.
-        directions = tail.directions.float()
-        known = {"largest": tail.largest, "energy": tail.energy, "tokens": covariance.tokens}
-        artefact = Artefact(Path(self.folder))
-        entry = artefact.write(_TAIL_FILE, {"directions": directions, "values": tail.values})
-        about = {"model": str(self.model), "tensor": self.tensor, "count": self.count}
-        artefact.complete({"files": {_TAIL_FILE: entry}, **about, **known})
-        return {"directions": directions, "values": tail.values, **known}
+        return tail_components(weight, covariance, shift, self.count)
+
+
+def _matrices(weight: Tensor, transposed: bool) -> Tensor:
+    """A weight as the matrices that it holds: (1 or the number of experts, d_out, d_in), a view."""
+    matrices = weight if weight.dim() == 3 else weight[None]
+    return matrices.mT if transposed else matrices
 
 
 class LoadTail(_TensorTask):
-    """The tail of one weight from the cache.
+    """The tails of the matrices of one weight from the cache: of one matrix, or of all experts that saw enough tokens.
 
-    Value: {directions: (d_out, at least count), values: ascending, largest, energy, tokens}.
+    Value: {directions: (tails, d_out, at least count), values: (tails, at least count), ascending, slices: what else is
+    known of each: [{largest, energy, tokens, expert}], left: {expert: the tokens it saw, which are too few}}.
     """
 
     folder: str
     count: int
+    min_tokens: int
 
     def arguments(self) -> dict[str, Task]:
         return {}
 
     def execute(self) -> dict[str, Any]:
-        if not has_tail(Path(self.folder), self.count):
+        if not has_tail(Path(self.folder), self.count, self.min_tokens):
             raise PaveError(f"the cache entry {self.folder} was removed or replaced during the run; run again")
         artefact = Artefact(Path(self.folder))
-        manifest = artefact.manifest()
-        return {**artefact.read(_TAIL_FILE), **{key: manifest[key] for key in ("largest", "energy", "tokens")}}
+        manifest, tensors = artefact.manifest(), artefact.read(_TAIL_FILE)
+        enough = [i for i, known in enumerate(manifest["slices"]) if "expert" not in known or known["tokens"] >= self.min_tokens]
+        few = {str(known["expert"]): known["tokens"] for i, known in enumerate(manifest["slices"]) if i not in enough}
+        if few:
+            tensors = {name: tensor[enough] for name, tensor in tensors.items()}
+        return {**tensors, "slices": [manifest["slices"][i] for i in enough], "left": manifest["left"] | few}
 
 
-def has_tail(folder: Path, count: int) -> bool:
-    """Whether the cache has an intact tail of at least `count` components."""
+def has_tail(folder: Path, count: int, min_tokens: int) -> bool:
+    """Whether the cache has intact tails of at least `count` components, for every expert that saw `min_tokens` tokens."""
     artefact = Artefact(folder)
     manifest = artefact.manifest()
-    return manifest is not None and manifest["count"] >= count and artefact.is_intact()
+    if manifest is None or manifest["count"] < count:
+        return False
+    missing = [tokens for tokens in manifest["left"].values() if tokens >= min_tokens]
+    return not missing and artefact.is_intact()
 
 
 class AllocateRanks(Task[list]):
-    """How many components each model drops of one output tensor. Value: a list in the order of `tails`."""
+    """How many components each model drops of one output tensor.
+
+    Value: per model, in the order of `tails`, one number for each of its slices. The same expert of several models is
+    allocated together, over those models in which it has a tail.
+    """
 
     output: str
     tails: tuple[Task, ...]
@@ -189,16 +225,25 @@ class AllocateRanks(Task[list]):
     def group_label(self) -> Optional[str]:
         return self.tails[-1].group_label()
 
-    def execute(self, **tails: dict[str, Any]) -> list[int]:
-        spectra = []
-        for i in range(len(self.tails)):
-            largest = tails[str(i)]["largest"]
-            spectra.append((tails[str(i)]["values"] / (largest or 1.0)).tolist())
-        return allocate_ranks(spectra, self.shares, self.caps)
+    def execute(self, **tails: dict[str, Any]) -> list[list[int]]:
+        members: dict[Any, list[tuple[int, int]]] = {}  # by expert: (model, place among its slices)
+        for model in range(len(self.tails)):
+            for place, known in enumerate(tails[str(model)]["slices"]):
+                members.setdefault(known.get("expert"), []).append((model, place))
+        drops = [[0] * len(tails[str(model)]["slices"]) for model in range(len(self.tails))]
+        for of_expert in members.values():
+            spectra = []
+            for model, place in of_expert:
+                largest = tails[str(model)]["slices"][place]["largest"]
+                spectra.append((tails[str(model)]["values"][place] / (largest or 1.0)).tolist())
+            shares, caps = ([numbers[model] for model, _ in of_expert] for numbers in (self.shares, self.caps))
+            for (model, place), drop in zip(of_expert, allocate_ranks(spectra, shares, caps)):
+                drops[model][place] = drop
+        return drops
 
 
 class PurifyTensor(_TensorTask):
-    """W' of one weight. Value: {tensor, stats}; see `PurificationStats`."""
+    """W' of one weight. Value: {tensor, stats, left}; see `PurificationStats`."""
 
     weight: LoadTensor
     base: Optional[LoadTensor]
@@ -213,29 +258,41 @@ class PurifyTensor(_TensorTask):
         needed = {"weight": self.weight, "tail": self.tail, "allocation": self.allocation}
         return needed | ({"base": self.base} if self.base else {})
 
-    def execute(self, weight: Tensor, tail: dict, allocation: list[int], base: Optional[Tensor] = None) -> dict[str, Any]:
-        dtype = dtype_from_name(self.dtype) or weight.dtype
-        if self.transposed:
-            weight, base = weight.mT, None if base is None else base.mT
+    def execute(self, weight: Tensor, tail: dict, allocation: list[list[int]], base: Optional[Tensor] = None) -> dict[str, Any]:
         if self.target == "task_vector" and base is None:
             raise PaveError(f"{self.model}: {self.tensor} is not in the base model; put it under pave.exclude")
-        drop = allocation[self.position]
-        directions = tail["directions"][:, :drop]
-        purified, removed = drop_components(weight, directions, base if self.target == "task_vector" else None)
-        components = min(weight.shape)
-        stats = {
-            "tensor": self.tensor,
-            "output": self.allocation.output,
-            "model": str(self.model),
-            "components": components,
-            "kept": components - drop,
-            "energy_dropped": tail["values"][:drop].square().sum().item() / (tail["energy"] or 1.0),
-            "removed_norm": removed,
-            "change_norm": None if base is None else _norm(weight - base),
-            "tokens": tail["tokens"],
-        }
-        purified = purified.to(dtype)
-        return {"tensor": (purified.mT if self.transposed else purified).contiguous(), "stats": stats}
+        dtype = dtype_from_name(self.dtype) or weight.dtype
+        matrices = _matrices(weight, self.transposed)
+        bases = None if base is None else _matrices(base, self.transposed)
+        result = None
+        if weight.dim() == 3:  # experts without a tail stay as they are
+            result = weight.to(dtype, copy=True)
+        stats = []
+        for place, (known, drop) in enumerate(zip(tail["slices"], allocation[self.position], strict=True)):
+            i = known.get("expert", 0)
+            directions = tail["directions"][place, :, :drop]
+            origin = None if bases is None else bases[i]
+            purified, removed = drop_components(matrices[i], directions, origin if self.target == "task_vector" else None)
+            if result is None:
+                purified = purified.to(dtype)
+                result = (purified.mT if self.transposed else purified).contiguous()
+            else:
+                _matrices(result, self.transposed)[i].copy_(purified)
+            stats.append(
+                {
+                    "tensor": self.tensor,
+                    **({"expert": i} if "expert" in known else {}),
+                    "output": self.allocation.output,
+                    "model": str(self.model),
+                    "components": min(purified.shape),
+                    "kept": min(purified.shape) - drop,
+                    "energy_dropped": tail["values"][place, :drop].square().sum().item() / (known["energy"] or 1.0),
+                    "removed_norm": removed,
+                    "change_norm": None if origin is None else _norm(matrices[i] - origin),
+                    "tokens": known["tokens"],
+                }
+            )
+        return {"tensor": result, "stats": stats, "left": tail["left"]}
 
 
 def _norm(x: Tensor) -> float:
@@ -256,7 +313,7 @@ class PurifiedTensor(_TensorTask):
 
 
 class PurificationStats(_TensorTask):
-    """What purification did to one weight: a row of the report."""
+    """What purification did to one weight. Value: {rows: those of the report, one a matrix, left: {expert: its tokens}}."""
 
     purify: PurifyTensor
 
@@ -271,7 +328,7 @@ class PurificationStats(_TensorTask):
         return False
 
     def execute(self, purified: dict[str, Any]) -> dict[str, Any]:
-        return purified["stats"]
+        return {"rows": purified["stats"], "left": purified["left"]}
 
 
 class GatherPurified(GatherTensors):
@@ -323,10 +380,17 @@ class WriteReport(Task[None]):
         return True
 
     def execute(self, **stats: dict[str, Any]) -> None:
-        report = json.loads(self.header) | {"purified": [stats[str(i)] for i in range(len(self.stats))]}
+        report = json.loads(self.header)
+        report["purified"] = [row for i in range(len(self.stats)) for row in stats[str(i)]["rows"]]
+        for i, task in enumerate(self.stats):
+            for expert, tokens in stats[str(i)]["left"].items():
+                reason = f"{FEW_TOKENS} ({tokens})"
+                report["models"][str(task.model)]["left_as_they_are"][f"{task.tensor}[{expert}]"] = reason
         folder = Path(self.out_path)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / REPORT_NAME).write_text(json.dumps(report, indent=1) + "\n")
         LOG.info(summary(report))
+        for line in left_experts(report):
+            LOG.info(line)
         for warning in warnings(report):
             LOG.warning(warning)

@@ -20,7 +20,7 @@ from mergekit_pave.calibration import lockstep, run
 from mergekit_pave.calibration.batches import Encoded, draw_positions, encode, make_batches
 from mergekit_pave.calibration.data import load_samples, share_evenly
 from mergekit_pave.calibration.layers import describe
-from mergekit_pave.calibration.run import Job, Runtime, calibrate, load_covariance, measure_in_lockstep, measure_whole
+from mergekit_pave.calibration.run import Job, Runtime, StoredCovariances, calibrate, measure_in_lockstep, measure_whole
 from mergekit_pave.config import DEFAULT_CALIBRATION, Data
 from mergekit_pave.errors import PaveError
 
@@ -113,7 +113,7 @@ def test_a_block_that_is_called_again_and_again(tmp_path, families):
     expected = by_layer(whole(job))
     tokens = sum(sample.length for sample in job.encoded)
     for layer, matrix in expected.items():
-        covariance = load_covariance(Artefact(tmp_path / "cache"), layer)
+        covariance = StoredCovariances(Artefact(tmp_path / "cache")).load(layer)
         assert (covariance.matrix() - matrix).norm() <= 1e-6 * matrix.norm()
         if "attention" in layer:
             assert covariance.tokens == 3 * tokens
@@ -296,7 +296,7 @@ def test_two_processes_give_the_numbers_of_one(llama, tmp_path, cache):
         assert two.is_intact()
         for layer, entry in one.manifest()["layers"].items():
             assert two.manifest()["layers"][layer]["tokens"] == entry["tokens"]
-            expected, found = load_covariance(one, layer).matrix(), load_covariance(two, layer).matrix()
+            expected, found = StoredCovariances(one).load(layer).matrix(), StoredCovariances(two).load(layer).matrix()
             assert (expected - found).norm() <= 1e-5 * expected.norm(), layer
     tails = {path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("tail.safetensors")}
     assert tails == {path.relative_to(tmp_path / "two") for path in (tmp_path / "two").rglob("tail.safetensors")} != set()
@@ -360,6 +360,6 @@ def test_images_go_through_the_image_processor(tmp_path):
     expected = by_layer(whole(job))
     assert len(expected) == 12  # six layers in each of two blocks
     for layer, matrix in expected.items():
-        covariance = load_covariance(Artefact(tmp_path / "cache"), layer)
+        covariance = StoredCovariances(Artefact(tmp_path / "cache")).load(layer)
         assert (covariance.matrix() - matrix).norm() <= 1e-6 * matrix.norm()
         assert covariance.tokens == 7 * 17  # sixteen patches and the class token

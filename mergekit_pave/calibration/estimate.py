@@ -44,10 +44,14 @@ def estimate(architecture: Architecture, encoded: list[Encoded], batch_size: int
     cache = 0
     accumulators: dict[str, int] = defaultdict(int)
     for linear in architecture.linears.values():
-        width = linear.shape[1]
-        rows, triangle = tokens * width * itemsize, 4 * width * (width + 1)
-        cache += min(rows, triangle)
-        accumulators[architecture.block_of(linear.module)] += rows if rows <= triangle else 8 * width * width
+        width, matrices = linear.shape[1], len(linear.layers)
+        # However tokens spread over experts, each has so many rows in all.
+        routed = tokens * min(matrices, architecture.experts_a_token) if linear.experts else tokens
+        rows, triangle = routed * width * itemsize, 4 * width * (width + 1)
+        cache += min(rows, matrices * triangle)
+        # A sum takes twice its triangle, and the place of at least a triangle's bytes of rows.
+        largest = rows if rows <= triangle else min(2 * rows, matrices * 8 * width * width)
+        accumulators[architecture.block_of(linear.module)] += largest
     wide = max((sum(linear.shape) for linear in architecture.linears.values()), default=0)
     return Estimate(
         cache=cache,

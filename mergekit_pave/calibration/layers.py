@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
+from mergekit_pave.calibration.experts import find_experts, find_routers, projections
 from mergekit_pave.errors import PaveError
 
 # Heads that some architectures keep inside what they declare as their backbone.
@@ -25,17 +27,29 @@ _HEADS = {"lm_head", "classifier", "score", "qa_outputs"}
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer of the backbone.
+    """A linear layer of the backbone, or the same projection of all experts of a mixture.
 
     Attributes:
-        module: its path in the model.
+        module: its path in the model; of experts the path of their 3-D parameter.
         shape: (d_out, d_in).
         transposed: the stored weight is (d_in, d_out), as in GPT-2's Conv1D.
+        experts: how many matrices the weight holds along a first dimension, each a layer of its own; 0: it is one matrix.
     """
 
     module: str
     shape: tuple[int, int]
     transposed: bool
+    experts: int = 0
+
+    @property
+    def layers(self) -> list[str]:
+        """What covariances are named by: the module, or each of the experts."""
+        return [f"{self.module}.{expert}" for expert in range(self.experts)] or [self.module]
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape) * len(self.layers)
 
 
 @dataclass(frozen=True)
@@ -45,24 +59,28 @@ class Architecture:
     Attributes:
         linears: backbone layers by the name of their weight.
         heads: names of the weights of linear layers outside the backbone.
+        routers: names of the weights that choose among experts.
         weights: the shape of every parameter by its name.
         prefix: what a checkpoint of the bare backbone leaves out of each name, with its dot.
         renamed: what transformers calls a tensor that goes by this name in a checkpoint.
         vocabulary: the number of token ids it knows, or None.
         positions: the longest sequence it can take, or None; of an image model the number of patches.
         hidden_size: width of the hidden states between blocks.
+        experts_a_token: how many experts a token is routed to, at most.
         blocks: number of parameters of each block by its path, and under "" of all that is in no block.
         shift: what an encoder-decoder model's decoder is given where these token ids are its target; None of other models.
     """
 
     linears: dict[str, Linear]
     heads: frozenset[str]
+    routers: frozenset[str]
     weights: dict[str, tuple[int, ...]]
     prefix: str
     renamed: Callable[[str], str]
     vocabulary: int | None
     positions: int | None
     hidden_size: int
+    experts_a_token: int
     blocks: dict[str, int]
     shift: Callable[[list[int]], list[int]] | None
 
@@ -115,6 +133,9 @@ def describe(config: transformers.PretrainedConfig, folder: str, trust_remote_co
     model = empty_model(model_class(config, folder, trust_remote_code), config)
     backbone = {id(module) for module in model.base_model.modules()}
     output = model.get_output_embeddings()
+    experts = find_experts(model.base_model)
+    start = "" if model.base_model is model else f"{model.base_model_prefix}."
+    routers = {start + name for name in find_routers(model.base_model, experts)}
     linears, heads = {}, set()
     for path, module in model.named_modules():
         if not isinstance(module, (nn.Linear, Conv1D)):
@@ -122,19 +143,29 @@ def describe(config: transformers.PretrainedConfig, folder: str, trust_remote_co
         if id(module) not in backbone or module is output or path.split(".")[0] in _HEADS:
             heads.add(f"{path}.weight")
             continue
+        if f"{path}.weight" in routers:
+            continue
         transposed = isinstance(module, Conv1D)
         d_out, d_in = module.weight.T.shape if transposed else module.weight.shape
         linears[f"{path}.weight"] = Linear(path, (d_out, d_in), transposed)
+    for path, module in experts.items():
+        for leaf in projections(module):
+            name = f"{start}{path}.{leaf}"
+            count, *shape = getattr(module, leaf).shape
+            linears[name] = Linear(name, tuple(shape[::-1] if module.is_transposed else shape), module.is_transposed, count)
+    most = max((linear.experts for linear in linears.values()), default=0)
     return Architecture(
         linears=linears,
         heads=frozenset(heads),
+        routers=frozenset(routers),
         weights={name: tuple(value.shape) for name, value in model.named_parameters(remove_duplicate=False)},
         prefix=f"{model.base_model_prefix}." if model.base_model_prefix else "",
         renamed=renaming(model),
         vocabulary=getattr(model.get_input_embeddings(), "num_embeddings", None),
         positions=_longest_sequence(model),
         hidden_size=getattr(config.get_text_config(), "hidden_size", 0),
-        blocks=_sizes(model.base_model, f"{model.base_model_prefix}." if model.base_model is not model else ""),
+        experts_a_token=getattr(config.get_text_config(), "num_experts_per_tok", None) or most,
+        blocks=_sizes(model.base_model, start),
         shift=_target_shift(model, folder),
     )
 

@@ -1,8 +1,9 @@
-"""Watching the inputs of linear layers during a forward pass."""
+"""Watching the inputs of linear layers, and of experts, during a forward pass."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from mergekit_pave.calibration.batches import Batch
+from mergekit_pave.calibration.experts import find_experts, run_experts
 from mergekit_pave.covariance import Covariance, SecondMoment
 from mergekit_pave.errors import PaveError
 
@@ -35,10 +37,11 @@ class Observer:
     """Accumulates the second moment of the input of every layer it watches.
 
     Layers that see the same tensor (query, key and value; gate and up) are found on their first call and share one
-    accumulation from then on.
+    accumulation from then on. An expert sees only the tokens that are routed to it, and has an accumulation of its own for
+    each projection, named by the parameter's path and the expert's number.
 
     Args:
-        layers: paths of the modules to watch.
+        layers: paths of the modules to watch, beside all experts.
         name: the model's name, for messages.
         unpadded: batches have one sample each, so that every row of an input that is not aligned with tokens counts.
     """
@@ -48,6 +51,8 @@ class Observer:
         self._model = model
         self._layers = layers
         self._name = name
+        self._experts = find_experts(model)
+        self._checked: set[str] = set()
         self._groups: dict[str, _Group] = {}
         self._taken: set[str] = set()
         self._batch: Batch | None = None
@@ -63,11 +68,15 @@ class Observer:
             )
             for layer in self._layers
         ]
+        for path, experts in self._experts.items():
+            experts.forward = functools.partial(self._see_experts, path)
         try:
             yield self._begin
         finally:
             for handle in handles:
                 handle.remove()
+            for experts in self._experts.values():
+                del experts.forward
 
     def _begin(self, batch: Batch) -> None:
         self._batch = batch
@@ -92,31 +101,65 @@ class Observer:
                 f"{self._name}: {layer} shared its input with {group.members[0]} in the first calibration batch but not "
                 "in a later one; list one of the two under pave.exclude"
             )
-        rows = self._counted_rows(layer, x)
+        flat, counted = x.reshape(-1, x.shape[-1]), self._counted(layer, x)
+        self._add(group, layer, flat.clone() if counted is None else flat[counted], x)
+        group.calls += 1
+        self._last = (weakref.ref(x), x._version, group)
+
+    def _see_experts(self, path: str, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Takes the place of the forward pass of a module of experts, and computes the same.
+
+        Raises:
+            PaveError: it does not compute the same.
+        """
+        if path in self._taken:
+            raise ReenteredError(path)
+        counted = self._counted(path, hidden_states)
+
+        def see(projection: str, expert: int, rows: Tensor, tokens: Tensor) -> None:
+            layer = f"{path}.{projection}.{expert}"
+            group = self._groups.get(layer)
+            if group is None:
+                group = self._groups[layer] = _Group(SecondMoment(rows.shape[-1]), [layer])
+            self._add(group, layer, rows.clone() if counted is None else rows[counted[tokens]], rows)
+
+        experts = self._experts[path]
+        result = run_experts(experts, hidden_states, top_k_index, top_k_weights, see)
+        if path not in self._checked:
+            self._checked.add(path)
+            own = type(experts).forward(experts, hidden_states, top_k_index, top_k_weights)
+            known = slice(None) if counted is None else counted  # padding may be anything, also no number
+            # Another layout or activation would be off by as much as the result itself, rounding by a hundredth at most.
+            if not (own - result)[known].norm() <= 0.05 * own[known].norm():
+                raise PaveError(
+                    f"{self._name}: the experts of {path} ({type(experts).__name__}) compute otherwise than the interface of "
+                    "transformers promises, so what each of them sees is not known; give the model `purify: false`"
+                )
+        return result
+
+    def _add(self, group: _Group, layer: str, rows: Tensor, x: Tensor) -> None:
+        """Add the counted rows of a layer's input x, which must not change afterwards."""
         if rows.shape[0]:
             if not all(extreme.isfinite() for extreme in rows.aminmax()):
                 raise PaveError(f"{self._name}: the input of {layer} is not finite for {self._culprit(x)}")
             group.moment.add(rows)
-        group.calls += 1
-        self._last = (weakref.ref(x), x._version, group)
 
-    def _counted_rows(self, layer: str, x: Tensor) -> Tensor:
-        """The rows of x that belong to counted tokens; all of them where x is not aligned with the tokens. A copy.
+    def _counted(self, layer: str, x: Tensor) -> Tensor | None:
+        """Which rows of x belong to counted tokens, bool (rows,); None where all count, as x is not aligned with the tokens.
 
         Which of an encoder-decoder model's two sequences x belongs to is told by its length: no batch has two of one length.
 
         Raises:
             UnalignedInputError: x is not aligned, and the batch may have padding.
         """
-        flat = x.reshape(-1, x.shape[-1])
         for counted in self._batch.counted:
             aligned = [n for n in x.shape[:-1] if n > 1] == [n for n in counted.shape if n > 1]
-            if aligned or (x.dim() == 2 and flat.shape[0] == counted.numel()):
-                return flat[counted.flatten()]
+            if aligned or (x.dim() == 2 and x.shape[0] == counted.numel()):
+                return counted.flatten()
         pooled = x.dim() == 2 and x.shape[0] == len(self._batch.origins)
         if self._batch.counted and not pooled and not self._unpadded:
             raise UnalignedInputError(layer)
-        return flat.clone()  # images, and what is pooled to one row a sample
+        return None  # images, and what is pooled to one row a sample
 
     def _culprit(self, x: Tensor) -> str:
         for counted in self._batch.counted:
@@ -136,4 +179,5 @@ class Observer:
             for layer in group.members:
                 del self._groups[layer]
             self._taken.update(group.members)
+        self._taken.update(path for path in self._experts if path.startswith(prefix))
         return [(group.members, group.moment.result()) for group in groups.values() if group.moment.tokens]

@@ -52,7 +52,8 @@ class Job:
 
     @property
     def layers(self) -> list[str]:
-        return [linear.module for linear in self.architecture.linears.values()]
+        """The modules to watch; experts are not among them."""
+        return [linear.module for linear in self.architecture.linears.values() if not linear.experts]
 
     def estimate(self, device: str) -> Estimate:
         """What the calibration will cost on a device."""
@@ -236,16 +237,27 @@ def _runner(model: nn.Module, batch_size: int) -> Callable[[Batch], None]:
     return run
 
 
-def load_covariance(artefact: cache.Artefact, layer: str) -> Covariance:
-    """The covariance of one layer's input, from an intact artefact.
+class StoredCovariances:
+    """The covariances in an intact artefact, by layer."""
 
-    Raises:
-        PaveError: the layer was never called during calibration.
-    """
-    entry = artefact.manifest()["layers"].get(layer)
-    if entry is None:
-        raise PaveError(
-            f"{artefact.manifest()['model']}: {layer} was never called during calibration; "
-            "list it under pave.exclude to merge it as it is"
-        )
-    return Covariance.from_tensors(artefact.read(entry["file"]), entry["tokens"], entry["dim"])
+    def __init__(self, artefact: cache.Artefact):
+        self._artefact = artefact
+        self._manifest = artefact.manifest()  # once, for it names every expert of a large model
+
+    def tokens(self, layer: str) -> int:
+        """How many tokens the layer saw."""
+        return self._manifest["layers"].get(layer, {"tokens": 0})["tokens"]
+
+    def load(self, layer: str) -> Covariance:
+        """The covariance of one layer's input.
+
+        Raises:
+            PaveError: the layer was never called during calibration.
+        """
+        entry = self._manifest["layers"].get(layer)
+        if entry is None:
+            raise PaveError(
+                f"{self._manifest['model']}: {layer} was never called during calibration; "
+                "list it under pave.exclude to merge it as it is"
+            )
+        return Covariance.from_tensors(self._artefact.read(entry["file"]), entry["tokens"], entry["dim"])

@@ -1,0 +1,80 @@
+"""The experts of a mixture: one 3-D parameter holds a matrix for each, and each sees only the tokens routed to it.
+
+transformers marks every such module with its decorator `use_experts_implementation`, and any of the implementations that
+this chooses from has to compute what `run_experts` computes. The marks say how the weights are laid out, so nothing
+here depends on the architecture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+def find_experts(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that hold experts, by their paths."""
+    marks = ("has_gate", "has_bias", "is_transposed")
+    return {path: module for path, module in model.named_modules() if all(hasattr(module, mark) for mark in marks)}
+
+
+def projections(experts: nn.Module) -> tuple[str, str]:
+    """The names of the parameters that each token meets, in this order; each (E, d_out, d_in), or (E, d_in, d_out)."""
+    return ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj")
+
+
+def run_experts(
+    experts: nn.Module,
+    hidden: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    see: Callable[[str, int, Tensor, Tensor], None],
+) -> Tensor:
+    """The output of a module of experts, computed one expert at a time.
+
+    Args:
+        hidden: (tokens, width).
+        top_k_index: (tokens, k), the experts that each token is routed to.
+        top_k_weights: (tokens, k).
+        see: is told of a projection's name, the expert, its input rows (n, d_in), and which tokens these are (n,).
+    """
+    first, last = projections(experts)
+    result = torch.zeros_like(hidden)
+    for expert in range(getattr(experts, first).shape[0]):
+        tokens, places = torch.where(top_k_index == expert)
+        if not len(tokens):
+            continue
+        rows = hidden[tokens]
+        see(first, expert, rows, tokens)
+        rows = _project(experts, first, expert, rows)
+        rows = experts._apply_gate(rows) if experts.has_gate else experts.act_fn(rows)
+        see(last, expert, rows, tokens)
+        rows = _project(experts, last, expert, rows)
+        if getattr(experts, "has_post_expert_norm", False):
+            rows = experts.post_expert_norm(rows)
+        rows = rows * top_k_weights[tokens, places, None]
+        result.index_add_(0, tokens, rows.to(result.dtype))
+    return result
+
+
+def _project(experts: nn.Module, name: str, expert: int, rows: Tensor) -> Tensor:
+    weight = getattr(experts, name)[expert]
+    bias = getattr(experts, f"{name}_bias")[expert] if experts.has_bias else None
+    return nn.functional.linear(rows, weight.mT if experts.is_transposed else weight, bias)
+
+
+def find_routers(model: nn.Module, experts: dict[str, nn.Module]) -> set[str]:
+    """The names of the weights that choose among experts: beside them, and the only matrix of their module, a row an expert.
+
+    A shared expert may have as many rows, but it has several matrices.
+    """
+    routers = set()
+    for path, module in experts.items():
+        count = getattr(module, projections(module)[0]).shape[0]
+        parent = path.rpartition(".")[0]
+        for name, sibling in model.get_submodule(parent).named_children():
+            matrices = {leaf: value for leaf, value in sibling.named_parameters() if value.dim() == 2}
+            if len(matrices) == 1 and next(iter(matrices.values())).shape[0] == count:
+                routers.add(".".join(filter(None, (parent, name, next(iter(matrices))))))
+    return routers
