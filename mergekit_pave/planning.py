@@ -128,7 +128,8 @@ def make_plan(config: PaveConfig, tensors: list[PlannedTensor], environment: Env
             "or give the model `purify: false`"
         )
     for model in models:
-        sources[model].prepare()
+        layers = (choice.linear for choices in chosen.values() for choice in choices if choice.model == model)
+        sources[model].prepare(tuple(dict.fromkeys(layers)))
 
     plan = Plan()
     for place, choices in chosen.items():
@@ -182,8 +183,14 @@ class _Source:
                     "be shown what it shall answer; name its column, or give a template over columns"
                 )
 
-    def prepare(self) -> None:
-        """Read and tokenise the samples, which checks all of the `data` entry, and name the artefacts."""
+    def prepare(self, layers: tuple[Linear, ...]) -> None:
+        """Read and tokenise the samples, which checks all of the `data` entry, and name the artefacts.
+
+        Args:
+            layers: those that are to be purified.
+        """
+        size = sum(linear.size for linear in self.architecture.linears.values())
+        self._wanted = {"model": str(self.model), "wanted": layers, "size": size}
         root = cache.cache_root(self._pave.cache_dir)
         key = self._use_given() if self.entry.covariance else self._use_data(root)
         regularization = self._pave.setting(self.model, "regularization")
@@ -234,7 +241,7 @@ class _Source:
             about=about,
         )
         folder = str(root / "covariance" / key)
-        self.calibration = CalibrateModel(folder=folder, job=job, runtime=self._environment.runtime)
+        self.calibration = CalibrateModel(folder=folder, job=job, runtime=self._environment.runtime, **self._wanted)
         return key
 
     def _use_given(self) -> str:
@@ -248,7 +255,7 @@ class _Source:
         if manifest["weights"] != cache.weights_fingerprint(self.folder, self._shards):
             raise PaveError(f"{where}: these were measured on other weights, those of {manifest['model']}; use `data` instead")
         self.samples, self.tokens, self.data = manifest["samples"], manifest["tokens"], manifest["data"]
-        self.calibration = GivenCovariance(folder=str(folder))
+        self.calibration = GivenCovariance(folder=str(folder), **self._wanted)
         return cache.digest(manifest["files"], self._identity())
 
     def _identity(self) -> str:

@@ -31,7 +31,7 @@ from mergekit_pave.calibration.run import StoredCovariances, calibrate
 from mergekit_pave.config import RelativeRegularization
 from mergekit_pave.covariance import Covariance
 from mergekit_pave.errors import PaveError
-from mergekit_pave.report import FEW_TOKENS, REPORT_NAME, left_experts, summary, warnings
+from mergekit_pave.report import FEW_TOKENS, NEVER_CALLED, REPORT_NAME, left_experts, never_called, summary, warnings
 from mergekit_pave.subspace import Tail, drop_components, tail_components
 
 LOG = logging.getLogger(__name__)
@@ -40,9 +40,34 @@ _TAIL_FILE = "tail.safetensors"
 
 
 class _CovarianceTask(Task[str]):
-    """A task that sees to the covariances of one model. Value: their folder."""
+    """A task that sees to the covariances of one model. Value: their folder.
+
+    Attributes:
+        model: the model's name, for messages.
+        wanted: the layers that are to be purified.
+        size: the number of weights in all of the model's linear layers.
+    """
 
     folder: str
+    model: str
+    wanted: tuple[Linear, ...]
+    size: int
+
+    def _check_observed(self) -> None:
+        """Layers that were never called are left as they are, but not most of a model.
+
+        Raises:
+            PaveError: they hold more than half of its weights in linear layers, or are all that was to be purified.
+        """
+        known = StoredCovariances(Artefact(Path(self.folder)))
+        missed = [linear for linear in self.wanted if not any(map(known.tokens, linear.layers))]
+        share = sum(linear.size for linear in missed) / self.size
+        if share > 0.5 or len(missed) == len(self.wanted):
+            raise PaveError(
+                f"{self.model}: {len(missed)} of {len(self.wanted)} layers to be purified were never called during calibration "
+                f"(such as {missed[0].module}); they hold {share:.0%} of the weights in the model's linear layers. Use data that "
+                "reaches them, such as images for a vision tower, or put them under pave.exclude to merge them as they are"
+            )
 
     def arguments(self) -> dict[str, Task]:
         return {}
@@ -72,6 +97,7 @@ class CalibrateModel(_CovarianceTask):
 
     def execute(self) -> str:
         calibrate(self.job, Artefact(Path(self.folder)), self.runtime)
+        self._check_observed()
         return self.folder
 
 
@@ -83,6 +109,7 @@ class GivenCovariance(_CovarianceTask):
             raise PaveError(
                 f"the covariances at {self.folder} are damaged: a file is not what their manifest says; fetch them again"
             )
+        self._check_observed()
         return self.folder
 
 
@@ -132,8 +159,8 @@ class DecomposeWeight(_TensorTask):
         known = StoredCovariances(Artefact(Path(covariances)))
         tails, slices, left = [], [], {}
         for i, layer in enumerate(self.layer.layers):
-            if self.layer.experts and known.tokens(layer) < self.min_tokens:
-                left[str(i)] = known.tokens(layer)
+            if known.tokens(layer) < max(1, self.min_tokens):
+                left[str(i) if self.layer.experts else ""] = known.tokens(layer)
                 continue
             covariance = known.load(layer).to(weight.device)
             tail = self._tail(matrices[i], covariance, layer)
@@ -172,7 +199,7 @@ class LoadTail(_TensorTask):
     """The tails of the matrices of one weight from the cache: of one matrix, or of all experts that saw enough tokens.
 
     Value: {directions: (tails, d_out, at least count), values: (tails, at least count), ascending, slices: what else is
-    known of each: [{largest, energy, tokens, expert}], left: {expert: the tokens it saw, which are too few}}.
+    known of each: [{largest, energy, tokens, expert}], left: {expert, or "": the tokens it saw, which are too few}}.
     """
 
     folder: str
@@ -265,7 +292,7 @@ class PurifyTensor(_TensorTask):
         matrices = _matrices(weight, self.transposed)
         bases = None if base is None else _matrices(base, self.transposed)
         result = None
-        if weight.dim() == 3:  # experts without a tail stay as they are
+        if weight.dim() == 3 or not tail["slices"]:  # what has no tail stays as it is
             result = weight.to(dtype, copy=True)
         stats = []
         for place, (known, drop) in enumerate(zip(tail["slices"], allocation[self.position], strict=True)):
@@ -313,7 +340,7 @@ class PurifiedTensor(_TensorTask):
 
 
 class PurificationStats(_TensorTask):
-    """What purification did to one weight. Value: {rows: those of the report, one a matrix, left: {expert: its tokens}}."""
+    """What purification did to one weight. Value: {rows: those of the report, one a matrix, left: see `LoadTail`}."""
 
     purify: PurifyTensor
 
@@ -384,13 +411,16 @@ class WriteReport(Task[None]):
         report["purified"] = [row for i in range(len(self.stats)) for row in stats[str(i)]["rows"]]
         for i, task in enumerate(self.stats):
             for expert, tokens in stats[str(i)]["left"].items():
-                reason = f"{FEW_TOKENS} ({tokens})"
-                report["models"][str(task.model)]["left_as_they_are"][f"{task.tensor}[{expert}]"] = reason
+                left = report["models"][str(task.model)]["left_as_they_are"]
+                if expert:
+                    left[f"{task.tensor}[{expert}]"] = f"{FEW_TOKENS} ({tokens})"
+                else:
+                    left[task.tensor] = NEVER_CALLED
         folder = Path(self.out_path)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / REPORT_NAME).write_text(json.dumps(report, indent=1) + "\n")
         LOG.info(summary(report))
-        for line in left_experts(report):
+        for line in left_experts(report) + never_called(report):
             LOG.info(line)
         for warning in warnings(report):
             LOG.warning(warning)

@@ -133,8 +133,6 @@ def _measure_and_store(job: Job, artefact: cache.Artefact, runtime: Runtime) -> 
     for name in files.keys() - used:
         del files[name]
         artefact.remove(name)
-    if unseen := [layer for layer in job.layers if layer not in layers]:
-        LOG.warning("%s: %d linear layers were never called (the first: %s)", job.name, len(unseen), unseen[0])
     return {"files": files, "layers": layers, **job.about}
 
 
