@@ -119,8 +119,10 @@ class Data(_Block):
     @model_validator(mode="after")
     def _one_kind_of_sample(self) -> Data:
         given = [kind for kind in ("text", "messages", "image") if getattr(self, kind) is not None]
-        if len(given) > 1:
+        if len(given) > 1 and given != ["text", "image"]:
             raise ValueError(f"give only one of {', '.join(given)}")
+        if self.text_pair is not None and self.image is not None:
+            raise ValueError("text_pair does not go with image")
         if self.text_pair is not None and self.text is None:
             raise ValueError("text_pair needs text, the first of the pair")
         if self.target is not None and self.image is not None:

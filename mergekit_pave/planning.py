@@ -175,6 +175,10 @@ class _Source:
             raise PaveError(f"pave.models: {model} is quantised, which cannot be calibrated; give it `purify: false`")
         self.architecture: Architecture = describe(self._config, self.folder, environment.runtime.trust_remote_code)
         for data in self.entry.sources if self.entry.data else ():
+            if data.image is not None and "pixel_values" not in self.architecture.inputs:
+                raise PaveError(f"pave.models[{model}].data.image: the model takes no images")
+            if data.image is not None and data.text is None and "input_ids" in self.architecture.inputs:
+                raise PaveError(f"pave.models[{model}].data.text: missing. The model reads an image together with a text")
             if self.architecture.shift is None and data.target is not None:
                 raise PaveError(f"pave.models[{model}].data.target: only an encoder-decoder model takes one; put it into `text`")
             if self.architecture.shift is not None and data.target is None:
@@ -270,8 +274,11 @@ class _Source:
         return self._tails / tensor.replace("/", "_")
 
     def _processor(self, samples: list[Sample]) -> Any:
-        images = any(sample.image is not None for sample in samples)
-        loader = transformers.AutoImageProcessor if images else transformers.AutoTokenizer
+        what, loader = "tokenizer", transformers.AutoTokenizer
+        if any(sample.image is not None for sample in samples):
+            texts = any(sample.text is not None for sample in samples)
+            what = "processor" if texts else "image processor"
+            loader = transformers.AutoProcessor if texts else transformers.AutoImageProcessor
         # An adapter may bring a tokenizer of its own.
         places = [path for path in (self.model.lora, self.model.model) if path]
         for path in places:
@@ -284,7 +291,6 @@ class _Source:
                 )
             except (OSError, ValueError, KeyError, ImportError) as error:
                 failure = error
-        what = "image processor" if images else "tokenizer"
         reason = " ".join(str(failure).split())
         raise PaveError(f"{self.model}: its {what} cannot be loaded, and calibration needs it: {reason}") from failure
 

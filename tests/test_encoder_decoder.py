@@ -12,7 +12,7 @@ import torch
 import transformers
 from merging import TOLERANCE, config_for, merge
 from models import make_rows, perturbed, read_rows, save, write_rows
-from reference import weights
+from reference import purified_alone, weights
 
 from mergekit_pave.calibration.batches import Encoded, make_batches
 from mergekit_pave.calibration.layers import describe
@@ -97,12 +97,8 @@ def assert_purified(family, which: int, data: Path, written: dict, plain: dict) 
         if x is None:
             assert torch.equal(tensor, plain[name]), name
             continue
-        weight = source[name].double()
-        shifted = x.T @ x / len(x) + SHIFT * torch.eye(x.shape[1], dtype=torch.float64)
-        u, s, vt = torch.linalg.svd(weight @ shifted, full_matrices=False)
-        r = round(len(s) * RATIO)
-        wanted = torch.linalg.solve(shifted, (u[:, :r] * s[:r] @ vt[:r]).T).T
-        error = (tensor.double() - wanted).norm() / (wanted - weight).norm()
+        wanted = purified_alone(source[name], x, RATIO, SHIFT)
+        error = (tensor.double() - wanted).norm() / (wanted - source[name]).norm()
         assert error <= TOLERANCE, f"{name} is {error:.2e} of ||W'-W|| away from the reference"
     assert {f"{name}.weight" for name in seen} <= written.keys()
 

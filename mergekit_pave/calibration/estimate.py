@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -39,7 +40,8 @@ def estimate(architecture: Architecture, encoded: list[Encoded], batch_size: int
     Args:
         itemsize: bytes of one number in the precision that the model runs in.
     """
-    tokens = sum(sample.tokens for sample in encoded)
+    # How many rows a vision tower makes of an image only the model knows.
+    tokens = math.inf if any(sample.is_pictured for sample in encoded) else sum(sample.tokens for sample in encoded)
     lengths = sorted(sample.length for sample in encoded)
     cache = 0
     accumulators: dict[str, int] = defaultdict(int)

@@ -68,6 +68,7 @@ class Architecture:
         hidden_size: width of the hidden states between blocks.
         experts_a_token: how many experts a token is routed to, at most.
         blocks: number of parameters of each block by its path, and under "" of all that is in no block.
+        inputs: the names of the backbone's arguments.
         shift: what an encoder-decoder model's decoder is given where these token ids are its target; None of other models.
     """
 
@@ -82,6 +83,7 @@ class Architecture:
     hidden_size: int
     experts_a_token: int
     blocks: dict[str, int]
+    inputs: frozenset[str]
     shift: Callable[[list[int]], list[int]] | None
 
     def block_of(self, module: str) -> str:
@@ -166,6 +168,7 @@ def describe(config: transformers.PretrainedConfig, folder: str, trust_remote_co
         hidden_size=getattr(config.get_text_config(), "hidden_size", 0),
         experts_a_token=getattr(config.get_text_config(), "num_experts_per_tok", None) or most,
         blocks=_sizes(model.base_model, start),
+        inputs=frozenset(inspect.signature(model.base_model.forward).parameters),
         shift=_target_shift(model, folder),
     )
 

@@ -152,6 +152,8 @@ def _out_of_memory(job: Job, device: str) -> str:
 def _measure(job: Job, runtime: Runtime) -> Measured:
     """Block by block and in batches where that is possible. What comes later replaces what came before for a layer."""
     measure, batch_size = measure_in_lockstep, job.batch_size
+    if any(sample.is_pictured for sample in job.encoded):
+        batch_size = 1
     while True:
         try:
             yield from measure(job, runtime, batch_size)
