@@ -378,9 +378,10 @@ def _check_experts(model: ModelReference, architecture: Architecture, tensors: l
     mergekit takes a tensor that only some layers have for optional, and leaves it out unless it is in the checkpoint by the
     very name that transformers has for it, which a checkpoint with a tensor for each expert has not.
     """
-    experts = {name for name, linear in architecture.linears.items() if linear.experts}
+    experts = [name for name, linear in architecture.linears.items() if linear.experts]
     infos = [planned.gather.weight_info[model] for planned in tensors if planned.gather and model in planned.models]
-    if experts and not experts & {architecture.weight_name([info.name, *(info.aliases or ())]) for info in infos}:
+    found = (architecture.linear([info.name, *(info.aliases or ())]) for info in infos)
+    if experts and not any(linear and linear.experts for linear in found):
         raise PaveError(
             f"{model}: mergekit would leave its experts (such as {min(experts)}) out of the merged model, with or without a pave "
             "block. Load each model of the merge with transformers, save it with `save_pretrained(folder, "
@@ -392,16 +393,17 @@ def _linear(architecture: Architecture, info: Any) -> tuple[Optional[Linear], Op
     """The layer that a tensor is the weight of, or why it is none that can be purified."""
     if info is None or info.vocabulary_axis is not None:
         return None, "vocabulary"
-    name = architecture.weight_name([info.name, *(info.aliases or ())])
+    names = [info.name, *(info.aliases or ())]
+    if linear := architecture.linear(names):
+        return linear, None
+    name = architecture.weight_name(names)
     if name is None:
         return None, "unknown to the architecture"
     if name in architecture.routers:
         return None, "router"
     if name in architecture.heads:
         return None, "head"
-    if name not in architecture.linears:
-        return None, _NOT_LINEAR
-    return architecture.linears[name], None
+    return None, _NOT_LINEAR
 
 
 def _rank_ratio(config: PaveConfig, model: ModelReference, tensor: str, t: float) -> float:

@@ -54,13 +54,13 @@ class _CovarianceTask(Task[str]):
     size: int
 
     def _check_observed(self) -> None:
-        """Layers that were never called are left as they are, but not most of a model.
+        """Layers that were never called are left as they are, but not most of a model. Experts are counted by their tokens.
 
         Raises:
             PaveError: they hold more than half of its weights in linear layers, or are all that was to be purified.
         """
         known = StoredCovariances(Artefact(Path(self.folder)))
-        missed = [linear for linear in self.wanted if not any(map(known.tokens, linear.layers))]
+        missed = [linear for linear in self.wanted if not linear.experts and not known.tokens(linear.module)]
         share = sum(linear.size for linear in missed) / self.size
         if share > 0.5 or len(missed) == len(self.wanted):
             raise PaveError(
@@ -145,28 +145,26 @@ class DecomposeWeight(_TensorTask):
         return {"weight": self.weight, "covariances": self.calibration}
 
     def execute(self, weight: Tensor, covariances: str) -> dict[str, Any]:
-        stored = tuple(weight.shape)
-        shape = self.layer.shape[::-1] if self.layer.transposed else self.layer.shape
-        expected = (self.layer.experts, *shape) if self.layer.experts else shape
-        if stored != expected or not weight.is_floating_point():
+        if weight.shape != self.layer.stored_shape or not weight.is_floating_point():
             raise PaveError(
-                f"{self.model}: {self.tensor} is a {weight.dtype} tensor of shape {stored}, but the layer "
-                f"{self.layer.module} of the architecture has a float weight of shape {expected}; it cannot be purified"
+                f"{self.model}: {self.tensor} is a {weight.dtype} tensor of shape {tuple(weight.shape)}, but the layer "
+                f"{self.layer.module} of the architecture has a float weight of shape {self.layer.stored_shape}; "
+                "it cannot be purified"
             )
         if not weight.isfinite().all():
             raise PaveError(f"{self.model}: {self.tensor} has values that are not finite")
         matrices = _matrices(weight, self.layer.transposed)
         known = StoredCovariances(Artefact(Path(covariances)))
         tails, slices, left = [], [], {}
-        for i, layer in enumerate(self.layer.layers):
+        experts = self.layer.experts or (None,)
+        for matrix, layer, expert in zip(matrices, self.layer.layers, experts, strict=True):
             if known.tokens(layer) < max(1, self.min_tokens):
-                left[str(i) if self.layer.experts else ""] = known.tokens(layer)
+                left["" if expert is None else str(expert)] = known.tokens(layer)
                 continue
             covariance = known.load(layer).to(weight.device)
-            tail = self._tail(matrices[i], covariance, layer)
+            tail = self._tail(matrix, covariance, layer)
             tails.append(tail)
-            about = {"largest": tail.largest, "energy": tail.energy, "tokens": covariance.tokens}
-            slices.append(about | ({"expert": i} if self.layer.experts else {}))
+            slices.append({"expert": expert, "largest": tail.largest, "energy": tail.energy, "tokens": covariance.tokens})
         empty = torch.zeros(0, self.layer.shape[0], self.count, device=weight.device)
         # float32 adds an error of about 1e-7 of ||W||, which is what storing W' in float32 costs, too.
         directions = torch.stack([tail.directions.float() for tail in tails]) if tails else empty
@@ -199,7 +197,7 @@ class LoadTail(_TensorTask):
     """The tails of the matrices of one weight from the cache: of one matrix, or of all experts that saw enough tokens.
 
     Value: {directions: (tails, d_out, at least count), values: (tails, at least count), ascending, slices: what else is
-    known of each: [{largest, energy, tokens, expert}], left: {expert, or "": the tokens it saw, which are too few}}.
+    known of each: [{expert, largest, energy, tokens}], left: {expert, or "": the tokens it saw, which are too few}}.
     """
 
     folder: str
@@ -214,7 +212,7 @@ class LoadTail(_TensorTask):
             raise PaveError(f"the cache entry {self.folder} was removed or replaced during the run; run again")
         artefact = Artefact(Path(self.folder))
         manifest, tensors = artefact.manifest(), artefact.read(_TAIL_FILE)
-        enough = [i for i, known in enumerate(manifest["slices"]) if "expert" not in known or known["tokens"] >= self.min_tokens]
+        enough = [i for i, known in enumerate(manifest["slices"]) if known["tokens"] >= self.min_tokens]
         few = {str(known["expert"]): known["tokens"] for i, known in enumerate(manifest["slices"]) if i not in enough}
         if few:
             tensors = {name: tensor[enough] for name, tensor in tensors.items()}
@@ -256,7 +254,7 @@ class AllocateRanks(Task[list]):
         members: dict[Any, list[tuple[int, int]]] = {}  # by expert: (model, place among its slices)
         for model in range(len(self.tails)):
             for place, known in enumerate(tails[str(model)]["slices"]):
-                members.setdefault(known.get("expert"), []).append((model, place))
+                members.setdefault(known["expert"], []).append((model, place))
         drops = [[0] * len(tails[str(model)]["slices"]) for model in range(len(self.tails))]
         for of_expert in members.values():
             spectra = []
@@ -291,35 +289,40 @@ class PurifyTensor(_TensorTask):
         dtype = dtype_from_name(self.dtype) or weight.dtype
         matrices = _matrices(weight, self.transposed)
         bases = None if base is None else _matrices(base, self.transposed)
-        result = None
-        if weight.dim() == 3 or not tail["slices"]:  # what has no tail stays as it is
-            result = weight.to(dtype, copy=True)
+        stacked = weight.dim() == 3
+        # What has no tail stays as it is.
+        result = weight.to(dtype, copy=stacked) if stacked or tail["left"] else None
         stats = []
         for place, (known, drop) in enumerate(zip(tail["slices"], allocation[self.position], strict=True)):
-            i = known.get("expert", 0)
+            i = known["expert"] if stacked else 0
             directions = tail["directions"][place, :, :drop]
             origin = None if bases is None else bases[i]
             purified, removed = drop_components(matrices[i], directions, origin if self.target == "task_vector" else None)
-            if result is None:
+            if stacked:
+                _matrices(result, self.transposed)[i].copy_(purified)
+            else:
                 purified = purified.to(dtype)
                 result = (purified.mT if self.transposed else purified).contiguous()
-            else:
-                _matrices(result, self.transposed)[i].copy_(purified)
+            components = min(purified.shape)
             stats.append(
                 {
                     "tensor": self.tensor,
-                    **({"expert": i} if "expert" in known else {}),
+                    **({} if known["expert"] is None else {"expert": known["expert"]}),
                     "output": self.allocation.output,
                     "model": str(self.model),
-                    "components": min(purified.shape),
-                    "kept": min(purified.shape) - drop,
+                    "components": components,
+                    "kept": components - drop,
                     "energy_dropped": tail["values"][place, :drop].square().sum().item() / (known["energy"] or 1.0),
                     "removed_norm": removed,
                     "change_norm": None if origin is None else _norm(matrices[i] - origin),
                     "tokens": known["tokens"],
                 }
             )
-        return {"tensor": result, "stats": stats, "left": tail["left"]}
+        left = {}
+        for expert, tokens in tail["left"].items():
+            name = f"{self.tensor}[{expert}]" if stacked else self.tensor
+            left[name] = f"{FEW_TOKENS} ({tokens})" if expert else NEVER_CALLED
+        return {"tensor": result, "stats": stats, "left": left}
 
 
 def _norm(x: Tensor) -> float:
@@ -340,7 +343,10 @@ class PurifiedTensor(_TensorTask):
 
 
 class PurificationStats(_TensorTask):
-    """What purification did to one weight. Value: {rows: those of the report, one a matrix, left: see `LoadTail`}."""
+    """What purification did to one weight.
+
+    Value: {rows: those of the report, one a matrix, left: {a matrix that stays as it is: why}}.
+    """
 
     purify: PurifyTensor
 
@@ -410,12 +416,7 @@ class WriteReport(Task[None]):
         report = json.loads(self.header)
         report["purified"] = [row for i in range(len(self.stats)) for row in stats[str(i)]["rows"]]
         for i, task in enumerate(self.stats):
-            for expert, tokens in stats[str(i)]["left"].items():
-                left = report["models"][str(task.model)]["left_as_they_are"]
-                if expert:
-                    left[f"{task.tensor}[{expert}]"] = f"{FEW_TOKENS} ({tokens})"
-                else:
-                    left[task.tensor] = NEVER_CALLED
+            report["models"][str(task.model)]["left_as_they_are"] |= stats[str(i)]["left"]
         folder = Path(self.out_path)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / REPORT_NAME).write_text(json.dumps(report, indent=1) + "\n")

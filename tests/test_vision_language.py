@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from merging import TOLERANCE, config_for, entries, forget_checkpoints, merge
-from models import make_rows, perturbed, read_rows, save
+from models import make_rows, perturbed, read_rows, save, write_rows
 from reference import purified_alone, weights
 from safetensors.torch import load_file, save_file
 
@@ -270,11 +270,12 @@ def test_images_beside_texts_without_images(pictured, pictures, tmp_path, caplog
     family = pictured("gemma3")
     tokenizer = transformers.AutoTokenizer.from_pretrained(family.tuned[0])
     processor = transformers.AutoProcessor.from_pretrained(family.tuned[0])
-    samples = [tokenizer(row["text"], return_tensors="pt").data for row in read_rows(family.data[1])]
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": "sum"}, *read_rows(family.data[1])])
+    samples = [tokenizer(row["text"], return_tensors="pt").data for row in read_rows(rows)]
     for line in map(json.loads, (pictures / "train" / "metadata.jsonl").read_text().splitlines()):
         image = Image.open(pictures / "train" / line["file_name"])
         samples.append(processor(text=[line["placed"]], images=[image], return_tensors="pt").data)
-    both = [{"path": str(family.data[1]), "text": "text"}, data(pictures, text="placed")]
+    both = [{"path": str(rows), "text": "text"}, data(pictures, text="placed")]
     pave = {"models": [{"model": str(model), "data": both} for model in family.tuned], "cache_dir": str(tmp_path / "cache")}
     with caplog.at_level("INFO", logger="mergekit_pave"):
         check(family, samples, pave, tmp_path)

@@ -7,10 +7,21 @@ here depends on the architecture.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    apply_converters,
+    apply_renamings,
+)
 
 
 def find_experts(model: nn.Module) -> dict[str, nn.Module]:
@@ -78,3 +89,37 @@ def find_routers(model: nn.Module, experts: dict[str, nn.Module]) -> set[str]:
             if len(matrices) == 1 and next(iter(matrices.values())).shape[0] == count:
                 routers.add(".".join(filter(None, (parent, name, next(iter(matrices))))))
     return routers
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a tensor of a checkpoint that stores each expert by itself is of transformers' parameter of all experts.
+
+    Attributes:
+        parameter: its name.
+        expert: which expert.
+        parts: how many such tensors make up the expert's matrix, joined along `dim` of the parameter.
+    """
+
+    parameter: str
+    expert: int
+    parts: int
+    dim: int
+
+
+def part_of_experts(conversions: list[WeightTransform], name: str) -> Part | None:
+    """Where transformers would put a tensor of this name, if it stacks such tensors and does nothing else to them."""
+    renamings = [transform for transform in conversions if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in conversions if isinstance(transform, WeightConverter)]
+    renamed = apply_renamings(name, renamings)
+    parameter, pattern = apply_converters(renamed, converters)
+    if pattern is None:
+        return None
+    converter = next(converter for converter in converters if pattern in converter.source_patterns)
+    stack, *join = converter.operations
+    number = re.search(pattern.replace("*.", r"(\d+)\."), renamed)
+    stacked = isinstance(stack, MergeModulelist) and stack.dim == 0
+    joined = len(join) == 1 and isinstance(join[0], Concatenate)
+    if not stacked or not (joined or not join) or not number or not number.groups():
+        return None
+    return Part(parameter, int(number.group(1)), len(converter.source_patterns), join[0].dim if join else 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import accelerate
@@ -13,12 +13,12 @@ import torch
 import transformers
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import WeightRenaming, WeightTransform
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
-from mergekit_pave.calibration.experts import find_experts, find_routers, projections
+from mergekit_pave.calibration.experts import find_experts, find_routers, part_of_experts, projections
 from mergekit_pave.errors import PaveError
 
 # Heads that some architectures keep inside what they declare as their backbone.
@@ -27,24 +27,32 @@ _HEADS = {"lm_head", "classifier", "score", "qa_outputs"}
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer of the backbone, or the same projection of all experts of a mixture.
+    """A linear layer of the backbone, or the same projection of the experts of a mixture, each of which is a layer of its own.
 
     Attributes:
         module: its path in the model; of experts the path of their 3-D parameter.
-        shape: (d_out, d_in).
-        transposed: the stored weight is (d_in, d_out), as in GPT-2's Conv1D.
-        experts: how many matrices the weight holds along a first dimension, each a layer of its own; 0: it is one matrix.
+        shape: (d_out, d_in) of one matrix.
+        transposed: a stored matrix is (d_in, d_out), as in GPT-2's Conv1D.
+        experts: the numbers of the experts whose matrices the weight holds; none for an ordinary layer.
+        stacked: the matrices lie along a first dimension of the weight; otherwise it is one matrix.
     """
 
     module: str
     shape: tuple[int, int]
     transposed: bool
-    experts: int = 0
+    experts: tuple[int, ...] = ()
+    stacked: bool = False
 
     @property
     def layers(self) -> list[str]:
         """What covariances are named by: the module, or each of the experts."""
-        return [f"{self.module}.{expert}" for expert in range(self.experts)] or [self.module]
+        return [f"{self.module}.{expert}" for expert in self.experts] or [self.module]
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of the weight."""
+        shape = self.shape[::-1] if self.transposed else self.shape
+        return (len(self.experts), *shape) if self.stacked else shape
 
     @property
     def size(self) -> int:
@@ -68,6 +76,7 @@ class Architecture:
         hidden_size: width of the hidden states between blocks.
         experts_a_token: how many experts a token is routed to, at most.
         blocks: number of parameters of each block by its path, and under "" of all that is in no block.
+        conversions: how transformers makes parameters of the tensors of a checkpoint that has them in another form.
         inputs: the names of the backbone's arguments.
         shift: what an encoder-decoder model's decoder is given where these token ids are its target; None of other models.
     """
@@ -83,6 +92,7 @@ class Architecture:
     hidden_size: int
     experts_a_token: int
     blocks: dict[str, int]
+    conversions: list[WeightTransform]
     inputs: frozenset[str]
     shift: Callable[[list[int]], list[int]] | None
 
@@ -97,6 +107,18 @@ class Architecture:
                 for candidate in (name, self.prefix + name, name.removeprefix(self.prefix)):
                     if candidate in self.weights:
                         return candidate
+        return None
+
+    def linear(self, names: list[str]) -> Linear | None:
+        """The linear layer whose weight goes by one of these names in a checkpoint, be it one expert of a parameter of many."""
+        if name := self.weight_name(names):
+            return self.linears.get(name)
+        for name in names:
+            part = part_of_experts(self.conversions, name)
+            experts = self.linears.get(self.weight_name([part.parameter]) or "") if part else None
+            if experts and part.dim == (2 if experts.transposed else 1) and part.expert in experts.experts:
+                d_out, d_in = experts.shape
+                return replace(experts, shape=(d_out // part.parts, d_in), experts=(part.expert,), stacked=False)
         return None
 
 
@@ -154,8 +176,9 @@ def describe(config: transformers.PretrainedConfig, folder: str, trust_remote_co
         for leaf in projections(module):
             name = f"{start}{path}.{leaf}"
             count, *shape = getattr(module, leaf).shape
-            linears[name] = Linear(name, tuple(shape[::-1] if module.is_transposed else shape), module.is_transposed, count)
-    most = max((linear.experts for linear in linears.values()), default=0)
+            shape = tuple(shape[::-1] if module.is_transposed else shape)
+            linears[name] = Linear(name, shape, module.is_transposed, tuple(range(count)), stacked=True)
+    most = max((len(linear.experts) for linear in linears.values()), default=0)
     return Architecture(
         linears=linears,
         heads=frozenset(heads),
@@ -168,6 +191,7 @@ def describe(config: transformers.PretrainedConfig, folder: str, trust_remote_co
         hidden_size=getattr(config.get_text_config(), "hidden_size", 0),
         experts_a_token=getattr(config.get_text_config(), "num_experts_per_tok", None) or most,
         blocks=_sizes(model.base_model, start),
+        conversions=get_model_conversion_mapping(model, add_legacy=False),
         inputs=frozenset(inspect.signature(model.base_model.forward).parameters),
         shift=_target_shift(model, folder),
     )
