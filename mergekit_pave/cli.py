@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -16,7 +17,7 @@ from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 from pydantic import ValidationError
 
 from mergekit_pave import cache as caches
-from mergekit_pave import plugin, versions
+from mergekit_pave import plugin, preview, versions
 from mergekit_pave.calibration.estimate import readable
 from mergekit_pave.errors import PaveError
 
@@ -44,14 +45,28 @@ def main() -> None:
 def calibrate(config_file: str, merge_options: MergeOptions) -> None:
     """Fill the caches for CONFIG_FILE (a mergekit YAML with a `pave:` block) and merge nothing."""
     merge_options.apply_global_options()
-    try:
-        config = MergeConfiguration.model_validate(yaml.safe_load(Path(config_file).read_text(encoding="utf-8")))
-    except (yaml.YAMLError, ValidationError, UnicodeDecodeError) as error:
-        raise PaveError(f"{config_file} is not a mergekit config: {error}") from error
-    plan = plugin.fill_caches(config, merge_options)
+    plan = plugin.fill_caches(_read_config(config_file), merge_options)
     done = len(plan.decompositions)
     if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
         click.echo(f"{len(plan.stats)} weights ready: {done} decomposed now, {len(plan.stats) - done} were in the cache.")
+
+
+@main.command(cls=PrettyPrintHelp)
+@click.argument("config_file", type=click.Path(exists=True, dir_okay=False))
+@click.option("--json", "as_json", is_flag=True, help="Every tensor, for scripts.")
+@add_merge_options
+def plan(config_file: str, as_json: bool, merge_options: MergeOptions) -> None:
+    """Tell what merging CONFIG_FILE would purify, what not and why, and what that would cost; no weights are read."""
+    merge_options.apply_global_options()
+    found = preview.preview(plugin.plan_merge(_read_config(config_file), merge_options), merge_options.device)
+    click.echo(json.dumps(found, indent=1) if as_json else preview.as_text(found))
+
+
+def _read_config(path: str) -> MergeConfiguration:
+    try:
+        return MergeConfiguration.model_validate(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+    except (yaml.YAMLError, ValidationError, UnicodeDecodeError) as error:
+        raise PaveError(f"{path} is not a mergekit config: {error}") from error
 
 
 @main.group()

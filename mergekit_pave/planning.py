@@ -78,11 +78,30 @@ class Environment:
     checkpoint: Callable[[ModelReference], tuple[str, list[str]]]
 
 
+@dataclass(frozen=True)
+class PlannedWeight:
+    """One weight of one model that is to be purified.
+
+    Attributes:
+        output: the name of the tensor that it is merged into.
+        drop: components that each of its matrices would lose on its own; allocation moves them between models.
+        cached: its decomposition is in the cache.
+    """
+
+    model: ModelReference
+    tensor: str
+    output: str
+    layer: Linear
+    drop: int
+    cached: bool
+
+
 @dataclass
 class Plan:
     """What purification adds to a merge.
 
     Attributes:
+        weights: what is to be purified.
         gathers: the new gather task by the output tensor's place in the list of planned tensors.
         calibrations: the tasks that fill the cache of covariances, one a model that something is to be decomposed of.
         decompositions: the tasks that fill the cache of subspaces.
@@ -90,6 +109,7 @@ class Plan:
         header: the report without its rows.
     """
 
+    weights: list[PlannedWeight] = field(default_factory=list)
     gathers: dict[int, GatherPurified] = field(default_factory=dict)
     calibrations: list[CalibrateModel | GivenCovariance] = field(default_factory=list)
     decompositions: list[DecomposeWeight] = field(default_factory=list)
@@ -438,7 +458,9 @@ def _add_tensor(
         folder = source.tail_folder(choice.tensor)
         min_tokens = config.calibration_of(choice.model).min_tokens if choice.linear.experts else 0
         needed = {"folder": str(folder), "count": cap, "min_tokens": min_tokens}
-        if has_tail(folder, cap, min_tokens):
+        cached = has_tail(folder, cap, min_tokens)
+        plan.weights.append(PlannedWeight(choice.model, choice.tensor, planned.name, choice.linear, choice.share, cached))
+        if cached:
             tails.append(LoadTail(model=choice.model, tensor=choice.tensor, **needed))
             continue
         decomposition = DecomposeWeight(

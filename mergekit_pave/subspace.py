@@ -228,25 +228,47 @@ def _random(rows: int, columns: int, like: Tensor, seed: int = 0) -> Tensor:
     return torch.randn(rows, columns, generator=generator, dtype=like.dtype).to(like.device)
 
 
-def drop_components(weight: Tensor, directions: Tensor, base: Tensor | None = None) -> tuple[Tensor, float]:
-    """W' = W - U_t U_t^T W, or W - U_t U_t^T (W - W_base) when a base is given, and how far that is from W.
+_BLOCK = 1 << 19  # elements at a time: they stay in the processor's cache, and no float32 copy of W is ever made
+
+
+def drop_components(
+    weight: Tensor, directions: Tensor, base: Tensor | None = None, *, target: str = "weights", out: Tensor
+) -> tuple[float, float | None]:
+    """Write W' = W - U_t U_t^T W, or for the target `task_vector` W - U_t U_t^T (W - W_base).
 
     Given the directions this is an ordinary product, and a warm merge spends its time here: so it is float32 unless
-    the weight is more precise, in one pass over W for each factor.
+    the weight is more precise.
 
     Args:
         weight: W, (d_out, d_in).
         directions: U_t, (d_out, k), orthonormal columns.
-        base: W_base, (d_out, d_in), to remove only from what fine-tuning changed.
+        base: W_base, (d_out, d_in), if there is one; the target `task_vector` needs it.
+        out: where W' goes, (d_out, d_in); it must not overlap with the others.
 
     Returns:
-        W', (d_out, d_in), float64 for a float64 weight, else float32; and ||W' - W||_F.
+        The length of what was removed, ||W' - W||_F, and of the change, ||W - W_base||_F, or None.
     """
     precision = torch.promote_types(weight.dtype, torch.float32)
-    weight, directions = weight.to(precision), directions.to(precision)
-    coefficients = directions.mT @ (weight if base is None else weight - base.to(precision))  # (k, d_in)
+    directions = directions.to(precision)
+    coefficients = directions.new_zeros(directions.shape[1], weight.shape[1])
+    change = directions.new_zeros((), dtype=torch.float64)  # squared
+    height = max(1, _BLOCK // weight.shape[1])
+    blocks = [slice(start, start + height) for start in range(0, len(weight), height)]
+    for rows in blocks:
+        part = weight[rows].to(precision)
+        changed = None if base is None else part - base[rows].to(precision)
+        if base is not None:
+            change += _square(changed)
+        coefficients.addmm_(directions[rows].mT, part if target == "weights" else changed)
+    for rows in blocks:
+        out[rows] = torch.addmm(weight[rows].to(precision), directions[rows], coefficients, alpha=-1)
     # U_t is orthonormal, so what is removed is as long as its coefficients.
-    return torch.addmm(weight, directions, coefficients, alpha=-1), coefficients.norm().item()
+    return _square(coefficients).sqrt().item(), None if base is None else change.sqrt().item()
+
+
+def _square(x: Tensor) -> Tensor:
+    """||x||_F^2 in float64; a million squares are too many for a sum in float32."""
+    return torch.linalg.vector_norm(x, dim=1).double().square().sum()
 
 
 def purify(weight: Tensor, covariance: Covariance, rank: int, *, shift: float) -> Tensor:
@@ -267,4 +289,6 @@ def purify(weight: Tensor, covariance: Covariance, rank: int, *, shift: float) -
     if rank == components:
         return weight.clone()
     tail = tail_components(weight, covariance, shift, components - rank)
-    return drop_components(weight.double(), tail.directions)[0].to(weight.dtype)
+    purified = torch.empty_like(weight)
+    drop_components(weight.double(), tail.directions, out=purified)
+    return purified

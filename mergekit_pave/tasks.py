@@ -289,21 +289,20 @@ class PurifyTensor(_TensorTask):
         dtype = dtype_from_name(self.dtype) or weight.dtype
         matrices = _matrices(weight, self.transposed)
         bases = None if base is None else _matrices(base, self.transposed)
-        stacked = weight.dim() == 3
-        # What has no tail stays as it is.
-        result = weight.to(dtype, copy=stacked) if stacked or tail["left"] else None
+        # What has no tail stays as it is: an expert with too few tokens, a layer that was never called.
+        every = len(tail["slices"]) == len(matrices)
+        result = torch.empty_like(weight, dtype=dtype) if every else weight.to(dtype, copy=True)
         stats = []
         for place, (known, drop) in enumerate(zip(tail["slices"], allocation[self.position], strict=True)):
-            i = known["expert"] if stacked else 0
-            directions = tail["directions"][place, :, :drop]
-            origin = None if bases is None else bases[i]
-            purified, removed = drop_components(matrices[i], directions, origin if self.target == "task_vector" else None)
-            if stacked:
-                _matrices(result, self.transposed)[i].copy_(purified)
-            else:
-                purified = purified.to(dtype)
-                result = (purified.mT if self.transposed else purified).contiguous()
-            components = min(purified.shape)
+            i = known["expert"] if weight.dim() == 3 else 0
+            removed, change = drop_components(
+                matrices[i],
+                tail["directions"][place, :, :drop],
+                None if bases is None else bases[i],
+                target=self.target,
+                out=_matrices(result, self.transposed)[i],
+            )
+            components = min(matrices[i].shape)
             stats.append(
                 {
                     "tensor": self.tensor,
@@ -314,20 +313,15 @@ class PurifyTensor(_TensorTask):
                     "kept": components - drop,
                     "energy_dropped": tail["values"][place, :drop].square().sum().item() / (known["energy"] or 1.0),
                     "removed_norm": removed,
-                    "change_norm": None if origin is None else _norm(matrices[i] - origin),
+                    "change_norm": change,
                     "tokens": known["tokens"],
                 }
             )
         left = {}
         for expert, tokens in tail["left"].items():
-            name = f"{self.tensor}[{expert}]" if stacked else self.tensor
+            name = f"{self.tensor}[{expert}]" if weight.dim() == 3 else self.tensor
             left[name] = f"{FEW_TOKENS} ({tokens})" if expert else NEVER_CALLED
         return {"tensor": result, "stats": stats, "left": left}
-
-
-def _norm(x: Tensor) -> float:
-    # Of half precision it would be summed, and could overflow, in half precision.
-    return torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)).item()
 
 
 class PurifiedTensor(_TensorTask):

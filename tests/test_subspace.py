@@ -7,10 +7,17 @@ import pytest
 import torch
 
 from mergekit_pave.covariance import Covariance
-from mergekit_pave.subspace import drop_components, purify, tail_components
+from mergekit_pave.subspace import drop_components as drop_components_into
+from mergekit_pave.subspace import purify, tail_components
 
 SHAPES = {"wide": (96, 240), "square": (160, 160), "tall": (240, 96), "one-row": (1, 64), "one-column": (64, 1), "thin": (3, 200)}
 TOKENS = {"few": 40, "many": 1000}
+
+
+def drop_components(weight: torch.Tensor, *arguments, dtype: torch.dtype | None = None, **options) -> tuple:
+    """(W', what was removed, what was changed), W' in the precision in which it is computed unless told otherwise."""
+    out = torch.empty_like(weight, dtype=dtype or torch.promote_types(weight.dtype, torch.float32))
+    return out, *drop_components_into(weight, *arguments, out=out, **options)
 
 
 def inputs(tokens: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -59,7 +66,7 @@ def assert_exact(weight: torch.Tensor, rows: torch.Tensor, shift: float, rank: i
     reference = Reference(weight, rows, shift)
     expected = reference.purified(rank)
     tail = tail_components(weight, covariance_of(rows), shift, components - rank)
-    purified, removed = drop_components(weight.double(), tail.directions)
+    purified, removed, _ = drop_components(weight.double(), tail.directions)
     assert removed == pytest.approx(
         float((purified - weight.double()).norm()), rel=1e-6, abs=1e-12 * float(weight.double().norm())
     )
@@ -75,8 +82,8 @@ def assert_exact(weight: torch.Tensor, rows: torch.Tensor, shift: float, rank: i
     noise = 1e-11 * float(reference.values[0])
     torch.testing.assert_close(tail.values, reference.values[rank:].flip(0), rtol=1e-4, atol=noise)
     assert (tail.values.diff() >= 0).all()
-    assert tail.largest == pytest.approx(float(reference.values[0]), rel=1e-6)
-    assert tail.energy == pytest.approx(float(reference.values.square().sum()), rel=1e-6)
+    assert tail.largest == pytest.approx(float(reference.values[0]), rel=1e-5)
+    assert tail.energy == pytest.approx(float(reference.values.square().sum()), rel=1e-5)
 
 
 @pytest.mark.parametrize("shift", [1e-3, 0.03, 1.0])
@@ -317,27 +324,32 @@ def test_a_strided_weight_is_read_as_what_it_is():
 def test_the_task_vector_alone_is_projected():
     weight, base = weights(48, 64, seed=1).double(), weights(48, 64, seed=2).double()
     directions = torch.linalg.qr(torch.randn(48, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(7))).Q
-    purified, removed = drop_components(weight, directions, base)
+    purified, removed, change = drop_components(weight, directions, base, target="task_vector")
     expected = directions @ directions.mT @ (weight - base)
     torch.testing.assert_close(purified, weight - expected)
     assert removed == pytest.approx(float(expected.norm()))
+    assert change == pytest.approx(float((weight - base).norm()))
     # What is left of the change has no part in the dropped directions, and the base keeps all of its own.
     torch.testing.assert_close(directions.mT @ (purified - base), torch.zeros(6, 64, dtype=torch.float64), rtol=0, atol=1e-12)
-    assert torch.equal(drop_components(base, directions, base)[0], base)
+    assert torch.equal(drop_components(base, directions, base, target="task_vector")[0], base)
 
 
+@pytest.mark.parametrize("target", ["weights", "task_vector"])
+@pytest.mark.parametrize("shape", [(48, 64), (600, 4000)])  # the latter in several blocks
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_removing_in_float32_is_exact_enough(dtype):
-    weight, base = weights(48, 64, seed=1).to(dtype), weights(48, 64, seed=2).to(dtype)
-    directions = torch.linalg.qr(torch.randn(48, 6, generator=torch.Generator().manual_seed(7))).Q
-    for other in (None, base):
-        (purified, removed), (exact, length) = (drop_components(w, directions, other) for w in (weight, weight.double()))
-        assert (purified.dtype, exact.dtype) == (torch.float32, torch.float64)
-        assert (purified - exact).norm() <= 1e-6 * length
-        assert removed == pytest.approx(length, rel=1e-6)
+def test_removing_in_float32_is_exact_enough(dtype, shape, target):
+    weight, base = weights(*shape, seed=1).to(dtype), weights(*shape, seed=2).to(dtype)
+    directions = torch.linalg.qr(torch.randn(shape[0], 6, generator=torch.Generator().manual_seed(7))).Q
+    exact = directions.double() @ (directions.double().mT @ (weight.double() - (0 if target == "weights" else base.double())))
+    purified, removed, change = drop_components(weight, directions, base, target=target)
+    assert purified.dtype == torch.float32
+    assert (purified - (weight.double() - exact)).norm() <= 1e-7 * weight.double().norm()
+    assert removed == pytest.approx(exact.norm().item(), rel=1e-5)
+    assert change == pytest.approx((weight.double() - base.double()).norm().item(), rel=1e-5)
+    assert drop_components(weight, directions, base, target=target, dtype=dtype)[0].equal(purified.to(dtype))
 
 
 def test_nothing_dropped_removes_nothing():
-    purified, removed = drop_components(weights(48, 64), torch.empty(48, 0))
+    purified, removed, _ = drop_components(weights(48, 64), torch.empty(48, 0))
     assert torch.equal(purified, weights(48, 64))
     assert removed == 0

@@ -12,7 +12,7 @@ from mergekit_pave.calibration.layers import Architecture
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes that a calibration needs. Upper bounds: layers that turn out to share an input need less.
+    """What a calibration needs, in bytes but for the last. Upper bounds: layers that turn out to share an input need less.
 
     Attributes:
         cache: covariances on disk.
@@ -20,6 +20,7 @@ class Estimate:
         covariances: accumulators of the block that has most.
         hidden: hidden states of all samples between two blocks.
         batch: activations of the largest batch within a block.
+        operations: multiplications and additions of the forward pass and of the sums.
     """
 
     cache: int
@@ -27,6 +28,7 @@ class Estimate:
     covariances: int
     hidden: int
     batch: int
+    operations: int
 
     @property
     def peak(self) -> int:
@@ -43,7 +45,7 @@ def estimate(architecture: Architecture, encoded: list[Encoded], batch_size: int
     # How many rows a vision tower makes of an image only the model knows.
     tokens = math.inf if any(sample.is_pictured for sample in encoded) else sum(sample.tokens for sample in encoded)
     lengths = sorted(sample.length for sample in encoded)
-    cache = 0
+    cache = operations = 0
     accumulators: dict[str, int] = defaultdict(int)
     for linear in architecture.linears.values():
         width, matrices = linear.shape[1], len(linear.layers)
@@ -51,6 +53,9 @@ def estimate(architecture: Architecture, encoded: list[Encoded], batch_size: int
         routed = tokens * min(matrices, architecture.experts_a_token) if linear.experts else tokens
         rows, triangle = routed * width * itemsize, 4 * width * (width + 1)
         cache += min(rows, matrices * triangle)
+        # A weight meets every token, also those that do not count; of a symmetric sum half is computed.
+        meets = min(matrices, architecture.experts_a_token) if linear.experts else 1
+        operations += 2 * meets * math.prod(linear.shape) * sum(lengths) + (routed * width**2 if rows > triangle else 0)
         # A sum takes twice its triangle, and the place of at least a triangle's bytes of rows.
         largest = rows if rows <= triangle else min(2 * rows, matrices * 8 * width * width)
         accumulators[architecture.block_of(linear.module)] += largest
@@ -61,6 +66,7 @@ def estimate(architecture: Architecture, encoded: list[Encoded], batch_size: int
         covariances=max(accumulators.values(), default=0),
         hidden=sum(lengths) * architecture.hidden_size * itemsize,
         batch=lengths[-1] * batch_size * 4 * wide * itemsize,
+        operations=operations,
     )
 
 

@@ -8,7 +8,7 @@ vector (full SVD of W C_s); C_s is inverted explicitly, and its shift doubled un
 Ours: second moments once, the tail in float64, ranks, and the tail's part taken from W.
 
 `collect` is the time for X^T X (both collections of the paper), without the model's forward passes, which the paper also does
-twice. It is linear in the number of tokens and measured on at most 8192. `decompose` is everything after that:
+twice; beyond 8192 tokens the same ones come again. `decompose` is everything after that:
 decomposition, allocation, purification. `error` is the distance to float64's answer as a share of ||W' - W||.
 """
 
@@ -22,11 +22,11 @@ import time
 import torch
 
 from mergekit_pave.allocation import allocate_ranks, fair_share, most_dropped
-from mergekit_pave.covariance import Covariance
+from mergekit_pave.covariance import SecondMoment
 from mergekit_pave.subspace import drop_components, tail_components
 
 SHAPES = ["2048x2048", "8192x2048", "2048x8192", "4096x4096"]
-MEASURED_TOKENS = 8192
+DIFFERENT_TOKENS = 8192
 
 
 def weights(d_out: int, d_in: int, device: torch.device) -> torch.Tensor:
@@ -67,12 +67,13 @@ class Clock:
             torch.cuda.synchronize(self.device)
 
 
-def published_covariance(rows: torch.Tensor) -> torch.Tensor:
-    total = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
-    for batch in rows.split(2048):  # a sequence at a time
+def published_covariance(batches: list[torch.Tensor]) -> torch.Tensor:
+    width = batches[0].shape[1]
+    total = torch.zeros(width, width, device=batches[0].device)
+    for batch in batches:
         batch = batch.float()
         total += batch.mT @ batch
-    return total / len(rows)
+    return total / sum(map(len, batches))
 
 
 def published_shift(covariance: torch.Tensor, relative: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,17 +87,17 @@ def published_shift(covariance: torch.Tensor, relative: float) -> tuple[torch.Te
         relative *= 2
 
 
-def published(weight: torch.Tensor, rows: torch.Tensor, ratio: float, collect: Clock, decompose: Clock) -> torch.Tensor:
+def published(weight: torch.Tensor, batches: list[torch.Tensor], ratio: float, collect: Clock, decompose: Clock) -> torch.Tensor:
     components = min(weight.shape)
     with collect:
-        covariance = published_covariance(rows)
+        covariance = published_covariance(batches)
     with decompose:
         shifted, _ = published_shift(covariance, 0.01)
         values = torch.linalg.svdvals(weight.float() @ shifted).flip(0)
         share = fair_share(components, ratio)
         (dropped,) = allocate_ranks([(values / values[-1]).tolist()], [share], [share])
     with collect:
-        covariance = published_covariance(rows)
+        covariance = published_covariance(batches)
     with decompose:
         shifted, inverse = published_shift(covariance, 0.01)
         left, values, right = torch.linalg.svd(weight.float() @ shifted, full_matrices=False)
@@ -105,16 +106,20 @@ def published(weight: torch.Tensor, rows: torch.Tensor, ratio: float, collect: C
     return purified
 
 
-def ours(weight: torch.Tensor, rows: torch.Tensor, ratio: float, collect: Clock, decompose: Clock) -> torch.Tensor:
+def ours(weight: torch.Tensor, batches: list[torch.Tensor], ratio: float, collect: Clock, decompose: Clock) -> torch.Tensor:
     with collect:
-        covariance = Covariance.from_rows(rows)
+        moment = SecondMoment(weight.shape[1])
+        for batch in batches:
+            moment.add(batch)
+        covariance = moment.result()
     with decompose:
         shift = 0.01 * covariance.mean_diagonal()
         share = fair_share(min(weight.shape), ratio)
         # As many components as spectral allocation may ask for.
         tail = tail_components(weight, covariance, shift, most_dropped(min(weight.shape), share))
         (dropped,) = allocate_ranks([(tail.values / tail.largest).tolist()], [share], [share])
-        purified, _ = drop_components(weight, tail.directions[:, :dropped])
+        purified = torch.empty_like(weight, dtype=torch.float32)
+        drop_components(weight, tail.directions[:, :dropped], out=purified)
     return purified
 
 
@@ -127,48 +132,35 @@ def reference(weight: torch.Tensor, rows: torch.Tensor, ratio: float) -> torch.T
     return weight - tail @ (tail.mT @ weight)
 
 
-def measure(shape: tuple[int, int], tokens: int, options: argparse.Namespace) -> None:
+Seconds = dict[str, tuple[float, float]]  # of "paper" and "ours": (collect, decompose)
+
+
+def measure(shape: tuple[int, int], tokens: int, options: argparse.Namespace) -> Seconds:
     device = torch.device(options.device)
-    weight, rows = weights(*shape, device), inputs(min(tokens, MEASURED_TOKENS), shape[1], device)
-    scale = tokens / len(rows)
-    seconds, results = {}, {}
+    weight, rows = weights(*shape, device), inputs(min(tokens, DIFFERENT_TOKENS), shape[1], device)
+    batches = list(rows.split(2048)) * (tokens // len(rows))
+    seconds: Seconds = {}
+    results = {}
     for name, run in (("ours", ours), ("paper", published)):
         collect, decompose = Clock(device), Clock(device)
-        results[name] = run(weight, rows, options.ratio, collect, decompose)
-        seconds[name] = [(collect.wall * scale, decompose.wall), (collect.cpu * scale, decompose.cpu)][options.cpu_time]
+        results[name] = run(weight, batches, options.ratio, collect, decompose)
+        seconds[name] = [(collect.wall, decompose.wall), (collect.cpu, decompose.cpu)][options.cpu_time]
     errors = ["-", "-"]
     if options.errors:
         exact = reference(weight, rows, options.ratio)
         size = (exact - weight.double()).norm()
         errors = [f"{((results[name].double() - exact).norm() / size).item():.0e}" for name in ("paper", "ours")]
+    show("x".join(map(str, shape)), tokens, seconds, errors)
+    return seconds
+
+
+def show(label: str, tokens: int, seconds: Seconds, errors: list[str]) -> None:
     (pc, pd), (oc, od) = seconds["paper"], seconds["ours"]
     print(
-        f"{'x'.join(map(str, shape)):>11} {tokens:6d} |{pc:9.2f}{pd:9.2f} |{oc:9.2f}{od:9.2f} |"
+        f"{label:>11} {tokens:6d} |{pc:9.2f}{pd:9.2f} |{oc:9.2f}{od:9.2f} |"
         f"{pd / od:8.1f}{(pc + pd) / (oc + od):8.1f} |{errors[0]:>7}{errors[1]:>7}",
         flush=True,
     )
-
-
-def growth(options: argparse.Namespace) -> None:
-    """Decomposition, allocation and purification for more layers and more models."""
-    device = torch.device(options.device)
-    size = 512 if options.quick else 1024
-    rows = inputs(512, size, device)
-    covariance = Covariance.from_rows(rows)
-    print(f"\n{size}x{size}: layers x models, seconds, seconds for one weight")
-    for layers, models in ((1, 2), (2, 2), (4, 2), (8, 2), (16, 2), (4, 8), (4, 30)):
-        share = fair_share(size, options.ratio)
-        cap = most_dropped(size, share)
-        with Clock(device) as clock:
-            for layer in range(layers):
-                pool = [weights(size, size, device).roll(layer * models + model, 0) for model in range(models)]
-                tails = [tail_components(weight, covariance, 0.1, cap) for weight in pool]
-                spectra = [(tail.values / tail.largest).tolist() for tail in tails]
-                dropped = allocate_ranks(spectra, [share] * models, [cap] * models)
-                for weight, tail, count in zip(pool, tails, dropped):
-                    drop_components(weight, tail.directions[:, :count])
-        seconds = clock.cpu if options.cpu_time else clock.wall
-        print(f"{layers:4d} x {models:2d} {seconds:9.2f} {seconds / layers / models:9.3f}", flush=True)
 
 
 def main() -> None:
@@ -183,7 +175,6 @@ def main() -> None:
     parser.add_argument("--cpu-time", action="store_true", help="seconds of CPU instead of wall time")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--errors", action="store_true", help="compare with a float64 SVD, which takes longer than all the rest")
-    parser.add_argument("--no-growth", action="store_true")
     options = parser.parse_args()
     if options.quick:
         options.shapes, options.tokens, options.errors = ["1024x1024"], [512, 4096], True
@@ -193,11 +184,10 @@ def main() -> None:
     print(f"{'':18} |{'paper':^18} |{'ours':^18} |{'ratio':^16} |{'error':^14}")
     print(f"{'shape':>11} {'tokens':>6} |{'collect':>9}{'decomp.':>9} |{'collect':>9}{'decomp.':>9} |", end="")
     print(f"{'decomp.':>8}{'total':>8} |{'paper':>7}{'ours':>7}")
-    for shape in options.shapes:
-        for tokens in options.tokens:
-            measure(tuple(map(int, shape.split("x"))), tokens, options)
-    if not options.no_growth:
-        growth(options)
+    for tokens in options.tokens:
+        measured = [measure(tuple(map(int, shape.split("x"))), tokens, options) for shape in options.shapes]
+        total = {name: tuple(map(sum, zip(*(seconds[name] for seconds in measured)))) for name in ("paper", "ours")}
+        show("together", tokens, total, ["", ""])
 
 
 if __name__ == "__main__":

@@ -90,7 +90,8 @@ def killed(bench: Bench) -> str:
 
 def interrupted(bench: Bench) -> str:
     """Ctrl-C at a random moment"""
-    process = bench.start()
+    # In a background job the signal is ignored, and children inherit that.
+    process = bench.start(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     time.sleep(RNG.uniform(0.5, 0.9) * bench.duration)
     process.send_signal(signal.SIGINT)
     process.communicate()

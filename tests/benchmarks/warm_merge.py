@@ -2,7 +2,6 @@
 
     python tests/benchmarks/warm_merge.py            # two models of 2.2 GB and their base: 10 GB of disk, about 15 minutes
     python tests/benchmarks/warm_merge.py --quick    # 0.2 GB each
-    python tests/benchmarks/warm_merge.py --growth   # also 1, 2, 4 times the layers, and 2, 8, 30 models, tiny ones
 
 The caches are filled by a run in which random orthonormal directions stand in for the decomposition: as a warm merge only
 reads and applies them, their values do not matter, and an honest decomposition would take most of an hour.
@@ -111,7 +110,6 @@ def compare(place: Path, count: int, method: str, repeats: int, label: str) -> N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--growth", action="store_true")
     parser.add_argument("--methods", nargs="+", default=["task_arithmetic", "ties"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--place", help="where the checkpoints go; default: the system's temporary folder")
@@ -129,11 +127,6 @@ def main() -> None:
         size = make_models(Path(place), 2, *shape)
         for method in options.methods:
             compare(Path(place), 2, method, options.repeats, f"{method}, 2 x {size:.1f} GB")
-    if options.growth:
-        for layers, count in ((4, 2), (8, 2), (16, 2), (4, 8), (4, 30)):
-            with tempfile.TemporaryDirectory(dir=options.place) as place:
-                make_models(Path(place), count, 256, 704, layers)
-                compare(Path(place), count, options.methods[0], 1, f"{count} models of {layers} layers, 256 wide")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,141 @@
+"""What a merge with a `pave:` block would do and cost, for people and as JSON, without reading weights."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mergekit_pave.cache import Artefact
+from mergekit_pave.calibration.estimate import readable
+from mergekit_pave.calibration.layers import Linear, inference_dtype
+from mergekit_pave.planning import Plan
+from mergekit_pave.tasks import CalibrateModel
+
+
+def preview(plan: Plan, device: str) -> dict[str, Any]:
+    """Per model what will be purified, what not and why, what is cached, and what is still to be done.
+
+    Seconds are operations over the speed of this machine, measured on the spot. Like all of the estimate they are rather
+    too high: which layers share an input, and so one sum, shows only when the model runs.
+    """
+    exact = _speed(torch.float64, device)
+    todo = {task.job.name: task.job for task in plan.calibrations if isinstance(task, CalibrateModel) and not _is_done(task)}
+    models = {}
+    for model, source in plan.header["models"].items():
+        weights = [weight for weight in plan.weights if str(weight.model) == model]
+        missing = [weight for weight in weights if not weight.cached]
+        cost = todo[model].estimate(device) if model in todo else None
+        models[model] = {
+            "data": source["data"],
+            "samples": source["samples"],
+            "tokens": source["tokens"],
+            "purified": [
+                {
+                    "tensor": weight.tensor,
+                    "output": weight.output,
+                    "shape": list(weight.layer.stored_shape),
+                    "components": min(weight.layer.shape),
+                    "drop": weight.drop,
+                    "cached": weight.cached,
+                }
+                for weight in weights
+            ],
+            "left_as_they_are": source["left_as_they_are"],
+            "calibration": cost
+            and {
+                "seconds": cost.operations / _speed(inference_dtype(todo[model].config, device), device),
+                "memory": cost.peak,
+                "cache": cost.cache,
+            },
+            "decomposition": {
+                "weights": len(missing),
+                "seconds": sum(_operations(weight.layer, source["tokens"]) for weight in missing) / exact,
+            },
+        }
+    return {"tensors": plan.header["tensors"], "device": device, "models": models}
+
+
+def _is_done(task: CalibrateModel) -> bool:
+    return Artefact(Path(task.folder)).manifest() is not None
+
+
+def _speed(dtype: torch.dtype, device: str) -> float:
+    """Operations a second in a product of matrices."""
+    size = 1024
+    x = torch.randn(size, size, device=device).to(dtype)
+    best = 0.0
+    for _ in range(4):
+        start = time.perf_counter()
+        (x @ x)[0, 0].item()
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def _operations(layer: Linear, tokens: int) -> float:
+    """What the decomposition of a weight costs: W C, its factorisation, and the steps that find the tail."""
+    d_out, d_in = layer.shape
+    n = min(layer.shape)
+    tall = 2 * d_out * d_in**2 if d_out > d_in else 0
+    return len(layer.layers) * (tall + 2 * n * d_in * min(d_in, 2 * tokens) + 3 * n * n * d_in)
+
+
+def as_text(preview: dict[str, Any]) -> str:
+    """The preview for people."""
+    outputs = {row["output"] for model in preview["models"].values() for row in model["purified"]}
+    lines = [f"{len(outputs)} of {preview['tensors']} tensors will be purified."]
+    for name, model in preview["models"].items():
+        data = ", ".join(" / ".join(filter(None, (d["path"], d.get("name"), d["split"]))) for d in model["data"])
+        lines += ["", name, f"  data           {data}: {model['samples']} samples, {model['tokens']} tokens count"]
+        cost = model["calibration"]
+        told = "in the cache" if model["decomposition"]["weights"] else "not needed"
+        if cost:
+            told = (
+                f"to do: about {_duration(cost['seconds'])} on {preview['device']}, {readable(cost['memory'])} of memory, "
+                f"at most {readable(cost['cache'])} of cache"
+            )
+        lines.append(f"  calibration    {told}")
+        missing = model["decomposition"]["weights"]
+        told = f"{len(model['purified']) - missing} of {len(model['purified'])} weights in the cache"
+        if missing:
+            told += f", {missing} to do: about {_duration(model['decomposition']['seconds'])}"
+        lines += [f"  decomposition  {told}", "  to be purified (components dropped before allocation moves them between models)"]
+        lines += [f"    {line}" for line in _grouped(model["purified"])]
+        lines.append("  to be merged as they are")
+        reasons = defaultdict(list)
+        for tensor, reason in model["left_as_they_are"].items():
+            reasons[reason].append(tensor)
+        for reason, tensors in reasons.items():
+            patterns = list(dict.fromkeys(_pattern(tensor) for tensor in tensors))
+            more = f" and {len(patterns) - 3} more kinds" if len(patterns) > 3 else ""
+            lines.append(f"    {len(tensors):5} {reason}: {', '.join(patterns[:3])}{more}")
+    return "\n".join(lines)
+
+
+def _grouped(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each kind of tensor: those whose names differ in numbers only."""
+    kinds: dict[tuple[str, tuple[int, ...]], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        kinds[_pattern(row["tensor"]), tuple(row["shape"])].append(row)
+    width = max((len(pattern) for pattern, _ in kinds), default=0)
+    lines = []
+    for (pattern, shape), alike in kinds.items():
+        drops = sorted({row["drop"] for row in alike})
+        told = f"{drops[0]}" if len(drops) == 1 else f"{drops[0]} to {drops[-1]}"
+        size = " x ".join(map(str, shape))
+        lines.append(f"{len(alike):5} {pattern:{width}}  {size:>14}  {told} of {alike[0]['components']}")
+    return lines
+
+
+def _pattern(tensor: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", tensor)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

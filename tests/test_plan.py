@@ -1,0 +1,111 @@
+"""`mergekit-pave plan`: what it announces is what a merge then does, and it never needs the weights."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner
+from merging import config_for, forget_checkpoints, merge, write_config
+from models import model_config
+
+from mergekit_pave.cli import main
+
+
+def plan(config: dict, tmp_path: Path, *options: str) -> str:
+    forget_checkpoints()
+    result = CliRunner().invoke(main, ["plan", str(write_config(config, tmp_path / "plan.yml")), *options])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
+def test_what_is_announced_is_what_is_done(families, tmp_path, cache, kind):
+    family = families[kind]
+    config = config_for(family, {"rank_ratio": [0.8, 0.95], "exclude": ["1."]})
+    announced = json.loads(plan(config, tmp_path, "--json"))
+    assert not cache.exists()
+    merge(config, tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "pave_report.json").read_text())
+    assert announced["tensors"] == report["tensors"]
+    for model, found in announced["models"].items():
+        done = {row["tensor"]: row for row in report["purified"] if row["model"] == model}
+        assert {row["tensor"]: row["components"] for row in found["purified"]} == {t: r["components"] for t, r in done.items()}
+        assert found["left_as_they_are"] == report["models"][model]["left_as_they_are"]
+        assert found["tokens"] == report["models"][model]["tokens"]
+        assert found["calibration"]["seconds"] > 0 and found["decomposition"]["weights"] == len(done)
+        assert not any(row["cached"] for row in found["purified"])
+    dropped = sum(row["components"] - row["kept"] for row in report["purified"])
+    assert dropped == sum(row["drop"] for found in announced["models"].values() for row in found["purified"])
+
+    after = json.loads(plan(config, tmp_path, "--json"))
+    for found in after["models"].values():
+        assert found["calibration"] is None
+        assert found["decomposition"] == {"weights": 0, "seconds": 0}
+        assert all(row["cached"] for row in found["purified"])
+
+
+def test_for_people(llama, tmp_path, cache):
+    config = config_for(llama, {"rank_ratio": [0.8, 0.95], "exclude": ["k_proj"]})
+    told = plan(config, tmp_path)
+    assert told.startswith("18 of 30 tensors will be purified.")
+    assert "3 model.layers.*.mlp.down_proj.weight           48 x 112  2 to 10 of 48" in told
+    assert "3 under exclude: model.layers.*.self_attn.k_proj.weight" in told
+    assert "2 vocabulary: model.embed_tokens.weight, lm_head.weight" in told
+    assert "0 of 18 weights in the cache, 18 to do" in told
+    merge(config, tmp_path / "out")
+    assert "18 of 18 weights in the cache" in plan(config, tmp_path)
+
+
+def test_seventy_billion_parameters(llama, tmp_path, cache):
+    """From configurations and shard headers alone: the shards are holes of the right size."""
+    config = model_config("llama", 320)
+    for key, value in {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 4096,
+        "architectures": ["LlamaForCausalLM"],
+    }.items():
+        setattr(config, key, value)
+    with torch.device("meta"):
+        shapes = {name: list(value.shape) for name, value in transformers.LlamaForCausalLM(config).state_dict().items()}
+    folders = [tmp_path / name for name in ("base", "tuned0", "tuned1")]
+    for folder in folders:
+        transformers.AutoTokenizer.from_pretrained(llama.base).save_pretrained(folder)
+        config.save_pretrained(folder)
+        write_hollow(folder, shapes)
+    models = [{"model": str(m), "parameters": {"weight": 0.5}} for m in folders[1:]]
+    entries = [{"model": str(m), "data": {"path": str(d)}} for m, d in zip(folders[1:], llama.data)]
+    merged = {"merge_method": "ties", "base_model": str(folders[0]), "models": models, "dtype": "bfloat16"}
+    merged["parameters"] = {"density": 0.5}
+    found = json.loads(plan(merged | {"pave": {"models": entries}}, tmp_path, "--json"))
+    for model in found["models"].values():
+        assert len(model["purified"]) == 80 * 7
+        largest = max(model["purified"], key=lambda row: math.prod(row["shape"]))
+        assert sorted(largest["shape"]) == [8192, 28672]
+        assert largest["drop"] == 8192 - round(8192 * 0.984)
+        # A block in float32, and little else: there are few tokens.
+        assert 3e9 < model["calibration"]["memory"] < 6e9
+        assert model["decomposition"]["seconds"] > 60
+
+
+def write_hollow(folder: Path, shapes: dict[str, list[int]], tensors_a_shard: int = 100) -> None:
+    names, weight_map = list(shapes), {}
+    for start in range(0, len(names), tensors_a_shard):
+        file, end, header = f"model-{start:05}.safetensors", 0, {}
+        for name in names[start : start + tensors_a_shard]:
+            size = 2 * math.prod(shapes[name])
+            header[name] = {"dtype": "BF16", "shape": shapes[name], "data_offsets": [end, end + size]}
+            weight_map[name] = file
+            end += size
+        encoded = json.dumps(header).encode()
+        with (folder / file).open("wb") as shard:
+            shard.write(len(encoded).to_bytes(8, "little") + encoded)
+            shard.truncate(8 + len(encoded) + end)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
