@@ -31,6 +31,7 @@ from mergekit_pave.calibration.layers import Architecture, Linear, describe
 from mergekit_pave.calibration.run import Job, Runtime, covariance_key
 from mergekit_pave.config import PaveConfig, PaveModel, RelativeRegularization
 from mergekit_pave.errors import PaveError
+from mergekit_pave.report import NEVER_CALLED
 from mergekit_pave.tasks import (
     AllocateRanks,
     CalibrateModel,
@@ -150,16 +151,33 @@ def make_plan(config: PaveConfig, tensors: list[PlannedTensor], environment: Env
     for model in models:
         layers = (choice.linear for choices in chosen.values() for choice in choices if choice.model == model)
         sources[model].prepare(tuple(dict.fromkeys(layers)))
+        _leave_never_called(model, sources[model].calibration, chosen, reasons[model])
 
     plan = Plan()
     for place, choices in chosen.items():
-        _add_tensor(plan, config, tensors[place], place, choices, sources)
+        if choices:
+            _add_tensor(plan, config, tensors[place], place, choices, sources)
     plan.decompositions = list(dict.fromkeys(plan.decompositions))
     plan.calibrations = list(dict.fromkeys(decomposition.calibration for decomposition in plan.decompositions))
     LOG.info("PAVE: %d of %d weights are in the cache", len(plan.stats) - len(plan.decompositions), len(plan.stats))
     _preflight(plan.calibrations)
     plan.header = _header(config, tensors, sources, reasons)
     return plan
+
+
+def _leave_never_called(
+    model: ModelReference,
+    calibration: CalibrateModel | GivenCovariance,
+    chosen: dict[int, list[_Choice]],
+    reasons: dict[str, str],
+) -> None:
+    """What calibration does not reach is known beforehand where the covariances are in the cache."""
+    if cache.Artefact(Path(calibration.folder)).manifest():
+        missed = set(calibration.never_called())
+        for choices in chosen.values():
+            for choice in [choice for choice in choices if choice.model == model and choice.linear in missed]:
+                choices.remove(choice)
+                reasons[choice.tensor] = NEVER_CALLED
 
 
 def _preflight(calibrations: list[CalibrateModel | GivenCovariance]) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from mergekit_pave.allocation import allocate_ranks
 from mergekit_pave.cache import Artefact
+from mergekit_pave.calibration import distributed
 from mergekit_pave.calibration.layers import Linear
 from mergekit_pave.calibration.run import StoredCovariances, calibrate
 from mergekit_pave.config import RelativeRegularization
@@ -53,8 +54,10 @@ class _CovarianceTask(Task[str]):
     wanted: tuple[Linear, ...]
     size: int
 
-    def _check_observed(self) -> None:
-        """Layers that were never called are left as they are, but not most of a model. Experts are counted by their tokens.
+    def never_called(self) -> list[Linear]:
+        """Layers that calibration has not reached, which are left as they are, but not most of a model.
+
+        Of experts the tokens are counted instead.
 
         Raises:
             PaveError: they hold more than half of its weights in linear layers, or are all that was to be purified.
@@ -68,6 +71,7 @@ class _CovarianceTask(Task[str]):
                 f"(such as {missed[0].module}); they hold {share:.0%} of the weights in the model's linear layers. Use data that "
                 "reaches them, such as images for a vision tower, or put them under pave.exclude to merge them as they are"
             )
+        return missed
 
     def arguments(self) -> dict[str, Task]:
         return {}
@@ -97,7 +101,8 @@ class CalibrateModel(_CovarianceTask):
 
     def execute(self) -> str:
         calibrate(self.job, Artefact(Path(self.folder)), self.runtime)
-        self._check_observed()
+        if distributed.rank() == 0:  # the others need not wait until it has written all
+            self.never_called()
         return self.folder
 
 
@@ -109,7 +114,7 @@ class GivenCovariance(_CovarianceTask):
             raise PaveError(
                 f"the covariances at {self.folder} are damaged: a file is not what their manifest says; fetch them again"
             )
-        self._check_observed()
+        self.never_called()
         return self.folder
 
 

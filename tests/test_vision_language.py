@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from merging import TOLERANCE, config_for, entries, forget_checkpoints, merge
+from click.testing import CliRunner
+from merging import TOLERANCE, config_for, entries, forget_checkpoints, merge, write_config
 from models import make_rows, perturbed, read_rows, save, write_rows
 from reference import purified_alone, weights
 from safetensors.torch import load_file, save_file
 
 from mergekit_pave.calibration.batches import encode, make_batches
 from mergekit_pave.calibration.data import load_samples
+from mergekit_pave.cli import main
 from mergekit_pave.config import DEFAULT_CALIBRATION, Data
 from mergekit_pave.errors import PaveError
 
@@ -216,7 +218,12 @@ def test_texts_purify_the_text_decoder_alone(pictured, tmp_path, caplog, kind):
     assert never and all("vis" in tensor or "projector" in tensor for tensor in never)
     rows = {row["tensor"] for row in report["purified"] if row["model"] == str(family.tuned[0])}
     assert rows == purified
-    # Again, from the caches.
+    # Again, from the caches, which also tell beforehand what is left as it is.
+    config = write_config(config_for(family, report["settings"] | pave), tmp_path / "plan.yml")
+    forget_checkpoints()
+    plan = json.loads(CliRunner().invoke(main, ["plan", "--json", str(config)]).stdout)["models"]
+    assert all(found["decomposition"]["weights"] == 0 for found in plan.values())
+    assert plan[str(family.tuned[0])]["left_as_they_are"] == left
     again = merge(config_for(family, report["settings"] | pave, weight=(1.0, 0.0), dtype="float64"), tmp_path / "again")
     assert all(torch.equal(again[name], tensor) for name, tensor in weights(tmp_path / "pave").items())
 
