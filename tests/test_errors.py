@@ -348,13 +348,3 @@ def test_models_that_are_mostly_something_else_than_linear_layers(llama, tmp_pat
     merge(config_for(family, {"exclude": ["put_linear", "router"]}), tmp_path / "out")
     report = json.loads((tmp_path / "out" / "pave_report.json").read_text())
     assert {row["tensor"] for row in report["purified"]} == {f"model.layers.{i}.self_attn.kv_proj.weight" for i in range(2)}
-
-
-def test_encoder_decoder_models_are_refused(llama, tmp_path):
-    sizes = {f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in (("layers", 1), ("ffn_dim", 32))}
-    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
-    config = transformers.BartConfig(vocab_size=320, d_model=16, max_position_embeddings=64, **sizes, **heads)
-    family = family_of(transformers.BartForConditionalGeneration, config, llama, tmp_path)
-    with pytest.raises(PaveError, match=r"tuned1 is an encoder-decoder model, which cannot be calibrated"):
-        merge(config_for(family, {}), tmp_path / "refused")
-    assert not (tmp_path / "refused").exists()

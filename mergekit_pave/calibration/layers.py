@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 import transformers
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightTransform
+from transformers.core_model_loading import WeightRenaming, WeightTransform
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
@@ -68,12 +70,15 @@ class Architecture:
         routers: names of the weights that choose among experts.
         weights: the shape of every parameter by its name.
         prefix: what a checkpoint of the bare backbone leaves out of each name, with its dot.
+        renamed: what transformers calls a tensor that goes by this name in a checkpoint.
         vocabulary: the number of token ids it knows, or None.
         positions: the longest sequence it can take, or None; of an image model the number of patches.
         hidden_size: width of the hidden states between blocks.
         experts_a_token: how many experts a token is routed to, at most.
         blocks: number of parameters of each block by its path, and under "" of all that is in no block.
         conversions: how transformers makes parameters of the tensors of a checkpoint that has them in another form.
+        inputs: the names of the backbone's arguments.
+        shift: what an encoder-decoder model's decoder is given where these token ids are its target; None of other models.
     """
 
     linears: dict[str, Linear]
@@ -81,12 +86,15 @@ class Architecture:
     routers: frozenset[str]
     weights: dict[str, tuple[int, ...]]
     prefix: str
+    renamed: Callable[[str], str]
     vocabulary: int | None
     positions: int | None
     hidden_size: int
     experts_a_token: int
     blocks: dict[str, int]
     conversions: list[WeightTransform]
+    inputs: frozenset[str]
+    shift: Callable[[list[int]], list[int]] | None
 
     def block_of(self, module: str) -> str:
         """The path of the block that a module is part of, or ""."""
@@ -94,10 +102,11 @@ class Architecture:
 
     def weight_name(self, names: list[str]) -> str | None:
         """The parameter that goes by one of these names in a checkpoint."""
-        for name in names:
-            for candidate in (name, self.prefix + name, name.removeprefix(self.prefix)):
-                if candidate in self.weights:
-                    return candidate
+        for stored in names:
+            for name in (stored, self.renamed(stored)):
+                for candidate in (name, self.prefix + name, name.removeprefix(self.prefix)):
+                    if candidate in self.weights:
+                        return candidate
         return None
 
     def linear(self, names: list[str]) -> Linear | None:
@@ -176,13 +185,28 @@ def describe(config: transformers.PretrainedConfig, folder: str, trust_remote_co
         routers=frozenset(routers),
         weights={name: tuple(value.shape) for name, value in model.named_parameters(remove_duplicate=False)},
         prefix=f"{model.base_model_prefix}." if model.base_model_prefix else "",
+        renamed=renaming(model),
         vocabulary=getattr(model.get_input_embeddings(), "num_embeddings", None),
         positions=_longest_sequence(model),
         hidden_size=getattr(config.get_text_config(), "hidden_size", 0),
         experts_a_token=getattr(config.get_text_config(), "num_experts_per_tok", None) or most,
         blocks=_sizes(model.base_model, start),
         conversions=get_model_conversion_mapping(model, add_legacy=False),
+        inputs=frozenset(inspect.signature(model.base_model.forward).parameters),
+        shift=_target_shift(model, folder),
     )
+
+
+def renaming(model: nn.Module) -> Callable[[str], str]:
+    """What transformers calls a checkpoint's tensors once they are loaded: it has moved modules of some models since."""
+    renamings = [change for change in get_model_conversion_mapping(model) if isinstance(change, WeightRenaming)]
+
+    def renamed(name: str) -> str:
+        for change in renamings:
+            name = change.rename_source_key(name)[0]
+        return name
+
+    return renamed
 
 
 def find_blocks(model: nn.Module) -> dict[nn.Module, str]:
@@ -199,6 +223,32 @@ def find_blocks(model: nn.Module) -> dict[nn.Module, str]:
 def _sizes(backbone: nn.Module, prefix: str) -> dict[str, int]:
     sizes = {prefix + path: sum(p.numel() for p in block.parameters()) for block, path in find_blocks(backbone).items()}
     return sizes | {"": sum(p.numel() for p in backbone.parameters()) - sum(sizes.values())}
+
+
+def _target_shift(model: nn.Module, folder: str) -> Callable[[list[int]], list[int]] | None:
+    """The shift to the right that the model itself makes of labels.
+
+    Raises:
+        PaveError: the encoder reads no text, or the configuration does not say what a decoder's input starts with.
+    """
+    if "decoder_input_ids" not in inspect.signature(model.base_model.forward).parameters:
+        return None
+    if model.main_input_name != "input_ids":
+        raise PaveError(
+            f"{folder}: an encoder that reads {model.main_input_name} cannot be calibrated, only one that reads text; give the "
+            "model `purify: false`"
+        )
+    prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    start = getattr(model.config, "decoder_start_token_id", None)
+
+    def shift(labels: list[int]) -> list[int]:
+        return [start, *labels[:-1]] if prepare is None else prepare(torch.tensor([labels]))[0].tolist()
+
+    try:
+        torch.tensor(shift([0]))
+    except (ValueError, TypeError, RuntimeError):
+        raise PaveError(f"{folder}: config.json has no decoder_start_token_id, so its decoder cannot be run") from None
+    return shift
 
 
 def _longest_sequence(model: nn.Module) -> int | None:

@@ -10,7 +10,7 @@ from mergekit.common import ModelPath, ModelReference
 from mergekit.io.tasks import LoaderCache, LoadTensor
 from torch import Tensor, nn
 
-from mergekit_pave.calibration.layers import empty_model
+from mergekit_pave.calibration.layers import empty_model, renaming
 
 
 class UnknownWeightError(Exception):
@@ -39,6 +39,8 @@ class StreamedModel:
         self._names: dict[int, list[str]] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             self._names.setdefault(id(parameter), []).append(name)
+        renamed = renaming(self.model)
+        self._stored = {renamed(name): name for name in LoaderCache().get(self._reference).index.tensor_paths}
         self._loaded: list[tuple[nn.Module, str, nn.Parameter]] = []
         self._load_buffers()
 
@@ -81,6 +83,7 @@ class StreamedModel:
         prefix = f"{self.model.base_model_prefix}."
         # A checkpoint of the bare backbone lacks the prefix, one of a model with a head may have it in addition.
         aliases = [variant for name in names for variant in (name, prefix + name, name.removeprefix(prefix))]
+        aliases += [self._stored[variant] for variant in aliases if variant in self._stored]
         task = LoadTensor(model=self._reference, tensor=aliases[0], aliases=tuple(aliases[1:]), optional=True)
         value = task.execute()
         if value is None:
