@@ -112,16 +112,21 @@ class Data(_Block):
     streaming: bool = False
     text: str | None = Field(default=None, min_length=1)
     text_pair: str | None = Field(default=None, min_length=1)
+    target: str | None = Field(default=None, min_length=1)
     messages: str | None = Field(default=None, min_length=1)
     image: str | None = Field(default=None, min_length=1)
 
     @model_validator(mode="after")
     def _one_kind_of_sample(self) -> Data:
         given = [kind for kind in ("text", "messages", "image") if getattr(self, kind) is not None]
-        if len(given) > 1:
+        if len(given) > 1 and given != ["text", "image"]:
             raise ValueError(f"give only one of {', '.join(given)}")
+        if self.text_pair is not None and self.image is not None:
+            raise ValueError("text_pair does not go with image")
         if self.text_pair is not None and self.text is None:
             raise ValueError("text_pair needs text, the first of the pair")
+        if self.target is not None and self.image is not None:
+            raise ValueError("target, what an encoder-decoder model answers, goes with text or messages, not with image")
         return self
 
 

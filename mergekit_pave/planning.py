@@ -7,6 +7,7 @@ configurations, tokenizers and samples, but no weights, so that every mistake in
 from __future__ import annotations
 
 import collections
+import itertools
 import json
 import logging
 import math
@@ -30,6 +31,7 @@ from mergekit_pave.calibration.layers import Architecture, Linear, describe
 from mergekit_pave.calibration.run import Job, Runtime, covariance_key
 from mergekit_pave.config import PaveConfig, PaveModel, RelativeRegularization
 from mergekit_pave.errors import PaveError
+from mergekit_pave.report import NEVER_CALLED
 from mergekit_pave.tasks import (
     AllocateRanks,
     CalibrateModel,
@@ -159,17 +161,35 @@ def make_plan(config: PaveConfig, tensors: list[PlannedTensor], environment: Env
             "or give the model `purify: false`"
         )
     for model in models:
-        sources[model].prepare()
+        layers = (choice.linear for choices in chosen.values() for choice in choices if choice.model == model)
+        sources[model].prepare(tuple(dict.fromkeys(layers)))
+        _leave_never_called(model, sources[model].calibration, chosen, reasons[model])
 
     plan = Plan()
     for place, choices in chosen.items():
-        _add_tensor(plan, config, tensors[place], place, choices, sources)
+        if choices:
+            _add_tensor(plan, config, tensors[place], place, choices, sources)
     plan.decompositions = list(dict.fromkeys(plan.decompositions))
     plan.calibrations = list(dict.fromkeys(decomposition.calibration for decomposition in plan.decompositions))
     LOG.info("PAVE: %d of %d weights are in the cache", len(plan.stats) - len(plan.decompositions), len(plan.stats))
     _preflight(plan.calibrations)
     plan.header = _header(config, tensors, sources, reasons)
     return plan
+
+
+def _leave_never_called(
+    model: ModelReference,
+    calibration: CalibrateModel | GivenCovariance,
+    chosen: dict[int, list[_Choice]],
+    reasons: dict[str, str],
+) -> None:
+    """What calibration does not reach is known beforehand where the covariances are in the cache."""
+    if cache.Artefact(Path(calibration.folder)).manifest():
+        missed = set(calibration.never_called())
+        for choices in chosen.values():
+            for choice in [choice for choice in choices if choice.model == model and choice.linear in missed]:
+                choices.remove(choice)
+                reasons[choice.tensor] = NEVER_CALLED
 
 
 def _preflight(calibrations: list[CalibrateModel | GivenCovariance]) -> None:
@@ -202,16 +222,30 @@ class _Source:
         checkpoint = environment.checkpoint(model)
         self.folder, self._shards = checkpoint.folder, list(checkpoint.files.values())
         self._config = model.config(trust_remote_code=environment.runtime.trust_remote_code)
-        unsupported = {
-            "an encoder-decoder model": getattr(self._config, "is_encoder_decoder", False),
-            "quantised": getattr(self._config, "quantization_config", None),
-        }
-        for what in (what for what, present in unsupported.items() if present):
-            raise PaveError(f"pave.models: {model} is {what}, which cannot be calibrated; give it `purify: false`")
+        if getattr(self._config, "quantization_config", None):
+            raise PaveError(f"pave.models: {model} is quantised, which cannot be calibrated; give it `purify: false`")
         self.architecture: Architecture = describe(self._config, self.folder, environment.runtime.trust_remote_code)
+        for data in self.entry.sources if self.entry.data else ():
+            if data.image is not None and "pixel_values" not in self.architecture.inputs:
+                raise PaveError(f"pave.models[{model}].data.image: the model takes no images")
+            if data.image is not None and data.text is None and "input_ids" in self.architecture.inputs:
+                raise PaveError(f"pave.models[{model}].data.text: missing. The model reads an image together with a text")
+            if self.architecture.shift is None and data.target is not None:
+                raise PaveError(f"pave.models[{model}].data.target: only an encoder-decoder model takes one; put it into `text`")
+            if self.architecture.shift is not None and data.target is None:
+                raise PaveError(
+                    f"pave.models[{model}].data.target: missing. The model is an encoder-decoder model, whose decoder has to "
+                    "be shown what it shall answer; name its column, or give a template over columns"
+                )
 
-    def prepare(self) -> None:
-        """Read and tokenise the samples, which checks all of the `data` entry, and name the artefacts."""
+    def prepare(self, layers: tuple[Linear, ...]) -> None:
+        """Read and tokenise the samples, which checks all of the `data` entry, and name the artefacts.
+
+        Args:
+            layers: those that are to be purified.
+        """
+        size = sum(linear.size for linear in self.architecture.linears.values())
+        self._wanted = {"model": str(self.model), "wanted": layers, "size": size}
         root = cache.cache_root(self._pave.cache_dir)
         key = self._use_given() if self.entry.covariance else self._use_data(root)
         regularization = self._pave.setting(self.model, "regularization")
@@ -230,15 +264,17 @@ class _Source:
     def _use_data(self, root: Path) -> str:
         settings = self._pave.calibration_of(self.model)
         samples = load_samples(self.entry.sources, settings, str(self.model))
-        encoded = encode(samples, self._processor(samples), settings, self.architecture.positions, str(self.model))
-        largest = max((max(sample.inputs.get("input_ids", [0])) for sample in encoded), default=0)
+        positions, shift = self.architecture.positions, self.architecture.shift
+        encoded = encode(samples, self._processor(samples), settings, positions, str(self.model), shift)
+        ids = (sample.inputs.get(side, ()) for sample in encoded for side in ("input_ids", "decoder_input_ids"))
+        largest = max(itertools.chain.from_iterable(ids), default=0)
         if self.architecture.vocabulary and largest >= self.architecture.vocabulary:
             raise PaveError(
                 f"{self.model}: its tokenizer gives the token id {largest}, but the model knows only "
                 f"{self.architecture.vocabulary}; the tokenizer beside it belongs to another model"
             )
         self.samples = len(encoded)
-        self.tokens = sum(len(sample.counted) for sample in encoded)
+        self.tokens = sum(sample.tokens for sample in encoded)
         self.data = [data.model_dump(mode="json", exclude_defaults=True) | {"split": data.split} for data in self.entry.sources]
         key = covariance_key(self._identity(), encoded)
         about = {
@@ -260,7 +296,7 @@ class _Source:
             about=about,
         )
         folder = str(root / "covariance" / key)
-        self.calibration = CalibrateModel(folder=folder, job=job, runtime=self._environment.runtime)
+        self.calibration = CalibrateModel(folder=folder, job=job, runtime=self._environment.runtime, **self._wanted)
         return key
 
     def _use_given(self) -> str:
@@ -274,7 +310,7 @@ class _Source:
         if manifest["weights"] != cache.weights_fingerprint(self.folder, self._shards):
             raise PaveError(f"{where}: these were measured on other weights, those of {manifest['model']}; use `data` instead")
         self.samples, self.tokens, self.data = manifest["samples"], manifest["tokens"], manifest["data"]
-        self.calibration = GivenCovariance(folder=str(folder))
+        self.calibration = GivenCovariance(folder=str(folder), **self._wanted)
         return cache.digest(manifest["files"], self._identity())
 
     def _identity(self) -> str:
@@ -289,8 +325,11 @@ class _Source:
         return self._tails / tensor.replace("/", "_")
 
     def _processor(self, samples: list[Sample]) -> Any:
-        images = any(sample.image is not None for sample in samples)
-        loader = transformers.AutoImageProcessor if images else transformers.AutoTokenizer
+        what, loader = "tokenizer", transformers.AutoTokenizer
+        if any(sample.image is not None for sample in samples):
+            texts = any(sample.text is not None for sample in samples)
+            what = "processor" if texts else "image processor"
+            loader = transformers.AutoProcessor if texts else transformers.AutoImageProcessor
         # An adapter may bring a tokenizer of its own.
         places = [path for path in (self.model.lora, self.model.model) if path]
         for path in places:
@@ -303,7 +342,6 @@ class _Source:
                 )
             except (OSError, ValueError, KeyError, ImportError) as error:
                 failure = error
-        what = "image processor" if images else "tokenizer"
         reason = " ".join(str(failure).split())
         raise PaveError(f"{self.model}: its {what} cannot be loaded, and calibration needs it: {reason}") from failure
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 REPORT_NAME = "pave_report.json"
 FEW_TOKENS = "an expert that saw too few calibration tokens"
+NEVER_CALLED = "never called during calibration"
 
 
 def read_report(out_path: str) -> dict[str, Any]:
@@ -61,6 +63,17 @@ def left_experts(report: dict[str, Any]) -> list[str]:
                 f"{model}: {left} of {total} expert weights stay as they are, because they saw fewer calibration tokens than "
                 "pave.calibration.min_tokens; more samples reach more of them"
             )
+    return lines
+
+
+def never_called(report: dict[str, Any]) -> list[str]:
+    """A line for each model with layers that calibration did not reach, in which a star stands for any number."""
+    lines = []
+    for model, source in report["models"].items():
+        left = [tensor for tensor, reason in source["left_as_they_are"].items() if reason == NEVER_CALLED]
+        if left:
+            kinds = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", tensor) for tensor in left)
+            lines.append(f"{model}: {len(left)} weights stay as they are, {NEVER_CALLED}: {', '.join(kinds)}")
     return lines
 
 

@@ -26,12 +26,13 @@ from torch import Tensor
 
 from mergekit_pave.allocation import allocate_ranks
 from mergekit_pave.cache import Artefact
+from mergekit_pave.calibration import distributed
 from mergekit_pave.calibration.layers import Linear
 from mergekit_pave.calibration.run import StoredCovariances, calibrate
 from mergekit_pave.config import RelativeRegularization
 from mergekit_pave.covariance import Covariance
 from mergekit_pave.errors import PaveError
-from mergekit_pave.report import FEW_TOKENS, REPORT_NAME, left_experts, summary, warnings
+from mergekit_pave.report import FEW_TOKENS, NEVER_CALLED, REPORT_NAME, left_experts, never_called, summary, warnings
 from mergekit_pave.subspace import Tail, drop_components, tail_components
 
 LOG = logging.getLogger(__name__)
@@ -40,9 +41,37 @@ _TAIL_FILE = "tail.safetensors"
 
 
 class _CovarianceTask(Task[str]):
-    """A task that sees to the covariances of one model. Value: their folder."""
+    """A task that sees to the covariances of one model. Value: their folder.
+
+    Attributes:
+        model: the model's name, for messages.
+        wanted: the layers that are to be purified.
+        size: the number of weights in all of the model's linear layers.
+    """
 
     folder: str
+    model: str
+    wanted: tuple[Linear, ...]
+    size: int
+
+    def never_called(self) -> list[Linear]:
+        """Layers that calibration has not reached, which are left as they are, but not most of a model.
+
+        Of experts the tokens are counted instead.
+
+        Raises:
+            PaveError: they hold more than half of its weights in linear layers, or are all that was to be purified.
+        """
+        known = StoredCovariances(Artefact(Path(self.folder)))
+        missed = [linear for linear in self.wanted if not linear.experts and not known.tokens(linear.module)]
+        share = sum(linear.size for linear in missed) / self.size
+        if share > 0.5 or len(missed) == len(self.wanted):
+            raise PaveError(
+                f"{self.model}: {len(missed)} of {len(self.wanted)} layers to be purified were never called during calibration "
+                f"(such as {missed[0].module}); they hold {share:.0%} of the weights in the model's linear layers. Use data that "
+                "reaches them, such as images for a vision tower, or put them under pave.exclude to merge them as they are"
+            )
+        return missed
 
     def arguments(self) -> dict[str, Task]:
         return {}
@@ -72,6 +101,8 @@ class CalibrateModel(_CovarianceTask):
 
     def execute(self) -> str:
         calibrate(self.job, Artefact(Path(self.folder)), self.runtime)
+        if distributed.rank() == 0:  # the others need not wait until it has written all
+            self.never_called()
         return self.folder
 
 
@@ -83,6 +114,7 @@ class GivenCovariance(_CovarianceTask):
             raise PaveError(
                 f"the covariances at {self.folder} are damaged: a file is not what their manifest says; fetch them again"
             )
+        self.never_called()
         return self.folder
 
 
@@ -131,8 +163,8 @@ class DecomposeWeight(_TensorTask):
         tails, slices, left = [], [], {}
         experts = self.layer.experts or (None,)
         for matrix, layer, expert in zip(matrices, self.layer.layers, experts, strict=True):
-            if expert is not None and known.tokens(layer) < self.min_tokens:
-                left[str(expert)] = known.tokens(layer)
+            if known.tokens(layer) < max(1, self.min_tokens):
+                left["" if expert is None else str(expert)] = known.tokens(layer)
                 continue
             covariance = known.load(layer).to(weight.device)
             tail = self._tail(matrix, covariance, layer)
@@ -170,7 +202,7 @@ class LoadTail(_TensorTask):
     """The tails of the matrices of one weight from the cache: of one matrix, or of all experts that saw enough tokens.
 
     Value: {directions: (tails, d_out, at least count), values: (tails, at least count), ascending, slices: what else is
-    known of each: [{expert, largest, energy, tokens}], left: {expert: the tokens it saw, which are too few}}.
+    known of each: [{expert, largest, energy, tokens}], left: {expert, or "": the tokens it saw, which are too few}}.
     """
 
     folder: str
@@ -262,7 +294,7 @@ class PurifyTensor(_TensorTask):
         dtype = dtype_from_name(self.dtype) or weight.dtype
         matrices = _matrices(weight, self.transposed)
         bases = None if base is None else _matrices(base, self.transposed)
-        # Experts without a tail stay as they are.
+        # What has no tail stays as it is: an expert with too few tokens, a layer that was never called.
         every = len(tail["slices"]) == len(matrices)
         result = torch.empty_like(weight, dtype=dtype) if every else weight.to(dtype, copy=True)
         stats = []
@@ -290,8 +322,10 @@ class PurifyTensor(_TensorTask):
                     "tokens": known["tokens"],
                 }
             )
-        stacked = weight.dim() == 3
-        left = {f"{self.tensor}[{expert}]" if stacked else self.tensor: tokens for expert, tokens in tail["left"].items()}
+        left = {}
+        for expert, tokens in tail["left"].items():
+            name = f"{self.tensor}[{expert}]" if weight.dim() == 3 else self.tensor
+            left[name] = f"{FEW_TOKENS} ({tokens})" if expert else NEVER_CALLED
         return {"tensor": result, "stats": stats, "left": left}
 
 
@@ -310,7 +344,7 @@ class PurifiedTensor(_TensorTask):
 class PurificationStats(_TensorTask):
     """What purification did to one weight.
 
-    Value: {rows: those of the report, one a matrix, left: {the matrix of an expert that stays as it is: its tokens}}.
+    Value: {rows: those of the report, one a matrix, left: {a matrix that stays as it is: why}}.
     """
 
     purify: PurifyTensor
@@ -381,13 +415,12 @@ class WriteReport(Task[None]):
         report = json.loads(self.header)
         report["purified"] = [row for i in range(len(self.stats)) for row in stats[str(i)]["rows"]]
         for i, task in enumerate(self.stats):
-            for name, tokens in stats[str(i)]["left"].items():
-                report["models"][str(task.model)]["left_as_they_are"][name] = f"{FEW_TOKENS} ({tokens})"
+            report["models"][str(task.model)]["left_as_they_are"] |= stats[str(i)]["left"]
         folder = Path(self.out_path)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / REPORT_NAME).write_text(json.dumps(report, indent=1) + "\n")
         LOG.info(summary(report))
-        for line in left_experts(report):
+        for line in left_experts(report) + never_called(report):
             LOG.info(line)
         for warning in warnings(report):
             LOG.warning(warning)

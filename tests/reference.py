@@ -95,6 +95,15 @@ def purify(kind, base, models, sources, ratios, *, allocation="spectral", regula
     return results
 
 
+def purified_alone(weight: torch.Tensor, x: torch.Tensor, ratio: float, shift: float) -> torch.Tensor:
+    """W' of one (d_out, d_in) weight that drops its fair share, for inputs x (tokens, d_in) in float64."""
+    weight = weight.double()
+    shifted = x.T @ x / len(x) + shift * torch.eye(x.shape[1], dtype=torch.float64)
+    u, s, vt = torch.linalg.svd(weight @ shifted, full_matrices=False)
+    r = max(1, round(len(s) * ratio))
+    return torch.linalg.solve(shifted, (u[:, :r] * s[:r] @ vt[:r]).T).T
+
+
 def _allocate(spectra: list[list[float]], shares: list[int], allocation: str) -> list[int]:
     """Drops per model. `spectra` are descending and divided by their largest."""
     if allocation == "uniform" or len(spectra) == 1:

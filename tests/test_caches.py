@@ -224,7 +224,7 @@ def test_a_wrong_number_in_a_manifest_is_noticed(llama, watch, cache, kind, key)
     def spoil(value):
         if isinstance(value, dict):
             return {k: v * 100 if k == key and not isinstance(v, dict) else spoil(v) for k, v in value.items()}
-        return value
+        return [spoil(v) for v in value] if isinstance(value, list) else value
 
     if kind == "covariance":
         shutil.rmtree(cache / "subspace")

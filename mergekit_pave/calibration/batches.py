@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,36 +25,62 @@ class Encoded:
 
     Attributes:
         origin: where it comes from, for messages.
-        inputs: the model's inputs by name: lists of the sample's length, or a tensor for an image.
+        inputs: the model's inputs by name: lists of the sample's length, or a tensor for an image. Those of an
+            encoder-decoder model include `decoder_input_ids`, which have a length of their own; those of an image with a text
+            are a list of `input_ids` and tensors of one sample.
         counted: ascending positions whose layer inputs enter C; of an image all do.
+        counted_target: the same of `decoder_input_ids`.
     """
 
     origin: str
     inputs: dict[str, Any]
     counted: list[int]
+    counted_target: list[int] = field(default_factory=list)
 
     @property
     def length(self) -> int:
-        return len(self.inputs["input_ids"]) if "input_ids" in self.inputs else len(self.counted)
+        """Tokens, or patches of an image, that the model has to run over."""
+        if "input_ids" not in self.inputs:
+            return len(self.counted)
+        return len(self.inputs["input_ids"]) + len(self.inputs.get("decoder_input_ids", ()))
+
+    @property
+    def is_pictured(self) -> bool:
+        """Whether it is an image with a text, and no model says how such samples make a batch."""
+        return "input_ids" in self.inputs and any(isinstance(values, Tensor) for values in self.inputs.values())
+
+    @property
+    def tokens(self) -> int:
+        """Positions that enter a covariance."""
+        return len(self.counted) + len(self.counted_target)
 
 
-def encode(samples: list[Sample], processor: Any, calibration: Calibration, positions: int | None, model: str) -> list[Encoded]:
+def encode(
+    samples: list[Sample],
+    processor: Any,
+    calibration: Calibration,
+    positions: int | None,
+    model: str,
+    shift: Callable[[list[int]], list[int]] | None = None,
+) -> list[Encoded]:
     """Tokenise samples and draw the token positions that count. Rows that cannot be used are skipped and told.
 
     Args:
-        processor: the model's tokenizer, or its image processor.
+        processor: the model's tokenizer, or its image processor, or for images with texts what holds both.
         positions: the longest sequence that the model can take, or None; of images the number of patches.
         model: the model's name, for messages.
+        shift: makes a decoder's inputs of the token ids of its target; samples have a target where this is given.
 
     Raises:
         PaveError: most rows cannot be used, or the tokenizer lacks a chat template that is needed.
     """
     where = f"pave.models[{model}].data"
-    if any(sample.messages is not None for sample in samples) and processor.chat_template is None:
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if any(sample.messages is not None for sample in samples) and tokenizer.chat_template is None:
         raise PaveError(
             f"{where}.messages: the model's tokenizer has no chat template; use `text` with a template over the columns"
         )
-    limits = (calibration.max_length, getattr(processor, "model_max_length", None), positions)
+    limits = (calibration.max_length, getattr(tokenizer, "model_max_length", None), positions)
     longest = min(limit for limit in limits if limit)
     encoded: list[tuple[str, dict[str, Any]]] = []
     problems: Counter[str] = Counter()
@@ -61,10 +88,18 @@ def encode(samples: list[Sample], processor: Any, calibration: Calibration, posi
         inputs, problem = {}, sample.problem
         if problem is None:
             try:
-                inputs = _prepare(sample, processor, longest)
+                pictured = sample.image is not None and sample.text is not None
+                inputs = _prepare_pictured(sample, processor) if pictured else _prepare(sample, tokenizer, longest)
+                if inputs and shift is not None:
+                    # One fewer than the model can take: see `make_batches`.
+                    limit = min(longest, positions - 1) if positions else longest
+                    labels = processor(text_target=sample.target, truncation=True, max_length=limit)["input_ids"]
+                    inputs["decoder_input_ids"] = shift(labels)
                 problem = None if inputs else "empty"
+                if pictured and len(inputs.get("input_ids", ())) > longest:
+                    problem = f"longer with the image than the {longest} tokens that calibration.max_length or the model allows"
             except (TemplateError, TypeError, ValueError, KeyError) as error:
-                problem = f"refused by the chat template ({error})"
+                problem = f"refused by the {'processor' if pictured else 'chat template'} ({error})"
         if problem is None:
             encoded.append((sample.origin, inputs))
         else:
@@ -79,9 +114,12 @@ def encode(samples: list[Sample], processor: Any, calibration: Calibration, posi
         LOG.warning("%s: skipped %d of %d rows: %s", where, problems.total(), len(samples), told)
     if "input_ids" not in encoded[0][1]:
         return [Encoded(origin, inputs, list(range(positions or 1))) for origin, inputs in encoded]
-    lengths = [len(inputs["input_ids"]) for _, inputs in encoded]
-    counted = draw_positions(lengths, calibration.max_tokens, calibration.seed)
-    return [Encoded(origin, inputs, places) for (origin, inputs), places in zip(encoded, counted)]
+
+    def draw(name: str) -> list[list[int]]:
+        return draw_positions([len(inputs.get(name, ())) for _, inputs in encoded], calibration.max_tokens, calibration.seed)
+
+    drawn = zip(encoded, draw("input_ids"), draw("decoder_input_ids"))
+    return [Encoded(origin, inputs, places, targets) for (origin, inputs), places, targets in drawn]
 
 
 def _prepare(sample: Sample, processor: Any, longest: int) -> dict[str, Any]:
@@ -97,6 +135,25 @@ def _prepare(sample: Sample, processor: Any, longest: int) -> dict[str, Any]:
         chat = processor.apply_chat_template(sample.messages, tools=sample.tools, tokenize=False)
         inputs = processor(chat, add_special_tokens=False, **options)
     return {name: ids for name, ids in inputs.items() if name in processor.model_input_names} if inputs["input_ids"] else {}
+
+
+def _prepare_pictured(sample: Sample, processor: Any) -> dict[str, Any]:
+    """The model's inputs by name for an image with a text, or nothing where there is no text.
+
+    A text that shows with the processor's placeholder where the image stands is taken as it is; any other becomes a user's
+    turn that begins with the image.
+    """
+    text, placeholder = sample.text, getattr(processor, "image_token", None)
+    if not text:
+        return {}
+    chat = placeholder is None or placeholder not in text
+    if chat and processor.chat_template is None:
+        raise ValueError(f"without a chat template the text has to have {placeholder!r} where the image stands")
+    if chat:
+        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
+        text = processor.apply_chat_template([turn], tokenize=False)
+    inputs = dict(processor(text=[text], images=[sample.image], return_tensors="pt", add_special_tokens=not chat))
+    return inputs | {"input_ids": inputs["input_ids"][0].tolist()}
 
 
 def draw_positions(lengths: list[int], budget: int, seed: int) -> list[list[int]]:
@@ -117,44 +174,72 @@ class Batch:
     """Samples of similar length, padded on the right, or images of one size.
 
     Attributes:
-        inputs: keyword arguments of the model, each (samples, length) or (samples, channels, height, width).
-        counted: bool (samples, length), the positions that enter C; never padding. None where all rows enter.
+        inputs: keyword arguments of the model, each (samples, length) or (samples, channels, height, width); of an image with
+            a text what the processor makes of it.
+        counted: bool (samples, length), the positions that enter C; never padding. One for each sequence that a model
+            reads, an encoder-decoder model two of different lengths; none where all rows enter.
         origins: where each sample comes from, for messages.
     """
 
     inputs: dict[str, Tensor]
-    counted: Tensor | None
+    counted: tuple[Tensor, ...]
     origins: list[str]
 
     def to(self, device: str) -> Batch:
         """The same batch on another device."""
         inputs = {name: values.to(device) for name, values in self.inputs.items()}
-        return Batch(inputs, self.counted if self.counted is None else self.counted.to(device), self.origins)
+        return Batch(inputs, tuple(counted.to(device) for counted in self.counted), self.origins)
 
 
 def make_batches(encoded: list[Encoded], batch_size: int) -> list[Batch]:
-    """Group samples by length, so that little is spent on padding, and pad them.
+    """Group samples by length, so that little is spent on padding, and pad them. Images with texts go one by one.
 
-    What stands at a padded position never matters: attention ignores it and it is not counted.
+    What stands at a padded position never matters: attention ignores it and it is not counted. Decoder inputs get one more of
+    them where encoder and decoder would have one length, so that each layer's input shows which of the two it belongs to.
     """
     batches = []
     ordered = sorted(encoded, key=lambda sample: sample.length)
     for start in range(0, len(ordered), batch_size):
         group = ordered[start : start + batch_size]
         origins = [sample.origin for sample in group]
+        if any(sample.is_pictured for sample in group):
+            (sample,) = group
+            inputs = sample.inputs | {"input_ids": torch.tensor([sample.inputs["input_ids"]])}
+            batches.append(Batch(inputs, (_marked([sample.counted], sample.length),), origins))
+            continue
         if "input_ids" not in group[0].inputs:
             images = {name: torch.stack([sample.inputs[name] for sample in group]) for name in group[0].inputs}
-            batches.append(Batch(images, None, origins))
+            batches.append(Batch(images, (), origins))
             continue
-        shape = (len(group), group[-1].length)
-        inputs = {name: torch.zeros(shape, dtype=torch.long) for name in group[0].inputs}
-        inputs["attention_mask"] = torch.zeros(shape, dtype=torch.long)
-        counted = torch.zeros(shape, dtype=torch.bool)
-        for i, sample in enumerate(group):
-            length = sample.length
-            for name, values in sample.inputs.items():
-                inputs[name][i, :length] = torch.tensor(values)
-            inputs["attention_mask"][i, :length] = 1
-            counted[i, sample.counted] = True
+        padded = [sample.inputs | {"attention_mask": [1] * len(sample.inputs["input_ids"])} for sample in group]
+        width = max(len(inputs["input_ids"]) for inputs in padded)
+        places, widths = [[sample.counted for sample in group]], [width]
+        if "decoder_input_ids" in padded[0]:
+            for inputs in padded:
+                inputs["decoder_attention_mask"] = [1] * len(inputs["decoder_input_ids"])
+            width = max(len(inputs["decoder_input_ids"]) for inputs in padded)
+            places.append([sample.counted_target for sample in group])
+            widths.append(width + (width == widths[0]))
+        inputs = {
+            name: _stack([torch.tensor(inputs[name]) for inputs in padded], widths[name.startswith("decoder_")])
+            for name in padded[0]
+        }
+        counted = tuple(_marked(rows, width) for rows, width in zip(places, widths))
         batches.append(Batch(inputs, counted, origins))
     return batches
+
+
+def _stack(rows: list[Tensor], width: int) -> Tensor:
+    """Rows of different lengths as one (rows, width) tensor, zeros on the right."""
+    stacked = torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        stacked[i, : len(row)] = row
+    return stacked
+
+
+def _marked(places: list[list[int]], width: int) -> Tensor:
+    """bool (rows, width), true at each row's places."""
+    marked = torch.zeros(len(places), width, dtype=torch.bool)
+    for i, row in enumerate(places):
+        marked[i, row] = True
+    return marked

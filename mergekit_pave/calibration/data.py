@@ -20,14 +20,15 @@ _LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parqu
 
 @dataclass(frozen=True)
 class Sample:
-    """One row: a text, a pair of texts, the messages of a chat, an image, or what keeps the row from being one of these.
+    """One row: a text, a pair of texts, the messages of a chat, an image, an image with a text, or why it is none of these.
 
-    `origin` says where it comes from, for messages.
+    `origin` says where it comes from, for messages; `target` is the answer to a text or a chat, for an encoder-decoder model.
     """
 
     origin: str
     text: str | None = None
     text_pair: str | None = None
+    target: str | None = None
     messages: list[dict[str, Any]] | None = None
     tools: list[Any] | None = None
     image: Any = None
@@ -51,8 +52,8 @@ def load_samples(sources: list[Data], calibration: Calibration, model: str) -> l
     loaded = [_Rows(data, calibration, model) for data in sources]
     shares = share_evenly([len(rows) for rows in loaded], calibration.samples)
     samples = [sample for rows, share in zip(loaded, shares) for sample in rows.samples(share)]
-    if len({sample.image is None for sample in samples if sample.problem is None}) > 1:
-        raise PaveError(f"pave.models[{model}].data: a model cannot be calibrated with both texts and images")
+    if len({sample.text is None and sample.messages is None for sample in samples if sample.problem is None}) > 1:
+        raise PaveError(f"pave.models[{model}].data: a model cannot be calibrated with both texts and images without a text")
     return samples
 
 
@@ -90,6 +91,7 @@ class _Rows:
                 raise PaveError(_no_column(f"{where}.{kind}", column, data.path, columns))
         self._text = _template(text, columns, f"{where}.text", data.path) if text else None
         self._pair = _template(data.text_pair, columns, f"{where}.text_pair", data.path) if data.text_pair else None
+        self._target = _template(data.target, columns, f"{where}.target", data.path) if data.target else None
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -102,12 +104,17 @@ class _Rows:
 
     def _sample(self, origin: str, row: dict[str, Any]) -> Sample:
         try:
+            target = _fill(self._target, row) if self._target else None
+            if target == "":
+                return Sample(origin, problem="with an empty target")
             if self._messages is not None:
-                return Sample(origin, messages=_chat(row[self._messages]), tools=_tools(row.get("tools")))
+                chat = _chat(row[self._messages])
+                return Sample(origin, messages=chat, tools=_tools(row.get("tools")), target=target)
             if self._image is not None:
-                return Sample(origin, image=_picture(row[self._image], self._image))
+                text = _fill(self._text, row) if self._text else None
+                return Sample(origin, image=_picture(row[self._image], self._image), text=text)
             pair = _fill(self._pair, row) if self._pair else None
-            return Sample(origin, text=_fill(self._text, row), text_pair=pair)
+            return Sample(origin, text=_fill(self._text, row), text_pair=pair, target=target)
         except ValueError as error:
             return Sample(origin, problem=str(error))
 

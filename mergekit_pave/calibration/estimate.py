@@ -42,7 +42,9 @@ def estimate(architecture: Architecture, encoded: list[Encoded], batch_size: int
     Args:
         itemsize: bytes of one number in the precision that the model runs in.
     """
-    tokens = sum(len(sample.counted) for sample in encoded)
+    tokens = sum(sample.tokens for sample in encoded)
+    # How many rows a vision tower makes of an image only the model knows: perhaps so many that they are summed.
+    pictured = any(sample.is_pictured for sample in encoded)
     lengths = sorted(sample.length for sample in encoded)
     cache = operations = 0
     accumulators: dict[str, int] = defaultdict(int)
@@ -50,7 +52,8 @@ def estimate(architecture: Architecture, encoded: list[Encoded], batch_size: int
         width, matrices = linear.shape[1], len(linear.layers)
         # However tokens spread over experts, each has so many rows in all.
         routed = tokens * min(matrices, architecture.experts_a_token) if linear.experts else tokens
-        rows, triangle = routed * width * itemsize, 4 * width * (width + 1)
+        triangle = 4 * width * (width + 1)
+        rows = math.inf if pictured else routed * width * itemsize
         cache += min(rows, matrices * triangle)
         # A weight meets every token, also those that do not count; of a symmetric sum half is computed.
         meets = min(matrices, architecture.experts_a_token) if linear.experts else 1

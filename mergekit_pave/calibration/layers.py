@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
@@ -77,6 +78,8 @@ class Architecture:
         experts_a_token: how many experts a token is routed to, at most.
         blocks: number of parameters of each block by its path, and under "" of all that is in no block.
         conversions: how transformers makes parameters of the tensors of a checkpoint that has them in another form.
+        inputs: the names of the backbone's arguments.
+        shift: what an encoder-decoder model's decoder is given where these token ids are its target; None of other models.
     """
 
     linears: dict[str, Linear]
@@ -92,6 +95,8 @@ class Architecture:
     experts_a_token: int
     blocks: dict[str, int]
     conversions: list[WeightTransform]
+    inputs: frozenset[str]
+    shift: Callable[[list[int]], list[int]] | None
 
     def block_of(self, module: str) -> str:
         """The path of the block that a module is part of, or ""."""
@@ -199,6 +204,8 @@ def describe(config: transformers.PretrainedConfig, folder: str, trust_remote_co
         experts_a_token=getattr(config.get_text_config(), "num_experts_per_tok", None) or most,
         blocks=_sizes(model.base_model, start),
         conversions=get_model_conversion_mapping(model, add_legacy=False),
+        inputs=frozenset(inspect.signature(model.base_model.forward).parameters),
+        shift=_target_shift(model, folder),
     )
 
 
@@ -228,6 +235,32 @@ def find_blocks(model: nn.Module) -> dict[nn.Module, str]:
 def _sizes(backbone: nn.Module, prefix: str) -> dict[str, int]:
     sizes = {prefix + path: sum(p.numel() for p in block.parameters()) for block, path in find_blocks(backbone).items()}
     return sizes | {"": sum(p.numel() for p in backbone.parameters()) - sum(sizes.values())}
+
+
+def _target_shift(model: nn.Module, folder: str) -> Callable[[list[int]], list[int]] | None:
+    """The shift to the right that the model itself makes of labels.
+
+    Raises:
+        PaveError: the encoder reads no text, or the configuration does not say what a decoder's input starts with.
+    """
+    if "decoder_input_ids" not in inspect.signature(model.base_model.forward).parameters:
+        return None
+    if model.main_input_name != "input_ids":
+        raise PaveError(
+            f"{folder}: an encoder that reads {model.main_input_name} cannot be calibrated, only one that reads text; give the "
+            "model `purify: false`"
+        )
+    prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    start = getattr(model.config, "decoder_start_token_id", None)
+
+    def shift(labels: list[int]) -> list[int]:
+        return [start, *labels[:-1]] if prepare is None else prepare(torch.tensor([labels]))[0].tolist()
+
+    try:
+        torch.tensor(shift([0]))
+    except (ValueError, TypeError, RuntimeError):
+        raise PaveError(f"{folder}: config.json has no decoder_start_token_id, so its decoder cannot be run") from None
+    return shift
 
 
 def _longest_sequence(model: nn.Module) -> int | None:

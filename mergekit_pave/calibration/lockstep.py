@@ -45,6 +45,7 @@ def run_in_lockstep(
             raise
 
     blocks = find_blocks(streamed.model)
+    order = {block: i for i, block in enumerate(blocks)}
 
     def pause(module: nn.Module, _) -> None:
         if getcurrent() is not scheduler:
@@ -67,7 +68,8 @@ def run_in_lockstep(
         streamed.release()
         yield None
         while waiting:
-            current = waiting[0][2]
+            # Where batches differ in the blocks that they call (not each has an image), those that lag behind come first.
+            current = min((block for _, _, block in waiting), key=order.__getitem__)
             streamed.load(current)
             later = []
             for runner, batch, block in waiting:

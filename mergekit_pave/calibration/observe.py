@@ -171,24 +171,25 @@ class Observer:
     def _counted(self, layer: str, x: Tensor) -> Tensor | None:
         """Which rows of x belong to counted tokens, bool (rows,); None where all count, as x is not aligned with the tokens.
 
+        Which of an encoder-decoder model's two sequences x belongs to is told by its length: no batch has two of one length.
+
         Raises:
             UnalignedInputError: x is not aligned, and the batch may have padding.
         """
-        counted = self._batch.counted
-        if counted is None or (x.dim() == 2 and x.shape[0] == counted.shape[0] != counted.numel()):
-            return None  # images, and what is pooled to one row a sample
-        aligned = [n for n in x.shape[:-1] if n > 1] == [n for n in counted.shape if n > 1]
-        if aligned or (x.dim() == 2 and x.shape[0] == counted.numel()):
-            return counted.flatten()
-        if not self._unpadded:
+        for counted in self._batch.counted:
+            aligned = [n for n in x.shape[:-1] if n > 1] == [n for n in counted.shape if n > 1]
+            if aligned or (x.dim() == 2 and x.shape[0] == counted.numel()):
+                return counted.flatten()
+        pooled = x.dim() == 2 and x.shape[0] == len(self._batch.origins)
+        if self._batch.counted and not pooled and not self._unpadded:
             raise UnalignedInputError(layer)
-        return None
+        return None  # images, and what is pooled to one row a sample
 
     def _culprit(self, x: Tensor) -> str:
-        counted = self._batch.counted
-        if counted is not None and x.shape[:-1] == counted.shape:
-            bad = (~x.isfinite().all(dim=-1) & counted).any(dim=1)
-            return ", ".join(origin for origin, is_bad in zip(self._batch.origins, bad.tolist()) if is_bad)
+        for counted in self._batch.counted:
+            if x.shape[:-1] == counted.shape:
+                bad = (~x.isfinite().all(dim=-1) & counted).any(dim=1)
+                return ", ".join(origin for origin, is_bad in zip(self._batch.origins, bad.tolist()) if is_bad)
         return f"one of {', '.join(self._batch.origins)}"
 
     def take(self, block: str = "") -> list[tuple[list[str], Covariance]]:

@@ -86,7 +86,10 @@ def covariance_key(weights: str, encoded: list[Encoded]) -> str:
     for sample in encoded:
         texts = {name: values for name, values in sample.inputs.items() if isinstance(values, list)}
         images = {name: values for name, values in sample.inputs.items() if name not in texts}
-        parts += [[texts, sample.counted, list(images)], *(image.numpy().tobytes() for image in images.values())]
+        parts += [
+            [texts, sample.counted, sample.counted_target, list(images)],
+            *(image.numpy().tobytes() for image in images.values()),
+        ]
     return cache.digest("covariance", weights, *parts)
 
 
@@ -130,8 +133,6 @@ def _measure_and_store(job: Job, artefact: cache.Artefact, runtime: Runtime) -> 
     for name in files.keys() - used:
         del files[name]
         artefact.remove(name)
-    if unseen := [layer for layer in job.layers if layer not in layers]:
-        LOG.warning("%s: %d linear layers were never called (the first: %s)", job.name, len(unseen), unseen[0])
     return {"files": files, "layers": layers, **job.about}
 
 
@@ -151,6 +152,8 @@ def _out_of_memory(job: Job, device: str) -> str:
 def _measure(job: Job, runtime: Runtime) -> Measured:
     """Block by block and in batches where that is possible. What comes later replaces what came before for a layer."""
     measure, batch_size, apart = measure_in_lockstep, job.batch_size, frozenset()
+    if any(sample.is_pictured for sample in job.encoded):
+        batch_size = 1
     while True:
         try:
             yield from measure(job, runtime, batch_size, apart)

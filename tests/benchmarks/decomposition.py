@@ -132,11 +132,15 @@ def reference(weight: torch.Tensor, rows: torch.Tensor, ratio: float) -> torch.T
     return weight - tail @ (tail.mT @ weight)
 
 
-def measure(shape: tuple[int, int], tokens: int, options: argparse.Namespace) -> None:
+Seconds = dict[str, tuple[float, float]]  # of "paper" and "ours": (collect, decompose)
+
+
+def measure(shape: tuple[int, int], tokens: int, options: argparse.Namespace) -> Seconds:
     device = torch.device(options.device)
     weight, rows = weights(*shape, device), inputs(min(tokens, DIFFERENT_TOKENS), shape[1], device)
     batches = list(rows.split(2048)) * (tokens // len(rows))
-    seconds, results = {}, {}
+    seconds: Seconds = {}
+    results = {}
     for name, run in (("ours", ours), ("paper", published)):
         collect, decompose = Clock(device), Clock(device)
         results[name] = run(weight, batches, options.ratio, collect, decompose)
@@ -146,9 +150,14 @@ def measure(shape: tuple[int, int], tokens: int, options: argparse.Namespace) ->
         exact = reference(weight, rows, options.ratio)
         size = (exact - weight.double()).norm()
         errors = [f"{((results[name].double() - exact).norm() / size).item():.0e}" for name in ("paper", "ours")]
+    show("x".join(map(str, shape)), tokens, seconds, errors)
+    return seconds
+
+
+def show(label: str, tokens: int, seconds: Seconds, errors: list[str]) -> None:
     (pc, pd), (oc, od) = seconds["paper"], seconds["ours"]
     print(
-        f"{'x'.join(map(str, shape)):>11} {tokens:6d} |{pc:9.2f}{pd:9.2f} |{oc:9.2f}{od:9.2f} |"
+        f"{label:>11} {tokens:6d} |{pc:9.2f}{pd:9.2f} |{oc:9.2f}{od:9.2f} |"
         f"{pd / od:8.1f}{(pc + pd) / (oc + od):8.1f} |{errors[0]:>7}{errors[1]:>7}",
         flush=True,
     )
@@ -175,9 +184,10 @@ def main() -> None:
     print(f"{'':18} |{'paper':^18} |{'ours':^18} |{'ratio':^16} |{'error':^14}")
     print(f"{'shape':>11} {'tokens':>6} |{'collect':>9}{'decomp.':>9} |{'collect':>9}{'decomp.':>9} |", end="")
     print(f"{'decomp.':>8}{'total':>8} |{'paper':>7}{'ours':>7}")
-    for shape in options.shapes:
-        for tokens in options.tokens:
-            measure(tuple(map(int, shape.split("x"))), tokens, options)
+    for tokens in options.tokens:
+        measured = [measure(tuple(map(int, shape.split("x"))), tokens, options) for shape in options.shapes]
+        total = {name: tuple(map(sum, zip(*(seconds[name] for seconds in measured)))) for name in ("paper", "ours")}
+        show("together", tokens, total, ["", ""])
 
 
 if __name__ == "__main__":
