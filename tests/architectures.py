@@ -1,4 +1,7 @@
-"""The architectures that are tested: for each a tiny configuration, its head, and its linear layers told by name."""
+"""The architectures that are tested: for each a tiny configuration, its head, and its linear layers told by name.
+
+Run as a program it writes them into README.md.
+"""
 
 import re
 from dataclasses import dataclass, field
@@ -185,3 +188,26 @@ def _write_images(folder: Path, seed: int) -> Path:
         coarse = rng.integers(0, 255, (5, 6, 3)).repeat(8, axis=0).repeat(8, axis=1)
         Image.fromarray((0.8 * coarse + 0.2 * rng.integers(0, 255, coarse.shape)).astype(np.uint8)).save(path)
     return folder
+
+
+README = Path(__file__).parent.parent / "README.md"
+_START, _END = "<!-- tested: written by tests/architectures.py -->\n", "<!-- end of tested -->\n"
+
+
+def with_table(readme: str) -> str:
+    """The text of README.md with the table as it should be; architectures that differ in nothing else share a row."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    heads: dict[tuple[str, str], list[str]] = {}
+    for architecture in ARCHITECTURES.values():
+        heads.setdefault((architecture.name, architecture.linears), []).append(f"`{architecture.head}`")
+    for (name, linears), names in heads.items():
+        rows.setdefault((", ".join(names), linears), []).append(f"`{name}`")
+    lines = ["| architecture | head | linear layers purified |", "|---|---|---|"]
+    for (head, linears), names in rows.items():
+        lines.append(f"| {', '.join(names)} | {head} | {' '.join(f'`{linear}`' for linear in linears.split())} |")
+    before, rest = readme.split(_START)
+    return before + _START + "\n".join(lines) + "\n" + _END + rest.split(_END)[1]
+
+
+if __name__ == "__main__":
+    README.write_text(with_table(README.read_text()))

@@ -2,7 +2,7 @@
 
 import pytest
 import transformers
-from architectures import ARCHITECTURES, make_architecture
+from architectures import ARCHITECTURES, README, make_architecture, with_table
 from merging import assert_exact, config_for, merge
 from reference import purify, weights
 
@@ -33,3 +33,7 @@ def test_architecture(family, tmp_path):
         assert_exact(written, expected[i], plain)
     _, info = getattr(transformers, architecture.kind.model).from_pretrained(out, output_loading_info=True)
     assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+
+
+def test_readme_tells_what_is_tested():
+    assert README.read_text() == with_table(README.read_text()), "run `python tests/architectures.py`"

@@ -13,7 +13,7 @@ from models import make_model, make_tokenizer, model_config, save_family, write_
 from reference import purify, weights
 from safetensors.torch import save_file
 
-from mergekit_pave import PaveError
+from mergekit_pave import PaveError, plugin
 
 
 def make_llama(folder: Path, **settings):
@@ -41,9 +41,17 @@ def test_tensors_that_mergekit_does_not_know_are_not_lost(tmp_path, cache):
     plain = merge(config_for(family), tmp_path / "plain")
     lost = weights(family.base).keys() - plain.keys()
     assert len(lost) == 4 * 3, "or mergekit has learnt of them, and this test needs another example"
-    with pytest.raises(PaveError, match=r"leave 12 tensors that every input has out .*q_proj\.bias|k_proj\.bias"):
+    with pytest.raises(PaveError, match=r"leave 12 tensors that every input has out .*self_attn\.k_proj\.bias.*knows no such"):
         merge(config_for(family, {}), tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(cache.rglob("manifest.json"))
+
+
+def test_tensors_that_mergekit_looks_for_under_another_name_are_not_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr(plugin, "_with_stored_names", lambda planner: planner.arch_info)
+    family = make_architecture("vit-ForImageClassification", tmp_path)
+    with pytest.raises(PaveError, match=r"leave 32 tensors .*vit\.encoder\.layer\.0.*save_original_format=False"):
+        merge(config_for(family, {"models": images(family)}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_only_some_inputs_have_is_no_reason_to_refuse(llama, tmp_path):

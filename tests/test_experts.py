@@ -347,6 +347,8 @@ def test_experts_that_mergekit_alone_would_lose(family_of, tmp_path, cache):
     for i in range(2):
         config = config_for(split, {"calibration": {"min_tokens": 1}}, weight=(float(i == 0), float(i == 1)), dtype="float64")
         compare(merge(config, tmp_path / f"out{i}"), wanted[i], plain[i])
+    _, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out1", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
 
 
 def test_other_experts_are_refused(family_of, tmp_path, cache, monkeypatch):
