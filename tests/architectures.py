@@ -135,6 +135,7 @@ def _image_models() -> list[Architecture]:
     return [
         Architecture("vit", "ForImageClassification", "ViT", _BERT, within="vit.", tokenizer="image"),
         Architecture("dinov2", "ForImageClassification", "Dinov2", dinov2, {"mlp_ratio": 2}, "dinov2.", tokenizer="image"),
+        Architecture("dinov3_vit", "Model", "DINOv3ViT", "q_proj k_proj v_proj o_proj up_proj down_proj", tokenizer="image"),
         Architecture("clip_vision_model", "Model", "CLIPVision", _FC, tokenizer="image"),
         # The attention of the pooling head reads the weight of its layer out_proj.
         Architecture(

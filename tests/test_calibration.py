@@ -17,9 +17,10 @@ from models import make_rows, read_rows, save, write_rows
 
 from mergekit_pave.cache import Artefact, require_space
 from mergekit_pave.calibration import lockstep, run
-from mergekit_pave.calibration.batches import Encoded, draw_positions, encode, make_batches
+from mergekit_pave.calibration.batches import Batch, Encoded, draw_positions, encode, make_batches
 from mergekit_pave.calibration.data import load_samples, share_evenly
 from mergekit_pave.calibration.layers import describe
+from mergekit_pave.calibration.observe import DivergedError, Observer
 from mergekit_pave.calibration.run import Job, Runtime, StoredCovariances, calibrate, measure_in_lockstep, measure_whole
 from mergekit_pave.config import DEFAULT_CALIBRATION, Data
 from mergekit_pave.errors import PaveError
@@ -363,3 +364,52 @@ def test_images_go_through_the_image_processor(tmp_path):
         covariance = StoredCovariances(Artefact(tmp_path / "cache")).load(layer)
         assert (covariance.matrix() - matrix).norm() <= 1e-6 * matrix.norm()
         assert covariance.tokens == 7 * 17  # sixteen patches and the class token
+
+
+class _Pair(torch.nn.Module):
+    """Two layers, called with the inputs that `calls` names for each batch."""
+
+    def __init__(self, calls):
+        super().__init__()
+        self.q, self.k = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+        self.calls = iter(calls)
+
+    def forward(self, x):
+        inputs = {"x": x, "y": x.flip(0) + 1}
+        for call in next(self.calls):
+            getattr(self, call[0])(inputs[call[1]])
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        [["qx", "kx", "qy"]],
+        [["qx", "kx", "ky"]],
+        [["qx", "kx"], ["qx", "kx", "qy", "ky", "qy"]],
+        [["qx", "kx"], ["qx"]],
+        [["qx", "kx"], ["kx"], ["qx", "kx"]],
+        [["qx", "kx"], ["qx", "ky"]],
+    ],
+)
+def test_layers_that_share_only_some_inputs_are_measured_apart(calls):
+    """First it is noticed, whenever that is; then each layer has what it alone has seen."""
+    batches = [torch.randn(5, 3, generator=torch.Generator().manual_seed(i)) for i in range(len(calls))]
+
+    def observe(apart):
+        model = _Pair(calls)
+        observer = Observer(model, ["q", "k"], "pair", apart, unpadded=True)
+        with observer.watching() as begin:
+            for x in batches:
+                begin(Batch({}, (), ["row"]))
+                model(x)
+        return {layer: covariance for layers, covariance in observer.take() for layer in layers}
+
+    with pytest.raises(DivergedError) as raised:
+        observe(frozenset())
+    found = observe(frozenset({raised.value.role}))
+    for layer, covariance in found.items():
+        seen = [x if call[1] == "x" else x.flip(0) + 1 for x, of in zip(batches, calls) for call in of if call[0] == layer]
+        rows = torch.cat(seen).double()
+        assert covariance.tokens == len(rows)
+        assert torch.allclose(covariance.matrix().double(), rows.T @ rows / len(rows), atol=1e-5)
+    assert found.keys() == {"q", "k"}

@@ -161,20 +161,28 @@ def empty_model(cls: Any, config: transformers.PretrainedConfig, dtype: torch.dt
         torch.set_default_dtype(default)
 
 
+def backbone(model: transformers.PreTrainedModel) -> nn.Module:
+    """The model without its heads."""
+    base = model.base_model
+    # What DINOv3 declares as such is its encoder, which cannot be run on images.
+    return base if model.main_input_name in inspect.signature(base.forward).parameters else model
+
+
 def describe(config: transformers.PretrainedConfig, folder: str, trust_remote_code: bool) -> Architecture:
     """Find the linear layers of a model without reading its weights."""
     model = empty_model(model_class(config, folder, trust_remote_code), config)
     model.tie_weights()
-    backbone = {id(module) for module in model.base_model.modules()}
+    base = backbone(model)
+    inside = {id(module) for module in base.modules()}
     output = model.get_output_embeddings()
-    experts = find_experts(model.base_model)
-    start = "" if model.base_model is model else f"{model.base_model_prefix}."
-    routers = {start + name for name in find_routers(model.base_model, experts)}
+    experts = find_experts(base)
+    start = "" if base is model else f"{model.base_model_prefix}."
+    routers = {start + name for name in find_routers(base, experts)}
     linears, heads = {}, set()
     for path, module in model.named_modules():
         if not isinstance(module, (nn.Linear, Conv1D)):
             continue
-        if id(module) not in backbone or module is output or path.split(".")[0] in _HEADS:
+        if id(module) not in inside or module is output or path.split(".")[0] in _HEADS:
             heads.add(f"{path}.weight")
             continue
         if f"{path}.weight" in routers:
@@ -202,9 +210,9 @@ def describe(config: transformers.PretrainedConfig, folder: str, trust_remote_co
         positions=_longest_sequence(model),
         hidden_size=getattr(config.get_text_config(), "hidden_size", 0),
         experts_a_token=getattr(config.get_text_config(), "num_experts_per_tok", None) or most,
-        blocks=_sizes(model.base_model, start),
+        blocks=_sizes(base, start),
         conversions=get_model_conversion_mapping(model, add_legacy=False),
-        inputs=frozenset(inspect.signature(model.base_model.forward).parameters),
+        inputs=frozenset(inspect.signature(base.forward).parameters),
         shift=_target_shift(model, folder),
     )
 
@@ -243,7 +251,7 @@ def _target_shift(model: nn.Module, folder: str) -> Callable[[list[int]], list[i
     Raises:
         PaveError: the encoder reads no text, or the configuration does not say what a decoder's input starts with.
     """
-    if "decoder_input_ids" not in inspect.signature(model.base_model.forward).parameters:
+    if "decoder_input_ids" not in inspect.signature(backbone(model).forward).parameters:
         return None
     if model.main_input_name != "input_ids":
         raise PaveError(
@@ -295,8 +303,8 @@ def load_model(config: transformers.PretrainedConfig, folder: str, device: str, 
         if "memory" in str(error):
             raise
         raise PaveError(f"{folder}: transformers cannot load it as {cls.__name__}: {error}") from error
-    backbone = {id(parameter) for parameter in model.base_model.parameters()}
-    missing = [name for name in sorted(info["missing_keys"]) if id(model.get_parameter(name)) in backbone]
+    inside = {id(parameter) for parameter in backbone(model).parameters()}
+    missing = [name for name in sorted(info["missing_keys"]) if id(model.get_parameter(name)) in inside]
     if missing:
         raise PaveError(
             f"{folder}: {len(missing)} weights of {cls.__name__} are not in the checkpoint (the first: {missing[0]}), "

@@ -18,7 +18,7 @@ from mergekit_pave import cache
 from mergekit_pave.calibration import distributed
 from mergekit_pave.calibration.batches import Batch, Encoded
 from mergekit_pave.calibration.estimate import Estimate, estimate, readable
-from mergekit_pave.calibration.layers import Architecture, find_blocks, inference_dtype, load_model, model_class
+from mergekit_pave.calibration.layers import Architecture, backbone, find_blocks, inference_dtype, load_model, model_class
 from mergekit_pave.calibration.lockstep import run_in_lockstep
 from mergekit_pave.calibration.observe import DivergedError, Observer, ReenteredError, UnalignedInputError
 from mergekit_pave.calibration.weights import StreamedModel, UnknownWeightError
@@ -232,13 +232,13 @@ def _runner(model: nn.Module, batch_size: int) -> Callable[[Batch], None]:
     """
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
-    backbone = model.base_model
-    accepted = inspect.signature(backbone.forward).parameters
+    base = backbone(model)
+    accepted = inspect.signature(base.forward).parameters
     if "input_ids" in accepted and "attention_mask" not in accepted and batch_size > 1:
         raise UnalignedInputError("a model without attention_mask")
 
     def run(batch: Batch) -> None:
-        backbone(**{name: values for name, values in batch.inputs.items() if name in accepted})
+        base(**{name: values for name, values in batch.inputs.items() if name in accepted})
 
     return run
 
