@@ -347,7 +347,7 @@ def test_models_that_are_mostly_something_else_than_linear_layers(llama, tmp_pat
     assert not (tmp_path / "refused").exists()
     merge(config_for(family, {"exclude": ["put_linear", "router"]}), tmp_path / "out")
     report = json.loads((tmp_path / "out" / "pave_report.json").read_text())
-    assert {row["tensor"] for row in report["purified"]} == {f"model.layers.{i}.self_attn.kv_proj.weight" for i in range(2)}
+    assert {row["tensor"] for row in report["purified"]} == {f"model.layers.{i}.self_attention.kv_proj.weight" for i in range(2)}
 
 
 def test_encoder_decoder_models_are_refused(llama, tmp_path):
