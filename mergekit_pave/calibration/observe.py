@@ -94,8 +94,8 @@ class Observer:
         """
         if args and self._batch.counted and args[0].numel() > max(counted.numel() for counted in self._batch.counted):
             raise PaveError(
-                f"{self._name}: {type(self._model).__name__} pads its inputs by itself, so its padding cannot be told from tokens; "
-                "give the model `purify: false`"
+                f"{self._name}: {type(self._model).__name__} pads its inputs by itself, and that padding cannot be told "
+                "from tokens; give the model `purify: false`"
             )
 
     def _see(self, layer: str, x: Tensor) -> None:
