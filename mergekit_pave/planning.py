@@ -71,12 +71,25 @@ class PlannedTensor:
 
 
 @dataclass(frozen=True)
+class Checkpoint:
+    """A model's folder, LoRA merged, and the file in it of each tensor."""
+
+    folder: str
+    files: dict[str, str]
+
+
+@dataclass(frozen=True)
 class Environment:
-    """What a run has to offer: options of the command, and where checkpoints lie."""
+    """What a run has to offer: options of the command, and checkpoints.
+
+    Attributes:
+        reads: the tensors that a merge of whole models would read of one, each with all names that it may have.
+    """
 
     runtime: Runtime
     transformers_cache: Optional[str]
-    checkpoint: Callable[[ModelReference], tuple[str, list[str]]]
+    checkpoint: Callable[[ModelReference], Checkpoint]
+    reads: Callable[[ModelReference], list[list[str]]]
 
 
 @dataclass(frozen=True)
@@ -138,8 +151,7 @@ def make_plan(config: PaveConfig, tensors: list[PlannedTensor], environment: Env
     if not models:
         raise PaveError("pave.models: every model has `purify: false`, so nothing would be purified; remove the block instead")
     sources = {model: _Source(config, model, environment) for model in models}
-    for model, source in sources.items():
-        _check_experts(model, source.architecture, tensors)
+    _check_complete(tensors, sources, environment)
     chosen, reasons = _select(config, tensors, sources)
     purified = {choice.model for choices in chosen.values() for choice in choices}
     if idle := [model for model in models if model not in purified]:
@@ -207,7 +219,8 @@ class _Source:
         self._environment = environment
         self.model = model
         self.entry = config.entry(model)
-        self.folder, self._shards = environment.checkpoint(model)
+        checkpoint = environment.checkpoint(model)
+        self.folder, self._shards = checkpoint.folder, list(checkpoint.files.values())
         self._config = model.config(trust_remote_code=environment.runtime.trust_remote_code)
         if getattr(self._config, "quantization_config", None):
             raise PaveError(f"pave.models: {model} is quantised, which cannot be calibrated; give it `purify: false`")
@@ -410,20 +423,38 @@ def _check_coverage(model: ModelReference, architecture: Architecture, reasons: 
         )
 
 
-def _check_experts(model: ModelReference, architecture: Architecture, tensors: list[PlannedTensor]) -> None:
-    """Refuse a merge whose output would lack all experts.
+def _check_complete(tensors: list[PlannedTensor], sources: dict[ModelReference, _Source], environment: Environment) -> None:
+    """Refuse a merge that goes without tensors that every input has.
 
-    mergekit takes a tensor that only some layers have for optional, and leaves it out unless it is in the checkpoint by the
-    very name that transformers has for it, which a checkpoint with a tensor for each expert has not.
+    mergekit leaves out what it knows no name for, and what only some layers have unless it is stored under the very name
+    that it looks for. Names are compared by what transformers makes of them, so what it ignores, and the second name of a
+    tied weight, are not missed. What the config takes of the inputs plays no part: to merge some layers or modules is a choice.
     """
-    experts = [name for name, linear in architecture.linears.items() if linear.experts]
-    infos = [planned.gather.weight_info[model] for planned in tensors if planned.gather and model in planned.models]
-    found = (architecture.linear([info.name, *(info.aliases or ())]) for info in infos)
-    if experts and not any(linear and linear.experts for linear in found):
+    has: dict[ModelReference, dict[str, str]] = {}
+    reads: dict[ModelReference, set[str]] = {}
+    inputs = dict.fromkeys(model for planned in tensors for model in (*planned.models, planned.base) if model)
+    for model in inputs:
+        architecture = sources.get(model, next(iter(sources.values()))).architecture
+        has[model] = {
+            tensor: name for name in sorted(environment.checkpoint(model).files) if (tensor := architecture.loaded_as(name))
+        }
+        reads[model] = {architecture.loaded_as(name) for names in environment.reads(model) for name in names}
+    common = set.intersection(*map(set, has.values()))
+    for model, own in has.items():
+        lost = sorted(common - reads[model])
+        if not lost:
+            continue
+        names = [own[tensor] for tensor in lost]
+        if any(name != tensor for name, tensor in zip(names, lost)):
+            advice = (
+                "Load each model of the merge with transformers, save it with `save_pretrained(folder, "
+                "save_original_format=False)`, and merge these"
+            )
+        else:
+            advice = "mergekit knows no such tensors in this architecture; merge without a pave block if you can do without them"
         raise PaveError(
-            f"{model}: mergekit would leave its experts (such as {min(experts)}) out of the merged model, with or without a pave "
-            "block. Load each model of the merge with transformers, save it with `save_pretrained(folder, "
-            "save_original_format=False)`, and merge these"
+            f"{model}: mergekit would leave {len(lost)} tensors that every input has out of the merged model, with or without a "
+            f"pave block (such as {', '.join(names[:3])}). {advice}"
         )
 
 

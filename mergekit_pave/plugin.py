@@ -1,7 +1,8 @@
 """Every place where we touch mergekit's inside, for mergekit >=0.1.5,<0.2; the field itself is added in `_field`.
 
 - `MergePlanner.plan_tensor` notes where in its slice a tensor lies (gradients need it, and the plan forgets it).
-- `MergePlanner._plan` swaps the gather tasks of purified tensors.
+- `MergePlanner._plan` gets an architecture whose tensors go by the names that the checkpoints have for them, and swaps the
+  gather tasks of purified tensors.
 - `MergePlanner.plan_to_disk` adds the task that writes the report, and sees to it that `generate_card`, which
   `mergekit.merge` will call when the merge is done, appends to the card.
 
@@ -16,7 +17,10 @@ import json
 import logging
 import sys
 
-from mergekit.architecture import get_architecture_info
+from mergekit.architecture import ModelArchitecture, WeightInfo, get_architecture_info
+from mergekit.architecture.auto import RE_LAYER_INDEX
+from mergekit.architecture.conversion import can_convert_checkpoint_keys
+from mergekit.architecture.json_definitions import JsonModuleArchitecture
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor
@@ -26,10 +30,11 @@ from mergekit.plan import MergePlanner
 
 from mergekit_pave import _field
 from mergekit_pave.calibration import distributed
+from mergekit_pave.calibration.layers import describe
 from mergekit_pave.calibration.run import Runtime
 from mergekit_pave.card import with_section
 from mergekit_pave.errors import PaveError
-from mergekit_pave.planning import Environment, Plan, PlannedTensor, make_plan
+from mergekit_pave.planning import Checkpoint, Environment, Plan, PlannedTensor, make_plan
 from mergekit_pave.report import read_report
 from mergekit_pave.tasks import WriteReport
 
@@ -62,9 +67,10 @@ def _noting_position(plan_tensor):
 def _with_purification(plan):
     @functools.wraps(plan)
     def wrapper(self):
-        plan(self)
         if self.config.pave is None:
-            return
+            return plan(self)
+        self.arch_info = _with_stored_names(self)
+        plan(self)
         tensors = [
             PlannedTensor(
                 name=weight.name,
@@ -76,12 +82,76 @@ def _with_purification(plan):
             )
             for (weight, task), t in zip(self._tensors, self._pave_positions, strict=True)
         ]
-        self._pave_plan = make_plan(self.config.pave, tensors, _environment(self.options))
+        self._pave_plan = make_plan(self.config.pave, tensors, _environment(self))
         for place, gather in self._pave_plan.gathers.items():
             weight, task = self._tensors[place]
             self._tensors[place] = weight, task.model_copy(update={"gather_tensors": gather})
 
     return wrapper
+
+
+def _with_stored_names(planner: MergePlanner) -> ModelArchitecture:
+    """The planner's architecture, with tensors under the names that the checkpoints have for them.
+
+    An architecture that mergekit has inferred has the names of transformers' modules, and what checkpoints have under others
+    (modules that were renamed since, experts stored one by one) would be left out. transformers knows what becomes of each.
+    """
+    architecture, config = planner.arch_info, planner.config
+    modules = {key: module.architecture for key, module in architecture.modules.items() if not module.weight_prefix}
+    modules = {key: module for key, module in modules.items() if isinstance(module, JsonModuleArchitecture)}
+    definitions = [module.definition for module in modules.values()]
+    infos = [info for d in definitions for info in (*d.pre_weights, *d.layer_templates.weights, *d.post_weights)]
+    known = {name for info in infos for name in (info.name, *(info.aliases or ()), *(info.tied_names or ()))}
+    stored = {_template(name): name for model in config.referenced_models() for name in sorted(_checkpoint(model).files)}
+    purified = next(filter(config.pave.entry, config.referenced_models()), None)
+    if purified is None or not infos or stored.keys() <= known:
+        return architecture
+
+    trust = planner.options.trust_remote_code
+    described = describe(purified.config(trust_remote_code=trust), _checkpoint(purified).folder, trust)
+    other: dict[str, list[str]] = {}  # names of the same tensor
+    parts: dict[str, list[str]] = {}  # names of tensors that make it up
+    for template in sorted(stored.keys() - known):
+        name = stored[template]
+        target = described.loaded_as(name)
+        if target and _layer(target) == _layer(name):
+            (other if described.weight_name([name]) else parts).setdefault(_template(target), []).append(template)
+
+    def named(info: WeightInfo) -> list[WeightInfo]:
+        names = other.get(info.name, [])
+        if info.name not in stored and not info.optional:  # mergekit converts it
+            return [info]
+        if names:
+            # It is read under each of these names, as it would be with `aliases`, which mergekit refuses for an optional tensor.
+            first, *rest = [info.name, *names] if info.name in stored else names
+            return [info.model_copy(update={"name": first, "tied_names": (*(info.tied_names or ()), *rest) or None})]
+        if info.name in stored:
+            return [info]
+        return [info.model_copy(update={"name": name}) for name in parts.get(info.name, [])] or [info]
+
+    def all_named(infos: list[WeightInfo]) -> list[WeightInfo]:
+        return [renamed for info in infos for renamed in named(info)]
+
+    changed = dict(architecture.modules)
+    for key, module in modules.items():
+        old = module.definition
+        layers = old.layer_templates.model_copy(update={"weights": all_named(old.layer_templates.weights)})
+        loose = {"pre_weights": all_named(old.pre_weights), "post_weights": all_named(old.post_weights)}
+        definition = old.model_copy(update={"layer_templates": layers, **loose})
+        update = {"architecture": module.model_copy(update={"definition": definition})}
+        changed[key] = architecture.modules[key].model_copy(update=update)
+    return architecture.model_copy(update={"modules": changed})
+
+
+def _layer(name: str) -> str | None:
+    """The number of the layer that a tensor belongs to, as mergekit sees it."""
+    found = RE_LAYER_INDEX.search(name)
+    return found and found.group(1)
+
+
+def _template(name: str) -> str:
+    """mergekit's name for a tensor in all layers."""
+    return RE_LAYER_INDEX.sub(".${layer_index}.", name, count=1)
 
 
 def _with_report(plan_to_disk):
@@ -109,18 +179,34 @@ def _with_card(generate_card):
     return wrapper
 
 
-def _environment(options: MergeOptions) -> Environment:
+def _environment(planner: MergePlanner) -> Environment:
+    options = planner.options
     return Environment(
         runtime=Runtime(options.device, options.trust_remote_code, options.quiet),
         transformers_cache=options.transformers_cache,
         checkpoint=_checkpoint,
+        reads=functools.partial(_reads, planner),
     )
 
 
-def _checkpoint(model: ModelReference) -> tuple[str, list[str]]:
-    """The folder of a model's checkpoint, LoRA merged, and the names of its files."""
+def _reads(planner: MergePlanner, model: ModelReference) -> list[list[str]]:
+    """See `Environment`. An optional tensor that no input has is not planned, and one that this input lacks is not read."""
+    own = LoaderCache().get(model).index.tensor_paths.keys()
+    stored = {name for other in planner.config.referenced_models() for name in _checkpoint(other).files}
+    kind = model.config(trust_remote_code=planner.options.trust_remote_code).model_type
+    found = []
+    for info in planner._model_arch(model).all_weights():
+        names = [info.name, *(info.aliases or ())]
+        planned = not info.optional or not stored.isdisjoint(names)
+        names += info.tied_names or ()
+        if planned and (not info.optional or not own.isdisjoint(names) or can_convert_checkpoint_keys(kind, own, info.name)):
+            found.append(names)
+    return found
+
+
+def _checkpoint(model: ModelReference) -> Checkpoint:
     index = LoaderCache().get(model).index
-    return index.base_path, list(index.tensor_paths.values())
+    return Checkpoint(index.base_path, index.tensor_paths)
 
 
 def plan_merge(config: MergeConfiguration, options: MergeOptions) -> Plan:

@@ -23,11 +23,30 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
 )
 
-# The linear layers of each backbone, told by name so that nothing here depends on the package's own search.
-LINEARS = {
-    "llama": r"(q|k|v|o|gate|up|down)_proj\.weight$",
-    "gpt2": r"(c_attn|c_proj|c_fc)\.weight$",
-    "bert": r"(query|key|value|dense)\.weight$",
+
+@dataclass(frozen=True)
+class Kind:
+    """An architecture, as the tests know it.
+
+    Attributes:
+        model: the name of its class.
+        linears: a pattern of the weights of its backbone's linear layers, told by name so that nothing here depends on the
+            package's own search.
+        transposed: these weights are stored as (d_in, d_out).
+    """
+
+    model: str
+    linears: str
+    transposed: bool = False
+
+    def is_linear(self, tensor: str) -> bool:
+        return re.search(self.linears, tensor) is not None
+
+
+KINDS = {
+    "llama": Kind("LlamaForCausalLM", r"(q|k|v|o|gate|up|down)_proj\.weight$"),
+    "gpt2": Kind("GPT2LMHeadModel", r"(c_attn|c_proj|c_fc)\.weight$", transposed=True),
+    "bert": Kind("BertForSequenceClassification", r"(query|key|value|dense)\.weight$"),
 }
 
 
@@ -41,18 +60,25 @@ class Family:
     data: tuple[Path, ...]
 
     def is_linear(self, tensor: str) -> bool:
-        return re.search(LINEARS[self.kind], tensor) is not None
+        return KINDS[self.kind].is_linear(tensor)
 
 
 def make_family(kind: str, folder: Path) -> Family:
     """Write everything under a folder. The same call always writes the same numbers."""
-    data = tuple(write_rows(folder / f"data{i}.jsonl", make_rows(topic, _ROWS[i], seed=i)) for i, topic in enumerate(_TOPICS))
-    tokenizer = _tokenizer(kind)
-    base = _model(kind, len(tokenizer))
-    saved = [save(base, tokenizer, folder / "base")]
-    for i in range(3):
-        saved.append(save(perturbed(base, seed=i + 1), tokenizer, folder / f"tuned{i}"))
-    return Family(kind, saved[0], tuple(saved[1:]), data)
+    tokenizer = make_tokenizer(kind)
+    base = make_model(KINDS[kind].model, model_config(kind, len(tokenizer)))
+    return save_family(kind, base, tokenizer, write_texts(folder), folder)
+
+
+def save_family(kind: str, base: transformers.PreTrainedModel, processor, data: tuple[Path, ...], folder: Path) -> Family:
+    """A base model with a fine-tune for each data set, all with the same tokenizer or image processor."""
+    tuned = (save(perturbed(base, seed=i + 1), processor, folder / f"tuned{i}") for i in range(len(data)))
+    return Family(kind, save(base, processor, folder / "base"), tuple(tuned), data)
+
+
+def write_texts(folder: Path) -> tuple[Path, ...]:
+    """A data set for each topic."""
+    return tuple(write_rows(folder / f"data{i}.jsonl", make_rows(topic, _ROWS[i], seed=i)) for i, topic in enumerate(_TOPICS))
 
 
 def make_rows(topic: str, count: int, seed: int) -> list[dict]:
@@ -130,14 +156,12 @@ def model_config(kind: str, vocabulary: int, **more) -> transformers.PretrainedC
     )
 
 
-def _model(kind: str, vocabulary: int) -> transformers.PreTrainedModel:
+def make_model(name: str, config: transformers.PretrainedConfig) -> transformers.PreTrainedModel:
     torch.manual_seed(0)
-    config = model_config(kind, vocabulary)
-    cls = {"llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel", "bert": "BertForSequenceClassification"}[kind]
-    return getattr(transformers, cls)(config)
+    return getattr(transformers, name)(config)
 
 
-def _tokenizer(kind: str) -> transformers.PreTrainedTokenizerFast:
+def make_tokenizer(kind: str) -> transformers.PreTrainedTokenizerFast:
     corpus = [row[key] for i, topic in enumerate(_TOPICS) for row in make_rows(topic, 20, i) for key in ("text", "question")]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -4,14 +4,15 @@ The model itself runs over the raw rows, one at a time, so there is no padding; 
 W C_lambda gets a full SVD; C_lambda's inverse is applied explicitly; ranks are allocated by looking at every value.
 """
 
-import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
 import transformers
-from models import LINEARS, read_rows
+from models import KINDS, read_rows
+from PIL import Image
 from safetensors.torch import load_file
 
 
@@ -64,7 +65,7 @@ def purify(kind, base, models, sources, ratios, *, allocation="spectral", regula
         who = [i for i in range(count) if tensor.removesuffix(".weight") in seen[i] and ratios(i, tensor) is not None]
         spectra, shares, found = [], [], {}
         for i in who:
-            turn = (lambda w: w.T) if kind == "gpt2" else (lambda w: w)
+            turn = (lambda w: w.T) if KINDS[kind].transposed else (lambda w: w)
             weight, origin = turn(plain[i][tensor].double()), turn(stored_base[tensor].double())
             x = seen[i][tensor.removesuffix(".weight")]
             c = x.T @ x / len(x)
@@ -118,22 +119,42 @@ def _allocate(spectra: list[list[float]], shares: list[int], allocation: str) ->
 @cache
 def _layer_inputs(kind: str, folder: Path, source: tuple, max_length: int) -> dict[str, torch.Tensor]:
     """All inputs (tokens, width) of every linear layer of the backbone, by module."""
-    auto = transformers.AutoModelForSequenceClassification if kind == "bert" else transformers.AutoModelForCausalLM
-    model = auto.from_pretrained(folder, dtype=torch.float64).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = getattr(transformers, KINDS[kind].model).from_pretrained(folder, dtype=torch.float64).eval()
     kept: dict[str, list[torch.Tensor]] = {}
-    for name, module in model.named_modules():
-        if re.search(LINEARS[kind], f"{name}.weight"):
+    modules = dict(model.named_modules())
+    for tensor, value in weights(folder).items():
+        name = tensor.removesuffix(".weight")
+        if KINDS[kind].is_linear(tensor):
             kept[name] = []
+            # A module that goes by another name than its weight in the checkpoint is told by the weight itself.
+            module = modules.get(name) or next(m for m in modules.values() if _has_weight(m, value))
             module.register_forward_hook(
                 lambda m, args, out, name=name: kept[name].append(args[0].reshape(-1, args[0].shape[-1]))
             )
+    samples = _images(source[0], folder) if source[1] == "image" else _texts(source, folder, max_length)
     with torch.no_grad():
-        for row in read_rows(source[0]):
-            ids = _encode(row, source[1:], tokenizer, max_length)
-            if ids is not None:
-                model(**{key: torch.tensor([value]) for key, value in ids.items()})
+        for sample in samples:
+            model(**sample)
     return {name: torch.cat(parts) for name, parts in kept.items()}
+
+
+def _has_weight(module: torch.nn.Module, value: torch.Tensor) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, torch.Tensor) and torch.equal(weight, value.double())
+
+
+def _images(source: Path, folder: Path) -> Iterator[dict[str, torch.Tensor]]:
+    processor = transformers.AutoImageProcessor.from_pretrained(folder)
+    for file in sorted(source.rglob("*.png")):
+        yield {"pixel_values": processor(images=Image.open(file), return_tensors="pt")["pixel_values"].double()}
+
+
+def _texts(source: tuple, folder: Path, max_length: int) -> Iterator[dict[str, torch.Tensor]]:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    for row in read_rows(source[0]):
+        ids = _encode(row, source[1:], tokenizer, max_length)
+        if ids is not None:
+            yield {key: torch.tensor([value]) for key, value in ids.items()}
 
 
 def _encode(row: dict, how: tuple, tokenizer, max_length: int) -> dict[str, list[int]] | None:

@@ -171,9 +171,9 @@ def seen_in(family):
     return [seen_by(family.kind, folder, data) for folder, data in zip(family.tuned, family.data)]
 
 
-def expected(family, plain, min_tokens=64, ratio=0.875, allocation="spectral"):
+def expected(family, plain, min_tokens=64, ratio=0.875, allocation="spectral", seen=None):
     """Per model, {(weight, expert): (W' as stored, W as stored, rank kept)} of every matrix that is purified."""
-    seen = seen_in(family)
+    seen = seen or seen_in(family)
     results = [{} for _ in seen]
     for weight in seen[0]:
         for expert in seen[0][weight]:
@@ -320,8 +320,8 @@ def test_uniform_allocation_and_the_change_alone(family_of, tmp_path, cache):
     compare(written, changed, plain[0])
 
 
-def test_experts_that_mergekit_would_lose_are_refused(family_of, tmp_path, cache):
-    """mergekit drops experts that only some layers have when a checkpoint stores each expert by itself."""
+def test_experts_that_mergekit_alone_would_lose(family_of, tmp_path, cache):
+    """mergekit drops experts that only some layers have when each expert is stored by itself; a block makes it keep them."""
     family = family_of("deepseek_v3")
     folders = []
     for folder in (family.base, *family.tuned):
@@ -331,8 +331,24 @@ def test_experts_that_mergekit_would_lose_are_refused(family_of, tmp_path, cache
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         folders.append(save(model, tokenizer, tmp_path / folder.name))
     split = Family(family.kind, folders[0], tuple(folders[1:]), family.data)
-    with pytest.raises(PaveError, match="save_original_format=False"):
-        merge(config_for(split, {}), tmp_path / "out")
+    lost = reference.weights(split.base).keys() - merge(config_for(split), tmp_path / "plain").keys()
+    assert len(lost) == 3 * EXPERTS and all(".mlp.experts." in name for name in lost)
+    seen = [{} for _ in split.tuned]
+    for i, (model, known) in enumerate(zip(seen, seen_in(family))):
+        for weight, of in known.items():
+            for expert, x in of.items():
+                path, _, projection = weight.rpartition(".")
+                for part in {"gate_up_proj": ("gate_proj", "up_proj")}.get(projection, (projection,)):
+                    model[weight if expert is None else f"{path}.{expert}.{part}.weight"] = {None: x}
+        assert lost <= model.keys(), i
+    # With weight 1 for one model and 0 for the other a plain merge would write that model.
+    plain = [{name: tensor.double() for name, tensor in reference.weights(folder).items()} for folder in split.tuned]
+    wanted = expected(split, plain, seen=seen)
+    for i in range(2):
+        config = config_for(split, {"calibration": {"min_tokens": 1}}, weight=(float(i == 0), float(i == 1)), dtype="float64")
+        compare(merge(config, tmp_path / f"out{i}"), wanted[i], plain[i])
+    _, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out1", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
 
 
 def test_other_experts_are_refused(family_of, tmp_path, cache, monkeypatch):

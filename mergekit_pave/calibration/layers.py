@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, WeightTransform
+from transformers.core_model_loading import WeightConverter, WeightRenaming, WeightTransform, apply_converters
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
@@ -69,6 +69,7 @@ class Architecture:
         heads: names of the weights of linear layers outside the backbone.
         routers: names of the weights that choose among experts.
         weights: the shape of every parameter by its name.
+        tensors: what a complete checkpoint has: every parameter under the first of its names, and persistent buffers.
         prefix: what a checkpoint of the bare backbone leaves out of each name, with its dot.
         renamed: what transformers calls a tensor that goes by this name in a checkpoint.
         vocabulary: the number of token ids it knows, or None.
@@ -85,6 +86,7 @@ class Architecture:
     heads: frozenset[str]
     routers: frozenset[str]
     weights: dict[str, tuple[int, ...]]
+    tensors: frozenset[str]
     prefix: str
     renamed: Callable[[str], str]
     vocabulary: int | None
@@ -102,11 +104,18 @@ class Architecture:
 
     def weight_name(self, names: list[str]) -> str | None:
         """The parameter that goes by one of these names in a checkpoint."""
-        for stored in names:
-            for name in (stored, self.renamed(stored)):
-                for candidate in (name, self.prefix + name, name.removeprefix(self.prefix)):
-                    if candidate in self.weights:
-                        return candidate
+        return next(filter(None, (self._find(name, self.weights) for name in names)), None)
+
+    def loaded_as(self, stored: str) -> str | None:
+        """Which of `tensors` transformers makes of one in a checkpoint; of several the first."""
+        converters = [change for change in self.conversions if isinstance(change, WeightConverter)]
+        return self._find(stored, self.tensors) or self._find(apply_converters(self.renamed(stored), converters)[0], self.tensors)
+
+    def _find(self, stored: str, known: Container[str]) -> str | None:
+        for name in (stored, self.renamed(stored)):
+            for candidate in (name, self.prefix + name, name.removeprefix(self.prefix)):
+                if candidate in known:
+                    return candidate
         return None
 
     def linear(self, names: list[str]) -> Linear | None:
@@ -155,6 +164,7 @@ def empty_model(cls: Any, config: transformers.PretrainedConfig, dtype: torch.dt
 def describe(config: transformers.PretrainedConfig, folder: str, trust_remote_code: bool) -> Architecture:
     """Find the linear layers of a model without reading its weights."""
     model = empty_model(model_class(config, folder, trust_remote_code), config)
+    model.tie_weights()
     backbone = {id(module) for module in model.base_model.modules()}
     output = model.get_output_embeddings()
     experts = find_experts(model.base_model)
@@ -178,12 +188,14 @@ def describe(config: transformers.PretrainedConfig, folder: str, trust_remote_co
             count, *shape = getattr(module, leaf).shape
             shape = tuple(shape[::-1] if module.is_transposed else shape)
             linears[name] = Linear(name, shape, module.is_transposed, tuple(range(count)), stacked=True)
+    weights = {name: tuple(value.shape) for name, value in model.named_parameters(remove_duplicate=False)}
     most = max((len(linear.experts) for linear in linears.values()), default=0)
     return Architecture(
         linears=linears,
         heads=frozenset(heads),
         routers=frozenset(routers),
-        weights={name: tuple(value.shape) for name, value in model.named_parameters(remove_duplicate=False)},
+        weights=weights,
+        tensors=frozenset(dict(model.named_parameters())) | (model.state_dict().keys() - weights.keys()),
         prefix=f"{model.base_model_prefix}." if model.base_model_prefix else "",
         renamed=renaming(model),
         vocabulary=getattr(model.get_input_embeddings(), "num_embeddings", None),

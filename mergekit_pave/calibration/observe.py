@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -22,11 +23,31 @@ class _Group:
 
     moment: SecondMoment
     members: list[str]
-    calls: int = 0
+    calls: Counter[str] = field(default_factory=Counter)
+
+    def check(self) -> None:
+        """
+        Raises:
+            DivergedError: a layer has missed one of the inputs that it is thought to share.
+        """
+        if missing := [layer for layer in self.members if self.calls[layer] != self.calls[self.members[0]]]:
+            raise DivergedError(missing[0])
 
 
 class ReenteredError(Exception):
     """A layer was called again after its covariance had been taken."""
+
+
+class DivergedError(Exception):
+    """A layer shared its input with others on its first call, but not always. Its `role` is the last part of its name."""
+
+    def __init__(self, layer: str):
+        super().__init__(layer)
+        self.role = _role(layer)
+
+
+def _role(layer: str) -> str:
+    return layer.rpartition(".")[2]
 
 
 class UnalignedInputError(Exception):
@@ -43,10 +64,12 @@ class Observer:
     Args:
         layers: paths of the modules to watch, beside all experts.
         name: the model's name, for messages.
+        apart: roles of layers that are not to share an accumulation.
         unpadded: batches have one sample each, so that every row of an input that is not aligned with tokens counts.
     """
 
-    def __init__(self, model: nn.Module, layers: list[str], name: str, unpadded: bool):
+    def __init__(self, model: nn.Module, layers: list[str], name: str, apart: frozenset[str], unpadded: bool):
+        self._apart = apart
         self._unpadded = unpadded
         self._model = model
         self._layers = layers
@@ -105,21 +128,22 @@ class Observer:
         last = self._last
         same = last is not None and last[0]() is x and last[1] == x._version
         if same and group is last[2] and layer != group.members[0]:
+            group.calls[layer] += 1
             return
-        if same and group is None and last[2].calls == 1:
+        if same and group is None and last[2].calls[last[2].members[0]] == 1 and _role(layer) not in self._apart:
             last[2].members.append(layer)
+            last[2].calls[layer] += 1
             self._groups[layer] = last[2]
             return
         if group is None:
             group = self._groups[layer] = _Group(SecondMoment(x.shape[-1]), [layer])
         elif layer != group.members[0]:
-            raise PaveError(
-                f"{self._name}: {layer} shared its input with {group.members[0]} in the first calibration batch but not "
-                "in a later one; list one of the two under pave.exclude"
-            )
+            raise DivergedError(layer)
+        else:
+            group.check()
         flat, counted = x.reshape(-1, x.shape[-1]), self._counted(layer, x)
         self._add(group, layer, flat.clone() if counted is None else flat[counted], x)
-        group.calls += 1
+        group.calls[layer] += 1
         self._last = (weakref.ref(x), x._version, group)
 
     def _see_experts(self, path: str, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -188,10 +212,14 @@ class Observer:
         """Each covariance under one module's path with the layers that it belongs to; it is not kept.
 
         Layers that saw nothing have none.
+
+        Raises:
+            DivergedError: see `_Group.check`.
         """
         prefix = f"{block}." if block else ""
         groups = {id(group): group for layer, group in self._groups.items() if f"{layer}.".startswith(prefix)}
         for group in groups.values():
+            group.check()
             for layer in group.members:
                 del self._groups[layer]
             self._taken.update(group.members)

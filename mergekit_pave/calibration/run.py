@@ -20,7 +20,7 @@ from mergekit_pave.calibration.batches import Batch, Encoded
 from mergekit_pave.calibration.estimate import Estimate, estimate, readable
 from mergekit_pave.calibration.layers import Architecture, find_blocks, inference_dtype, load_model, model_class
 from mergekit_pave.calibration.lockstep import run_in_lockstep
-from mergekit_pave.calibration.observe import Observer, ReenteredError, UnalignedInputError
+from mergekit_pave.calibration.observe import DivergedError, Observer, ReenteredError, UnalignedInputError
 from mergekit_pave.calibration.weights import StreamedModel, UnknownWeightError
 from mergekit_pave.covariance import Covariance
 from mergekit_pave.errors import PaveError
@@ -151,13 +151,17 @@ def _out_of_memory(job: Job, device: str) -> str:
 
 def _measure(job: Job, runtime: Runtime) -> Measured:
     """Block by block and in batches where that is possible. What comes later replaces what came before for a layer."""
-    measure, batch_size = measure_in_lockstep, job.batch_size
+    measure, batch_size, apart = measure_in_lockstep, job.batch_size, frozenset()
     if any(sample.is_pictured for sample in job.encoded):
         batch_size = 1
     while True:
         try:
-            yield from measure(job, runtime, batch_size)
+            yield from measure(job, runtime, batch_size, apart)
             return
+        except DivergedError as error:
+            # DeBERTa's queries and keys are taken of relative positions, too, its values are not.
+            LOG.info("%s: measuring the inputs of %s and the like apart", job.name, error)
+            apart |= {error.role}
         except (ReenteredError, UnknownWeightError) as error:
             # ALBERT calls one block over and over; some checkpoints need transformers' own loader.
             LOG.info("%s: cannot be run block by block (%s), loading it whole", job.name, error)
@@ -167,19 +171,20 @@ def _measure(job: Job, runtime: Runtime) -> Measured:
             batch_size = 1
 
 
-def measure_in_lockstep(job: Job, runtime: Runtime, batch_size: int) -> Measured:
+def measure_in_lockstep(job: Job, runtime: Runtime, batch_size: int, apart: frozenset[str] = frozenset()) -> Measured:
     """Each covariance with the layers that it belongs to, block by block.
 
     Raises:
         ReenteredError: the model calls a block again after all batches have left it.
         UnknownWeightError: a weight cannot be found in the checkpoint.
         UnalignedInputError: only batches without padding will do.
+        DivergedError: a layer's role has to be among those that are measured `apart`.
     """
     cls = model_class(job.config, job.folder, runtime.trust_remote_code)
     dtype = inference_dtype(job.config, runtime.device)
     streamed = StreamedModel(cls, job.config, job.folder, dtype, runtime.device)
     run = _runner(streamed.model, batch_size)
-    observer = Observer(streamed.model, job.layers, job.name, unpadded=batch_size == 1)
+    observer = Observer(streamed.model, job.layers, job.name, apart, unpadded=batch_size == 1)
     batches = [batch.to(runtime.device) for batch in distributed.share(job.encoded, batch_size)]
     tokens = sum(sample.length for sample in job.encoded) / distributed.world_size()
     blocks = len(find_blocks(streamed.model))
@@ -198,15 +203,16 @@ def measure_in_lockstep(job: Job, runtime: Runtime, batch_size: int) -> Measured
     yield from distributed.add_up(observer.take())
 
 
-def measure_whole(job: Job, runtime: Runtime, batch_size: int) -> Measured:
+def measure_whole(job: Job, runtime: Runtime, batch_size: int, apart: frozenset[str] = frozenset()) -> Measured:
     """The same with the whole model, and all of its covariances, in memory.
 
     Raises:
         UnalignedInputError: only batches without padding will do.
+        DivergedError: as above.
     """
     model = load_model(job.config, job.folder, runtime.device, runtime.trust_remote_code)
     run = _runner(model, batch_size)
-    observer = Observer(model, job.layers, job.name, unpadded=batch_size == 1)
+    observer = Observer(model, job.layers, job.name, apart, unpadded=batch_size == 1)
     batches = distributed.share(job.encoded, batch_size)
     with torch.no_grad(), observer.watching() as begin:
         for batch in tqdm.tqdm(batches, desc=f"Calibrating {job.name}", unit="batch", disable=runtime.no_progress):
