@@ -122,6 +122,18 @@ def test_a_block_that_is_called_again_and_again(tmp_path, families):
     assert {path.name for path in (tmp_path / "cache").glob("*.safetensors")} == manifest["files"].keys()
 
 
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_model_that_pads_its_inputs_itself_is_refused(tmp_path, families, batch_size):
+    """Longformer, to whole windows: nobody could tell that padding from tokens."""
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LongformerConfig(vocab_size=320, attention_window=32, max_position_embeddings=130, **shape)
+    torch.manual_seed(0)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(families["bert"].base)
+    folder = save(transformers.LongformerForSequenceClassification(config), tokenizer, tmp_path / "longformer")
+    with pytest.raises(PaveError, match=r"LongformerForSequenceClassification pads its inputs by itself.*purify: false"):
+        calibrate(job_for(folder, texts(), batch_size), Artefact(tmp_path / "cache"), CPU)
+
+
 def test_token_budget_is_drawn_evenly():
     drawn = draw_positions([3, 50, 1000], 60, seed=1)
     assert [len(places) for places in drawn] == [3, 29, 28]

@@ -385,3 +385,11 @@ def test_experts_block_by_block_are_the_same_as_whole(family_of, kind):
     one, other = by_layer(in_lockstep(job)), by_layer(whole(job))
     assert sum(".experts." in layer for layer in one) >= EXPERTS
     assert_same(one, other, 1e-12)
+
+
+def test_experts_may_be_left_alone(family_of, tmp_path, cache):
+    family = family_of("mixtral")
+    merge(config_for(family, {"exclude": ["experts"]}), tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "pave_report.json").read_text())
+    assert len(report["purified"]) == 2 * 2 * 4  # q, k, v and o of two layers in two models
+    assert not any("expert" in row for row in report["purified"])

@@ -91,6 +91,10 @@ class Observer:
             )
             for layer in self._layers
         ]
+        vocabulary = getattr(self._model.get_input_embeddings(), "num_embeddings", None)
+        for module in modules.values():
+            if isinstance(module, nn.Embedding) and module.num_embeddings == vocabulary:
+                handles.append(module.register_forward_pre_hook(self._see_tokens))
         for path, experts in self._experts.items():
             experts.forward = functools.partial(self._see_experts, path)
         try:
@@ -104,6 +108,18 @@ class Observer:
     def _begin(self, batch: Batch) -> None:
         self._batch = batch
         self._last = None
+
+    def _see_tokens(self, module: nn.Module, args: tuple) -> None:
+        """A model that pads its inputs itself (Longformer, to whole windows) would have that padding counted.
+
+        Raises:
+            PaveError: it looks up more tokens than it was given.
+        """
+        if args and self._batch.counted and args[0].numel() > max(counted.numel() for counted in self._batch.counted):
+            raise PaveError(
+                f"{self._name}: {type(self._model).__name__} pads its inputs by itself, and that padding cannot be told "
+                "from tokens; give the model `purify: false`"
+            )
 
     def _see(self, layer: str, x: Tensor) -> None:
         if layer in self._taken:
