@@ -24,7 +24,6 @@ class Architecture:
         settings: what its configuration needs besides the common sizes.
         linears: the last parts of the names of its backbone's linear layers, as they are stored.
         within: what the names of all tensors in the backbone start with.
-        exclude: tensors that have to be left alone, as `pave.exclude` takes them.
         tokenizer: whose tokenizer it gets, or "image" for an image model.
         transposed: as in `Kind`.
     """
@@ -35,7 +34,6 @@ class Architecture:
     linears: str
     settings: dict = field(default_factory=dict)
     within: str = ""
-    exclude: tuple[str, ...] = ()
     tokenizer: str = "llama"
     transposed: bool = False
 
@@ -55,8 +53,8 @@ _BERT = "query key value dense"
 
 
 def _language_models() -> list[Architecture]:
-    def entry(name: str, prefix: str, linears: str = _LLAMA, head: str = "ForCausalLM", exclude=(), **settings) -> Architecture:
-        return Architecture(name, head, prefix, linears, settings, exclude=exclude)
+    def entry(name: str, prefix: str, linears: str = _LLAMA, head: str = "ForCausalLM", **settings) -> Architecture:
+        return Architecture(name, head, prefix, linears, settings)
 
     return [
         entry("llama", "Llama"),
@@ -77,8 +75,8 @@ def _language_models() -> list[Architecture]:
         entry("glm4", "Glm4", "q_proj k_proj v_proj o_proj gate_up_proj down_proj", head_dim=8),
         entry("starcoder2", "Starcoder2", "q_proj k_proj v_proj o_proj c_fc c_proj"),
         entry("exaone4", "Exaone4", sliding_window=16, layer_types=["sliding_attention", "full_attention"]),
-        # dt_proj is not called as a layer: the scan reads its weight.
-        entry("mamba", "Mamba", "in_proj x_proj out_proj", exclude=("dt_proj",)),
+        # dt_proj is not called as a layer, for the scan reads its weight; so it stays as it is.
+        entry("mamba", "Mamba", "in_proj x_proj out_proj"),
         entry(
             "lfm2",
             "Lfm2",
@@ -137,13 +135,12 @@ def _image_models() -> list[Architecture]:
         Architecture("dinov2", "ForImageClassification", "Dinov2", dinov2, {"mlp_ratio": 2}, "dinov2.", tokenizer="image"),
         Architecture("dinov3_vit", "Model", "DINOv3ViT", "q_proj k_proj v_proj o_proj up_proj down_proj", tokenizer="image"),
         Architecture("clip_vision_model", "Model", "CLIPVision", _FC, tokenizer="image"),
-        # The attention of the pooling head reads the weight of its layer out_proj.
+        # The attention of the pooling head reads the weight of its layer out_proj, which stays as it is, too.
         Architecture(
             "siglip_vision_model",
             "Model",
             "SiglipVision",
             _FC.replace("out_proj", "self_attn.out_proj"),
-            exclude=("head.attention",),
             tokenizer="image",
         ),
     ]

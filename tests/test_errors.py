@@ -291,8 +291,8 @@ def test_activations_that_are_not_finite(workplace):
         assert not any(f"row {i}" in message or f"sample {i}" in message for i in (0, 1, 3)), message
 
 
-def test_unused_layers_do_not_stop_a_run(families, tmp_path):
-    """Cross-attention that is never called without an encoder, and that mergekit does not merge."""
+def test_layers_that_mergekit_does_not_merge(families, tmp_path):
+    """Cross-attention, of which mergekit's definition of GPT-2 knows nothing."""
     from models import Family, model_config, perturbed, save
 
     source = families["gpt2"]
@@ -302,7 +302,9 @@ def test_unused_layers_do_not_stop_a_run(families, tmp_path):
     tuned = [save(perturbed(base, i + 1), tokenizer, tmp_path / f"tuned{i}") for i in range(2)]
     family = Family("gpt2", save(base, tokenizer, tmp_path / "base"), tuple(tuned), source.data)
     result = invoke(config_for(family, {}), tmp_path / "out")
-    assert result.exit_code == 0, (result.output, result.exception)
+    assert result.exit_code == 1
+    assert "leave 16 tensors that every input has out" in result.output and "crossattention" in result.output
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_real_command_shows_no_traceback(workplace):
