@@ -101,7 +101,7 @@ def _with_stored_names(planner: MergePlanner) -> ModelArchitecture:
     """The planner's architecture, with tensors under the names that the checkpoints have for them.
 
     An architecture that mergekit has inferred has the names of transformers' modules, and what checkpoints have under others
-    (modules that were renamed since, experts stored one by one) it leaves out or writes under the new name. transformers knows
+    (modules that were renamed since, experts stored one by one) it leaves out, unless it can convert them. transformers knows
     what becomes of each.
     """
     architecture, config = planner.arch_info, planner.config
@@ -127,11 +127,13 @@ def _with_stored_names(planner: MergePlanner) -> ModelArchitecture:
 
     def named(info: WeightInfo) -> list[WeightInfo]:
         names = other.get(info.name, [])
+        if info.name not in stored and not info.optional:  # mergekit converts it, and writes it under the new name
+            return [info]
         if names:
             # It is read under each of these names, as it would be with `aliases`, which mergekit refuses for an optional tensor.
             first, *rest = [info.name, *names] if info.name in stored else names
             return [info.model_copy(update={"name": first, "tied_names": (*(info.tied_names or ()), *rest) or None})]
-        if info.name in stored or not info.optional:  # mergekit finds it, or converts what makes it up
+        if info.name in stored:
             return [info]
         return [info.model_copy(update={"name": name}) for name in parts.get(info.name, [])] or [info]
 

@@ -26,6 +26,7 @@ class Architecture:
         within: what the names of all tensors in the backbone start with.
         tokenizer: whose tokenizer it gets, or "image" for an image model.
         transposed: as in `Kind`.
+        converted: mergekit, with and without a block, writes it under the names of its modules.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Architecture:
     within: str = ""
     tokenizer: str = "llama"
     transposed: bool = False
+    converted: bool = False
 
     @property
     def id(self) -> str:
@@ -129,11 +131,11 @@ def _encoders() -> list[Architecture]:
 
 
 def _image_models() -> list[Architecture]:
-    dinov2 = f"{_BERT} fc1 fc2"
+    dinov2, dinov3 = f"{_BERT} fc1 fc2", "q_proj k_proj v_proj o_proj up_proj down_proj"
     return [
         Architecture("vit", "ForImageClassification", "ViT", _BERT, within="vit.", tokenizer="image"),
         Architecture("dinov2", "ForImageClassification", "Dinov2", dinov2, {"mlp_ratio": 2}, "dinov2.", tokenizer="image"),
-        Architecture("dinov3_vit", "Model", "DINOv3ViT", "q_proj k_proj v_proj o_proj up_proj down_proj", tokenizer="image"),
+        Architecture("dinov3_vit", "Model", "DINOv3ViT", dinov3, tokenizer="image", converted=True),
         Architecture("clip_vision_model", "Model", "CLIPVision", _FC, tokenizer="image"),
         # The attention of the pooling head reads the weight of its layer out_proj, which stays as it is, too.
         Architecture(

@@ -112,6 +112,15 @@ def save(model: transformers.PreTrainedModel, tokenizer: transformers.PreTrained
     return path
 
 
+def saved_anew(model: str, folder: Path, out: Path) -> Path:
+    """A checkpoint as transformers would save a model that was never loaded, whatever names its tensors have now."""
+    cls = getattr(transformers, model)
+    loaded = cls.from_pretrained(folder, dtype=torch.float64)
+    fresh = cls(loaded.config).double()
+    fresh.load_state_dict(loaded.state_dict())
+    return save(fresh, None, out)
+
+
 def perturbed(base: transformers.PreTrainedModel, seed: int, scale: float = 0.02) -> transformers.PreTrainedModel:
     """A copy of a model with noise on every parameter: a fine-tune as far as merging is concerned."""
     model = type(base)(base.config)

@@ -10,7 +10,7 @@ import torch
 import transformers
 from architectures import make_architecture
 from merging import assert_exact, config_for, entries, merge
-from models import make_model, make_tokenizer, model_config, save_family, write_texts
+from models import make_model, make_tokenizer, model_config, save_family, saved_anew, write_texts
 from reference import purify, weights
 from safetensors.torch import save_file
 
@@ -143,8 +143,5 @@ def test_checkpoints_that_name_their_tensors_differently(tmp_path, old):
     expected = purify(stored.kind, stored.base, stored.tuned, sources, lambda i, tensor: 0.875, regularization=0.1)[0]
     plain = {name: tensor.double() for name, tensor in weights(stored.tuned[0]).items()}
     assert len(written) == len(plain)
-    merged = transformers.ViTForImageClassification.from_pretrained(tmp_path / "out", dtype=torch.float64)
-    again = transformers.ViTForImageClassification(merged.config).double()  # what was loaded would be saved as it was found
-    again.load_state_dict(merged.state_dict())
-    again.save_pretrained(tmp_path / "again")
-    assert_exact(weights(tmp_path / "again"), expected, plain)
+    again = saved_anew("ViTForImageClassification", tmp_path / "out", tmp_path / "again")
+    assert_exact(weights(again), expected, plain)
