@@ -148,6 +148,8 @@ def make_plan(config: PaveConfig, tensors: list[PlannedTensor], environment: Env
         PaveError: anything in the block that does not fit the models or the data.
     """
     models = {model: None for planned in tensors for model in planned.models if config.entry(model)}
+    if missed := [entry.model for entry in config.models if entry.purify and entry.model not in models]:
+        raise PaveError(f"pave.models: mergekit takes no tensor of {missed[0]}, so it cannot be purified; remove its entry")
     if not models:
         raise PaveError("pave.models: every model has `purify: false`, so nothing would be purified; remove the block instead")
     sources = {model: _Source(config, model, environment) for model in models}
@@ -184,7 +186,7 @@ def _leave_never_called(
     reasons: dict[str, str],
 ) -> None:
     """What calibration does not reach is known beforehand where the covariances are in the cache."""
-    if cache.Artefact(Path(calibration.folder)).manifest():
+    if calibration.is_done:
         missed = set(calibration.never_called())
         for choices in chosen.values():
             for choice in [choice for choice in choices if choice.model == model and choice.linear in missed]:
@@ -195,9 +197,8 @@ def _leave_never_called(
 def _preflight(calibrations: list[CalibrateModel | GivenCovariance]) -> None:
     """Say what the calibrations that are still to be done will cost, and refuse what the disk has no room for."""
     total = 0
-    for task in calibrations:
-        if isinstance(task, GivenCovariance) or cache.Artefact(Path(task.folder)).manifest():
-            continue
+    todo = [task for task in calibrations if isinstance(task, CalibrateModel) and not task.is_done]
+    for task in todo:
         cost = task.job.estimate(task.runtime.device)
         total += cost.cache
         LOG.info(
@@ -207,8 +208,8 @@ def _preflight(calibrations: list[CalibrateModel | GivenCovariance]) -> None:
             readable(cost.cache),
             readable(cost.peak),
         )
-    if total:
-        cache.require_space(Path(task.folder), total)
+    if todo:
+        cache.require_space(Path(todo[0].folder), total)
 
 
 class _Source:
@@ -284,6 +285,7 @@ class _Source:
             "data": self.data,
             "samples": self.samples,
             "tokens": self.tokens,
+            "watched": self._watched(),
             "versions": versions.installed(),
         }
         job = Job(
@@ -309,6 +311,11 @@ class _Source:
             raise PaveError(f"{where}: {folder} has no covariances (there is no complete {cache.MANIFEST} in it)")
         if manifest["weights"] != cache.weights_fingerprint(self.folder, self._shards):
             raise PaveError(f"{where}: these were measured on other weights, those of {manifest['model']}; use `data` instead")
+        if unknown := sorted({linear.module for linear in self._wanted["wanted"]}.difference(manifest["watched"])):
+            raise PaveError(
+                f"{where}: these were measured with transformers {manifest['versions']['transformers']}, which has no layer "
+                f"{unknown[0]}; use `data` instead"
+            )
         self.samples, self.tokens, self.data = manifest["samples"], manifest["tokens"], manifest["data"]
         self.calibration = GivenCovariance(folder=str(folder), **self._wanted)
         return cache.digest(manifest["files"], self._identity())
@@ -319,7 +326,12 @@ class _Source:
         for volatile in ("transformers_version", "_name_or_path"):
             described.pop(volatile, None)
         code = [path.read_bytes() for path in sorted(Path(self.folder).glob("*.py"))]
-        return cache.digest(cache.weights_identity(self.folder, self._shards), json.dumps(described, default=str), *code)
+        # Another version of transformers may call layers otherwise, or have other ones.
+        watched = self._watched()
+        return cache.digest(cache.weights_identity(self.folder, self._shards), json.dumps(described, default=str), watched, *code)
+
+    def _watched(self) -> list[str]:
+        return sorted(linear.module for linear in self.architecture.linears.values())
 
     def tail_folder(self, tensor: str) -> Path:
         return self._tails / tensor.replace("/", "_")

@@ -1,6 +1,7 @@
 """Every place where we touch mergekit's inside, for mergekit >=0.1.5,<0.2; the field itself is added in `_field`.
 
-- `MergePlanner.plan_tensor` notes where in its slice a tensor lies (gradients need it, and the plan forgets it).
+- `MergePlanner.plan_tensor` notes where in its slice a tensor lies (gradients need it, and the plan forgets it), and
+  plans every tensor that all of its inputs have.
 - `MergePlanner._plan` gets an architecture whose tensors go by the names that the checkpoints have for them, and swaps the
   gather tasks of purified tensors.
 - `MergePlanner.plan_to_disk` adds the task that writes the report, and sees to it that `generate_card`, which
@@ -54,10 +55,16 @@ def register() -> None:
 def _noting_position(plan_tensor):
     @functools.wraps(plan_tensor)
     def wrapper(self, *args, **kwargs):
-        plan_tensor(self, *args, **kwargs)
         if self.config.pave is None:
-            return
-        reader = inspect.signature(plan_tensor).bind(self, *args, **kwargs).arguments["cfg_reader"]
+            return plan_tensor(self, *args, **kwargs)
+        bound = inspect.signature(plan_tensor).bind(self, *args, **kwargs).arguments
+        weights, models, reader = bound["weights_in"], bound["models"], bound["cfg_reader"]
+        if bound["weight"].optional and all(map(functools.partial(_has, self), models, weights)):
+            # mergekit asks for it by fewer names than it reads it by, and would leave it out.
+            required = {"optional": False}
+            bound["weight"] = bound["weight"].model_copy(update=required)
+            bound["weights_in"] = [weight.model_copy(update=required) for weight in weights]
+        plan_tensor(**bound)
         positions = self.__dict__.setdefault("_pave_positions", [])
         positions += [reader.t] * (len(self._tensors) - len(positions))
 
@@ -191,18 +198,26 @@ def _environment(planner: MergePlanner) -> Environment:
 
 
 def _reads(planner: MergePlanner, model: ModelReference) -> list[list[str]]:
-    """See `Environment`. An optional tensor that no input has is not planned, and one that this input lacks is not read."""
-    own = LoaderCache().get(model).index.tensor_paths.keys()
-    stored = {name for other in planner.config.referenced_models() for name in _checkpoint(other).files}
+    """See `Environment`."""
+    infos = [info for info in planner._model_arch(model).all_weights() if not info.optional or _has(planner, model, info)]
+    return [[info.name, *(info.aliases or ()), *(info.tied_names or ())] for info in infos]
+
+
+def _has(planner: MergePlanner, model: ModelReference, info: WeightInfo) -> bool:
+    """Whether mergekit finds a tensor in a model's checkpoint once it looks for it."""
+    stored = _checkpoint(model).files.keys()
+    # The name of another tensor among the tied ones is no name of this one, which is not needed beside that.
+    names = {info.name, *(info.aliases or ()), *(info.tied_names or ())} - (_names(planner, model) - {info.name})
     kind = model.config(trust_remote_code=planner.options.trust_remote_code).model_type
-    found = []
-    for info in planner._model_arch(model).all_weights():
-        names = [info.name, *(info.aliases or ())]
-        planned = not info.optional or not stored.isdisjoint(names)
-        names += info.tied_names or ()
-        if planned and (not info.optional or not own.isdisjoint(names) or can_convert_checkpoint_keys(kind, own, info.name)):
-            found.append(names)
-    return found
+    return not names.isdisjoint(stored) or can_convert_checkpoint_keys(kind, stored, info.name)
+
+
+def _names(planner: MergePlanner, model: ModelReference) -> frozenset[str]:
+    """The names of all tensors of a model's architecture."""
+    known = planner.__dict__.setdefault("_pave_names", {})
+    if model not in known:
+        known[model] = frozenset(info.name for info in planner._model_arch(model).all_weights())
+    return known[model]
 
 
 def _checkpoint(model: ModelReference) -> Checkpoint:

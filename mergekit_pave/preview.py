@@ -5,12 +5,10 @@ from __future__ import annotations
 import re
 import time
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from mergekit_pave.cache import Artefact
 from mergekit_pave.calibration.estimate import readable
 from mergekit_pave.calibration.layers import Linear, inference_dtype
 from mergekit_pave.planning import Plan
@@ -24,7 +22,7 @@ def preview(plan: Plan, device: str) -> dict[str, Any]:
     too high: which layers share an input, and so one sum, shows only when the model runs.
     """
     exact = _speed(torch.float64, device)
-    todo = {task.job.name: task.job for task in plan.calibrations if isinstance(task, CalibrateModel) and not _is_done(task)}
+    todo = {task.job.name: task.job for task in plan.calibrations if isinstance(task, CalibrateModel) and not task.is_done}
     models = {}
     for model, source in plan.header["models"].items():
         weights = [weight for weight in plan.weights if str(weight.model) == model]
@@ -60,10 +58,6 @@ def preview(plan: Plan, device: str) -> dict[str, Any]:
     return {"tensors": plan.header["tensors"], "device": device, "models": models}
 
 
-def _is_done(task: CalibrateModel) -> bool:
-    return Artefact(Path(task.folder)).manifest() is not None
-
-
 def _speed(dtype: torch.dtype, device: str) -> float:
     """Operations a second in a product of matrices."""
     size = 1024
@@ -92,7 +86,7 @@ def as_text(preview: dict[str, Any]) -> str:
         data = ", ".join(" / ".join(filter(None, (d["path"], d.get("name"), d["split"]))) for d in model["data"])
         lines += ["", name, f"  data           {data}: {model['samples']} samples, {model['tokens']} tokens count"]
         cost = model["calibration"]
-        told = "in the cache" if model["decomposition"]["weights"] else "not needed"
+        told = "there already" if model["decomposition"]["weights"] else "not needed"
         if cost:
             told = (
                 f"to do: about {_duration(cost['seconds'])} on {preview['device']}, {readable(cost['memory'])} of memory, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,16 +55,19 @@ def summary(report: dict[str, Any]) -> str:
 
 def left_experts(report: dict[str, Any]) -> list[str]:
     """A line for each model with experts that stay as they are."""
-    lines = []
+    return [
+        f"{model}: {left} of {total} expert weights stay as they are, because they saw fewer calibration tokens than "
+        "pave.calibration.min_tokens; more samples reach more of them"
+        for model, left, total in _experts(report)
+        if left
+    ]
+
+
+def _experts(report: dict[str, Any]) -> Iterator[tuple[str, int, int]]:
+    """Per model how many weights of experts stay as they are, and how many it has."""
     for model, source in report["models"].items():
         left = sum(reason.startswith(FEW_TOKENS) for reason in source["left_as_they_are"].values())
-        if left:
-            total = left + sum("expert" in row and row["model"] == model for row in report["purified"])
-            lines.append(
-                f"{model}: {left} of {total} expert weights stay as they are, because they saw fewer calibration tokens than "
-                "pave.calibration.min_tokens; more samples reach more of them"
-            )
-    return lines
+        yield model, left, left + sum("expert" in row and row["model"] == model for row in report["purified"])
 
 
 def never_called(report: dict[str, Any]) -> list[str]:
@@ -78,8 +82,12 @@ def never_called(report: dict[str, Any]) -> list[str]:
 
 
 def warnings(report: dict[str, Any]) -> list[str]:
-    """What should make a user look twice: a model from which more was removed than fine-tuning had changed."""
-    found = []
+    """What should make a user look twice: a model from which more went than fine-tuning had changed, or hardly anything."""
+    found = [
+        f"{model}: most of its experts were not purified ({left} of {total} weights), for want of calibration tokens"
+        for model, left, total in _experts(report)
+        if 2 * left > total
+    ]
     for model, sums in by_model(report).items():
         if sums["change_norm"] and sums["removed_norm"] > sums["change_norm"]:
             found.append(

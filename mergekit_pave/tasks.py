@@ -54,6 +54,11 @@ class _CovarianceTask(Task[str]):
     wanted: tuple[Linear, ...]
     size: int
 
+    @property
+    def is_done(self) -> bool:
+        """Whether the cache has the covariances; they may still turn out to be damaged."""
+        return Artefact(Path(self.folder)).manifest() is not None
+
     def never_called(self) -> list[Linear]:
         """Layers that calibration has not reached, which are left as they are, but not most of a model.
 
@@ -230,7 +235,7 @@ def has_tail(folder: Path, count: int, min_tokens: int) -> bool:
     manifest = artefact.manifest()
     if manifest is None or manifest["count"] < count:
         return False
-    missing = [tokens for tokens in manifest["left"].values() if tokens >= min_tokens]
+    missing = [tokens for tokens in manifest["left"].values() if tokens >= max(1, min_tokens)]
     return not missing and artefact.is_intact()
 
 

@@ -205,6 +205,14 @@ def with_table(readme: str) -> str:
     lines = ["| architecture | head | linear layers purified |", "|---|---|---|"]
     for (head, linears), names in rows.items():
         lines.append(f"| {', '.join(names)} | {head} | {' '.join(f'`{linear}`' for linear in linears.split())} |")
+    # Here, for only the table needs them.
+    from test_encoder_decoder import LINEARS
+    from test_experts import KINDS
+    from test_vision_language import STORED
+
+    others = {"Mixtures of experts": KINDS, "Encoder-decoder models": {kind.split("-")[0] for kind in LINEARS}}
+    for label, kinds in (others | {"Vision-language models": STORED}).items():
+        lines += ["", f"{label}: {', '.join(f'`{kind}`' for kind in sorted(kinds))}."]
     before, rest = readme.split(_START)
     return before + _START + "\n".join(lines) + "\n" + _END + rest.split(_END)[1]
 

@@ -296,6 +296,34 @@ def test_too_little_space_is_told_before_anything_runs(tmp_path):
         require_space(tmp_path / "a" / "b", 10**18)
 
 
+_TOGETHER = """
+import sys
+import torch
+from mergekit_pave.calibration import distributed
+distributed.start()
+rank = distributed.rank()
+assert distributed.lowest(5 - rank) == 4
+assert distributed.together(lambda: rank) == rank
+def work():
+    if rank == 1:
+        raise ValueError("only here")
+try:
+    distributed.together(work)
+except ValueError as error:
+    print("both failed:", error)
+distributed.stop()
+"""
+
+
+def test_what_fails_in_one_process_fails_in_all(tmp_path):
+    """Or the others would wait for it, or add up sums of different layers."""
+    script = tmp_path / "together.py"
+    script.write_text(_TOGETHER)
+    result = merging.command("torchrun", "--nproc_per_node", "2", script)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("both failed: only here") == 2
+
+
 def test_two_processes_give_the_numbers_of_one(llama, tmp_path, cache):
     path = merging.write_config(merging.config_for(llama, {"cache_dir": str(tmp_path / "one")}), tmp_path / "one.yml")
     assert merging.command("mergekit-pave", "calibrate", path).returncode == 0

@@ -1,6 +1,7 @@
 """No merge with a `pave:` block goes without a tensor that every input has, and none is refused without need."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -104,6 +105,27 @@ def images(family):
     return [{"model": str(m), "data": {"path": str(d), "image": "image"}} for m, d in zip(family.tuned, family.data)]
 
 
+def renamed(folder: Path, out: Path) -> Path:
+    """A ViT with the names of its modules, where transformers stores it under older ones by default."""
+    shutil.copytree(folder, out)
+    transformers.ViTForImageClassification.from_pretrained(folder).save_pretrained(out, save_original_format=False)
+    return out
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_slices_of_checkpoints_that_name_their_tensors_differently(tmp_path, first):
+    stored = make_architecture("vit-ForImageClassification", tmp_path / "old")
+    folders = [stored.tuned[0], renamed(stored.tuned[1], tmp_path / "new")]
+    models = [folders[first], folders[1 - first]]
+    slices = [{"sources": [{"model": str(model), "layer_range": [i, i + 1]}]} for i, model in enumerate(models)]
+    data = {"path": str(stored.data[0]), "image": "image"}
+    pave = {"models": [{"model": str(model), "data": data} for model in models], "regularization": 0.1}
+    written = merge({"merge_method": "passthrough", "slices": slices, "pave": pave}, tmp_path / "out")
+    assert len(written) == len(weights(stored.base))
+    report = json.loads((tmp_path / "out" / "pave_report.json").read_text())
+    assert sorted(row["model"] for row in report["purified"]) == sorted([str(model) for model in models] * 6)
+
+
 @pytest.mark.parametrize("old", [(0,), (1,), (1, 2)])
 def test_checkpoints_that_name_their_tensors_differently(tmp_path, old):
     """Some as transformers stores a ViT by default, the others with the names of its modules: one architecture all the same."""
@@ -111,10 +133,7 @@ def test_checkpoints_that_name_their_tensors_differently(tmp_path, old):
     folders = []
     for i, folder in enumerate((stored.base, *stored.tuned)):
         if i not in old:
-            model = transformers.ViTForImageClassification.from_pretrained(folder)
-            shutil.copytree(folder, tmp_path / "new" / folder.name)
-            model.save_pretrained(tmp_path / "new" / folder.name, save_original_format=False)
-            folder = tmp_path / "new" / folder.name
+            folder = renamed(folder, tmp_path / "new" / folder.name)
         folders.append(folder)
     assert len({frozenset(weights(folder)) for folder in folders}) == 2
     family = dataclasses.replace(stored, base=folders[0], tuned=tuple(folders[1:]))

@@ -244,10 +244,14 @@ def test_a_target_has_to_be_in_the_data(seq2seq, tmp_path):
         merge(config_for(family, pave), tmp_path / "out")
 
 
-def test_a_decoder_needs_a_start(seq2seq, tmp_path):
+@pytest.mark.parametrize("how", ["none", "absent"])
+def test_a_decoder_needs_a_start(seq2seq, how):
     family = seq2seq("t5")
     config = transformers.AutoConfig.from_pretrained(family.base)
-    config.decoder_start_token_id = None
+    if how == "none":
+        config.decoder_start_token_id = None
+    else:
+        del config.decoder_start_token_id
     with pytest.raises(PaveError, match=r"no decoder_start_token_id"):
         describe(config, str(family.base), False)
 

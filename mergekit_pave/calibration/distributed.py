@@ -7,6 +7,8 @@ Second moments are sums, so the result is that of one process up to the order of
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +16,8 @@ import torch.distributed as dist
 from mergekit_pave.calibration.batches import Batch, Encoded, make_batches
 from mergekit_pave.covariance import Covariance, SecondMoment
 from mergekit_pave.errors import PaveError
+
+T = TypeVar("T")
 
 
 def start() -> None:
@@ -53,6 +57,32 @@ def agree(value: bool) -> bool:
     if world_size() > 1:
         dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def together(work: Callable[[], T]) -> T:
+    """Do a piece of work in every process; where it fails in one, it fails in all, so that none waits for another in vain."""
+    if world_size() == 1:
+        return work()
+    result, failure = None, None
+    try:
+        result = work()
+    except Exception as error:
+        failure = error
+    failures: list[Exception | None] = [None] * world_size()
+    dist.all_gather_object(failures, failure)
+    for failed in failures:
+        if failed is not None:
+            raise failed
+    return result
+
+
+def lowest(value: int) -> int:
+    """The lowest of all processes' values."""
+    if world_size() == 1:
+        return value
+    values = [0] * world_size()
+    dist.all_gather_object(values, value)
+    return min(values)
 
 
 def share(encoded: list[Encoded], batch_size: int) -> list[Batch]:

@@ -266,7 +266,7 @@ def _target_shift(model: nn.Module, folder: str) -> Callable[[list[int]], list[i
 
     try:
         torch.tensor(shift([0]))
-    except (ValueError, TypeError, RuntimeError):
+    except (ValueError, TypeError, RuntimeError, AttributeError):
         raise PaveError(f"{folder}: config.json has no decoder_start_token_id, so its decoder cannot be run") from None
     return shift
 

@@ -15,9 +15,12 @@ from collections.abc import Callable, Iterator
 from greenlet import getcurrent, greenlet
 from torch import nn
 
+from mergekit_pave.calibration import distributed
 from mergekit_pave.calibration.batches import Batch
 from mergekit_pave.calibration.layers import find_blocks
 from mergekit_pave.calibration.weights import StreamedModel, UnknownWeightError
+
+Waiting = list[tuple[greenlet, Batch, nn.Module]]  # each batch, and the block that it waits before
 
 
 def run_in_lockstep(
@@ -58,28 +61,37 @@ def run_in_lockstep(
     for module in outside:
         handles.append(module.register_forward_pre_hook(lambda m, _: streamed.load(m, recurse=False), prepend=True))
 
-    try:
-        waiting: list[tuple[greenlet, Batch, nn.Module]] = []
+    def start() -> Waiting:
+        waiting = []
         for batch in batches:
             begin(batch)
             runner = greenlet(run)
             if (block := resume(runner, batch)) is not None:
                 waiting.append((runner, batch, block))
         streamed.release()
-        yield None
-        while waiting:
-            # Where batches differ in the blocks that they call (not each has an image), those that lag behind come first.
-            current = min((block for _, _, block in waiting), key=order.__getitem__)
+        return waiting
+
+    def through(current: nn.Module, waiting: Waiting) -> Waiting:
+        later = []
+        if any(block is current for _, _, block in waiting):
             streamed.load(current)
-            later = []
-            for runner, batch, block in waiting:
-                if block is current:
-                    begin(batch)
-                    block = resume(runner)
-                if block is not None:
-                    later.append((runner, batch, block))
-            waiting = later
-            streamed.release()
+        for runner, batch, block in waiting:
+            if block is current:
+                begin(batch)
+                block = resume(runner)
+            if block is not None:
+                later.append((runner, batch, block))
+        streamed.release()
+        return later
+
+    try:
+        waiting = distributed.together(start)
+        yield None
+        # Where batches differ in the blocks that they call (not each has an image), those that lag behind come first, and
+        # where processes differ they still go through all blocks side by side.
+        while (place := distributed.lowest(min((order[block] for _, _, block in waiting), default=len(order)))) < len(order):
+            current = list(blocks)[place]
+            waiting = distributed.together(lambda: through(current, waiting))  # noqa: B023
             yield blocks[current]
     finally:
         for handle in handles:

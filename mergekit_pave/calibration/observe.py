@@ -165,7 +165,7 @@ class Observer:
 
         experts = self._experts[path]
         result = run_experts(experts, hidden_states, top_k_index, top_k_weights, see)
-        if path not in self._checked:
+        if path not in self._checked and (counted is None or counted.any()):
             self._checked.add(path)
             own = type(experts).forward(experts, hidden_states, top_k_index, top_k_weights)
             known = slice(None) if counted is None else counted  # padding may be anything, also no number

@@ -196,11 +196,11 @@ def measure_in_lockstep(job: Job, runtime: Runtime, batch_size: int, apart: froz
         start = time.monotonic()
         for block in run_in_lockstep(streamed, batches, run, begin):
             if block is not None:
-                yield from distributed.add_up(observer.take(block))
+                yield from distributed.add_up(distributed.together(lambda path=block: observer.take(path)))
                 progress.update()
                 speed = tokens * progress.n / blocks / (time.monotonic() - start)
                 progress.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
-    yield from distributed.add_up(observer.take())
+    yield from distributed.add_up(distributed.together(observer.take))
 
 
 def measure_whole(job: Job, runtime: Runtime, batch_size: int, apart: frozenset[str] = frozenset()) -> Measured:
@@ -214,12 +214,17 @@ def measure_whole(job: Job, runtime: Runtime, batch_size: int, apart: frozenset[
     run = _runner(model, batch_size)
     observer = Observer(model, job.layers, job.name, apart, unpadded=batch_size == 1)
     batches = distributed.share(job.encoded, batch_size)
-    with torch.no_grad(), observer.watching() as begin:
+
+    def measure() -> list[tuple[list[str], Covariance]]:
         for batch in tqdm.tqdm(batches, desc=f"Calibrating {job.name}", unit="batch", disable=runtime.no_progress):
             batch = batch.to(runtime.device)
             begin(batch)
             run(batch)
-    yield from distributed.add_up(observer.take())
+        return observer.take()
+
+    with torch.no_grad(), observer.watching() as begin:
+        measured = distributed.together(measure)
+    yield from distributed.add_up(measured)
 
 
 def _runner(model: nn.Module, batch_size: int) -> Callable[[Batch], None]:
@@ -255,15 +260,6 @@ class StoredCovariances:
         return self._manifest["layers"].get(layer, {"tokens": 0})["tokens"]
 
     def load(self, layer: str) -> Covariance:
-        """The covariance of one layer's input.
-
-        Raises:
-            PaveError: the layer was never called during calibration.
-        """
-        entry = self._manifest["layers"].get(layer)
-        if entry is None:
-            raise PaveError(
-                f"{self._manifest['model']}: {layer} was never called during calibration; "
-                "list it under pave.exclude to merge it as it is"
-            )
+        """The covariance of the input of a layer that has seen tokens."""
+        entry = self._manifest["layers"][layer]
         return Covariance.from_tensors(self._artefact.read(entry["file"]), entry["tokens"], entry["dim"])
