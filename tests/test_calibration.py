@@ -291,6 +291,12 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_written(llama, tmp_path, ca
     assert not list(cache.rglob("*.safetensors")) and not list(cache.rglob("manifest.json"))
 
 
+def test_an_empty_file_is_told(tmp_path):
+    (tmp_path / "none.jsonl").touch()
+    with pytest.raises(PaveError, match=r"data\.path: .*none\.jsonl is empty"):
+        load_samples([Data(path=str(tmp_path / "none.jsonl"))], DEFAULT_CALIBRATION, "m")
+
+
 def test_too_little_space_is_told_before_anything_runs(tmp_path):
     with pytest.raises(PaveError, match=r"may need 1000000000\.0 GB.*cache_dir"):
         require_space(tmp_path / "a" / "b", 10**18)

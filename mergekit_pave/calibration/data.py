@@ -124,6 +124,8 @@ def _load(data: Data, calibration: Calibration, where: str) -> datasets.Dataset:
     path = Path(data.path).expanduser()
     if loader and not path.is_file():
         raise PaveError(f"{where}: there is no file {data.path} (looked in {Path.cwd()})")
+    if loader and not path.stat().st_size:
+        raise PaveError(f"{where}: {data.path} is empty")
     if data.path.startswith((".", "/", "~")) and not path.exists():
         raise PaveError(f"{where}: there is no file or folder {data.path} (looked in {Path.cwd()})")
     options: dict[str, Any] = {"split": data.split, "streaming": data.streaming}
