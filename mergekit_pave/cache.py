@@ -27,7 +27,7 @@ from mergekit_pave.errors import PaveError
 
 MANIFEST = "manifest.json"
 # Part of every key: raise it when the same inputs would lead to other numbers or other files.
-FORMAT = 3
+FORMAT = 4
 
 
 def cache_root(configured: str | None) -> Path:

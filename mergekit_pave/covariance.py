@@ -1,7 +1,7 @@
 """The second moment of a layer's inputs, C = X^T X / N, in whichever form is smaller.
 
 Few rows are kept as they are, in the model's own precision: exact, and the cheaper thing to multiply by too. Of more,
-products of a thousand rows at a time are summed in float64. The products of the first few thousand are float64 as well;
+products of a thousand rows at a time are summed in float64. The products of the first two thousand are float64 as well;
 later ones are float32, twice as fast, because over many their rounding averages out to that of the model's own
 forward pass. (A sum in float32 would move the directions that PAVE drops, which belong to the smallest eigenvalues,
 about ten times further.)
@@ -97,7 +97,7 @@ class SecondMoment:
     """Accumulates a `Covariance` batch by batch, in memory of at most one float64 (d, d) matrix and a few batches."""
 
     _CHUNK = 1024  # rows in one product: fewer would spend their time on reading the sum, more would lose precision
-    _EXACT = 4096  # rows that are multiplied in float64
+    _EXACT = 2048  # rows that are multiplied in float64
 
     def __init__(self, dim: int):
         self.tokens = 0
@@ -135,7 +135,7 @@ class SecondMoment:
         return Covariance(self.tokens, gram=mirror_upper(self._gram))
 
 
-_STRIP = 512  # columns in one product: what is left of the strip is its mirror image and need not be computed
+_STRIP = 256  # columns in one product: what is left of the strip is its mirror image and need not be computed
 
 
 def add_upper_gram(gram: Tensor, x: Tensor) -> None:
