@@ -304,7 +304,7 @@ def test_too_little_space_is_told_before_anything_runs(tmp_path):
 
 _TOGETHER = """
 import sys
-import torch
+from pathlib import Path
 from mergekit_pave.calibration import distributed
 distributed.start()
 rank = distributed.rank()
@@ -316,7 +316,7 @@ def work():
 try:
     distributed.together(work)
 except ValueError as error:
-    print("both failed:", error)
+    Path(sys.argv[1], f"{rank}.txt").write_text(f"failed: {error}")
 distributed.stop()
 """
 
@@ -325,9 +325,9 @@ def test_what_fails_in_one_process_fails_in_all(tmp_path):
     """Or the others would wait for it, or add up sums of different layers."""
     script = tmp_path / "together.py"
     script.write_text(_TOGETHER)
-    result = merging.command("torchrun", "--nproc_per_node", "2", script)
+    result = merging.command("torchrun", "--nproc_per_node", "2", script, tmp_path)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("both failed: only here") == 2
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == ["failed: only here"] * 2
 
 
 def test_two_processes_give_the_numbers_of_one(llama, tmp_path, cache):
