@@ -6,6 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 
+from mergekit_pave.config import looks_local
 from mergekit_pave.report import REPORT_NAME, by_model
 
 PAPER = "https://arxiv.org/abs/2510.14697"
@@ -87,7 +88,7 @@ def _describe(data: dict) -> str:
 def _is_local(path: str) -> bool:
     if path in ("json", "csv", "parquet", "text", "imagefolder"):  # a loader, with data_files
         return True
-    return Path(path).expanduser().exists() or path.startswith((".", "/", "~")) or path.count("/") > 1
+    return Path(path).expanduser().exists() or looks_local(path)
 
 
 def _value(value: object) -> str:

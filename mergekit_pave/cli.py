@@ -144,7 +144,11 @@ def import_folder(folder: Path, cache_dir: str | None) -> None:
     manifest = caches.Artefact(folder).manifest()
     if manifest is None or not re.fullmatch("[0-9a-f]{32}", str(manifest.get("key"))):
         raise PaveError(f"{folder} has no exported covariances")
-    caches.copy(folder, caches.cache_root(cache_dir) / "covariance" / manifest["key"])
+    target = caches.cache_root(cache_dir) / "covariance" / manifest["key"]
+    if caches.Artefact(target).is_intact():
+        click.echo(f"{manifest['key'][:12]}, covariances of {manifest['model']}, is in the cache already")
+        return
+    caches.copy(folder, target)
     click.echo(f"imported as {manifest['key'][:12]}, covariances of {manifest['model']}")
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from mergekit.common import ModelReference
 from mergekit.config import ConditionalParameter, ParameterSetting
@@ -28,11 +28,15 @@ from mergekit_pave.errors import PaveError
 
 
 class _Block(BaseModel, frozen=True):
+    _elsewhere: ClassVar[dict[str, str]] = {}  # keys that belong to another block, and what to tell who puts them here
+
     @model_validator(mode="before")
     @classmethod
     def _reject_unknown_keys(cls, value: Any) -> Any:
         if isinstance(value, dict):
             for key in value:
+                if key in cls._elsewhere:
+                    raise ValueError(f"{key} {cls._elsewhere[key]}")
                 if key not in cls.model_fields:
                     close = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.5)
                     hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -51,7 +55,9 @@ def _check_rank_ratio(setting: ParameterSetting) -> ParameterSetting:
     conditions = setting if isinstance(setting, list) else [setting]
     if not conditions:
         raise ValueError("an empty list sets nothing; give a number, a gradient, or a list of {filter, value}")
-    for condition in conditions:
+    for place, condition in enumerate(conditions):
+        if isinstance(condition, ConditionalParameter) and condition.filter in (None, "*") and place + 1 < len(conditions):
+            raise ValueError(f"{_shown(conditions[place + 1])} never holds: what stands before it has no filter; put that last")
         value = condition.value if isinstance(condition, ConditionalParameter) else condition
         for number in value if isinstance(value, list) else [value]:
             try:
@@ -63,14 +69,28 @@ def _check_rank_ratio(setting: ParameterSetting) -> ParameterSetting:
     return setting
 
 
+def _shown(condition: ConditionalParameter) -> str:
+    return "the value" if condition.filter is None else f"the filter {condition.filter!r}"
+
+
 def _reject_bool(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError(f"must be a number, not {str(value).lower()}")
     return value
 
 
+def _reject_string(example: str) -> BeforeValidator:
+    def check(value: Any) -> Any:
+        if isinstance(value, str):
+            raise ValueError(f"must be {example.format(value)}, not {value!r} alone")
+        return value
+
+    return BeforeValidator(check)
+
+
 RankRatio = Annotated[ParameterSetting, BeforeValidator(_reject_unknown_filter_keys), AfterValidator(_check_rank_ratio)]
 Positive = Annotated[float, BeforeValidator(_reject_bool), Field(gt=0, allow_inf_nan=False)]
+Patterns = Annotated[list[str], _reject_string("a list: [{}]")]
 Count = Annotated[int, Field(ge=1, strict=True)]
 
 
@@ -133,15 +153,20 @@ class Data(_Block):
 class PaveModel(_Block):
     """One model of the merge: its data, and settings that differ from those of the whole block."""
 
+    _elsewhere: ClassVar[dict[str, str]] = {
+        "allocation": "is a matter between the models, so it holds for all of them: put it directly under `pave`",
+        "cache_dir": "holds for all models: put it directly under `pave`",
+    }
+
     model: ModelReference
-    data: Data | list[Data] | None = None
+    data: Annotated[Data | list[Data] | None, _reject_string("a mapping, such as {{path: {}}}")] = None
     covariance: str | None = Field(default=None, min_length=1)
     purify: bool = True
     rank_ratio: RankRatio | None = None
     regularization: Regularization | None = None
     target: Literal["weights", "task_vector"] | None = None
-    exclude: list[str] | None = None
-    include: list[str] | None = None
+    exclude: Patterns | None = None
+    include: Patterns | None = None
     calibration: Calibration = Calibration()
 
     @model_validator(mode="after")
@@ -182,8 +207,8 @@ class PaveConfig(_Block):
     allocation: Literal["spectral", "uniform"] = "spectral"
     regularization: Regularization = RelativeRegularization(relative=0.01)
     target: Literal["weights", "task_vector"] = "weights"
-    exclude: list[str] = []
-    include: list[str] = []
+    exclude: Patterns = []
+    include: Patterns = []
     cache_dir: str | None = None
     calibration: Calibration = Calibration()
     models: list[PaveModel] = Field(min_length=1)
@@ -218,6 +243,11 @@ class PaveConfig(_Block):
         """The calibration settings of one model, every one of them set."""
         scopes = (DEFAULT_CALIBRATION, self.calibration, self.entry(model).calibration)
         return Calibration(**{k: v for scope in scopes for k, v in scope.model_dump(exclude_none=True).items()})
+
+
+def looks_local(path: str) -> bool:
+    """Whether a path can be nothing on the Hub, be it there or not."""
+    return path.startswith((".", "/", "~")) or path.count("/") > 1
 
 
 def parse(value: Any, handler, info) -> PaveConfig | None:

@@ -29,7 +29,7 @@ from mergekit_pave.calibration.data import Sample, load_samples
 from mergekit_pave.calibration.estimate import readable
 from mergekit_pave.calibration.layers import Architecture, Linear, describe
 from mergekit_pave.calibration.run import Job, Runtime, covariance_key
-from mergekit_pave.config import PaveConfig, PaveModel, RelativeRegularization
+from mergekit_pave.config import PaveConfig, PaveModel, RelativeRegularization, looks_local
 from mergekit_pave.errors import PaveError
 from mergekit_pave.report import NEVER_CALLED
 from mergekit_pave.tasks import (
@@ -130,6 +130,11 @@ class Plan:
     stats: list[PurificationStats] = field(default_factory=list)
     header: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def to_calibrate(self) -> list[CalibrateModel]:
+        """The calibrations that the cache lacks."""
+        return [task for task in self.calibrations if isinstance(task, CalibrateModel) and not task.is_done]
+
 
 @dataclass(frozen=True)
 class _Choice:
@@ -171,12 +176,21 @@ def make_plan(config: PaveConfig, tensors: list[PlannedTensor], environment: Env
     for place, choices in chosen.items():
         if choices:
             _add_tensor(plan, config, tensors[place], place, choices, sources)
-    plan.decompositions = list(dict.fromkeys(plan.decompositions))
+    plan.decompositions = _each_once(plan.decompositions)
     plan.calibrations = list(dict.fromkeys(decomposition.calibration for decomposition in plan.decompositions))
-    LOG.info("PAVE: %d of %d weights are in the cache", len(plan.stats) - len(plan.decompositions), len(plan.stats))
-    _preflight(plan.calibrations)
+    if todo := plan.to_calibrate:
+        cache.require_space(Path(todo[0].folder), sum(task.job.estimate(task.runtime.device).cache for task in todo))
     plan.header = _header(config, tensors, sources, reasons)
     return plan
+
+
+def _each_once(decompositions: list[DecomposeWeight]) -> list[DecomposeWeight]:
+    """Of a weight that goes to several places, as in a frankenmerge, the decomposition that has enough for all of them."""
+    largest: dict[str, DecomposeWeight] = {}
+    for task in decompositions:
+        if task.folder not in largest or largest[task.folder].count < task.count:
+            largest[task.folder] = task
+    return list(largest.values())
 
 
 def _leave_never_called(
@@ -194,13 +208,11 @@ def _leave_never_called(
                 reasons[choice.tensor] = NEVER_CALLED
 
 
-def _preflight(calibrations: list[CalibrateModel | GivenCovariance]) -> None:
-    """Say what the calibrations that are still to be done will cost, and refuse what the disk has no room for."""
-    total = 0
-    todo = [task for task in calibrations if isinstance(task, CalibrateModel) and not task.is_done]
-    for task in todo:
+def announce(plan: Plan) -> None:
+    """Say what is in the cache, and what the calibrations that are still to be done will cost."""
+    LOG.info("PAVE: %d of %d weights are in the cache", len(plan.stats) - len(plan.decompositions), len(plan.stats))
+    for task in plan.to_calibrate:
         cost = task.job.estimate(task.runtime.device)
-        total += cost.cache
         LOG.info(
             "%s: to be calibrated with %d tokens; takes at most %s of cache and about %s of memory",
             task.job.name,
@@ -208,8 +220,6 @@ def _preflight(calibrations: list[CalibrateModel | GivenCovariance]) -> None:
             readable(cost.cache),
             readable(cost.peak),
         )
-    if todo:
-        cache.require_space(Path(todo[0].folder), total)
 
 
 class _Source:
@@ -305,6 +315,8 @@ class _Source:
         where = f"pave.models[{self.model}].covariance"
         folder = Path(self.entry.covariance).expanduser()
         if not folder.exists():
+            if looks_local(self.entry.covariance):
+                raise PaveError(f"{where}: there is no folder {self.entry.covariance} (looked in {Path.cwd()})")
             folder = _download(self.entry.covariance, where)
         manifest = cache.Artefact(folder).manifest()
         if manifest is None or "weights" not in manifest:
@@ -521,20 +533,18 @@ def _add_tensor(
         needed = {"folder": str(folder), "count": cap, "min_tokens": min_tokens}
         cached = has_tail(folder, cap, min_tokens)
         plan.weights.append(PlannedWeight(choice.model, choice.tensor, planned.name, choice.linear, choice.share, cached))
-        if cached:
-            tails.append(LoadTail(model=choice.model, tensor=choice.tensor, **needed))
-            continue
-        decomposition = DecomposeWeight(
-            model=choice.model,
-            tensor=choice.tensor,
-            weight=load_stored(gather, choice.model),
-            calibration=source.calibration,
-            layer=choice.linear,
-            regularization=config.setting(choice.model, "regularization"),
-            **needed,
-        )
-        tails.append(decomposition)
-        plan.decompositions.append(decomposition)
+        tails.append(LoadTail(model=choice.model, tensor=choice.tensor, **needed))
+        if not cached:
+            decomposition = DecomposeWeight(
+                model=choice.model,
+                tensor=choice.tensor,
+                weight=load_stored(gather, choice.model),
+                calibration=source.calibration,
+                layer=choice.linear,
+                regularization=config.setting(choice.model, "regularization"),
+                **needed,
+            )
+            plan.decompositions.append(decomposition)
 
     allocation = AllocateRanks(output=planned.name, tails=tuple(tails), shares=tuple(shares), caps=tuple(caps))
     has_base = planned.base is not None and planned.base in gather.weight_info

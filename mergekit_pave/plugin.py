@@ -4,8 +4,11 @@
   plans every tensor that all of its inputs have.
 - `MergePlanner._plan` gets an architecture whose tensors go by the names that the checkpoints have for them, and swaps the
   gather tasks of purified tensors.
-- `MergePlanner.plan_to_disk` adds the task that writes the report, and sees to it that `generate_card`, which
-  `mergekit.merge` will call when the merge is done, appends to the card.
+- `MergePlanner.plan_to_disk` and `plan_in_memory` fill the caches with what the merge will read. What fails there leaves
+  nothing behind, as mergekit has not opened its output; and each phase has a bar of its own, where mergekit's, which counts
+  tasks, would take a calibration for one of hundreds.
+- `plan_to_disk` also adds the task that writes the report, and sees to it that `generate_card`, which `mergekit.merge` will
+  call when the merge is done, appends to the card.
 
 Without a `pave:` block each of these hands on to mergekit's own code and does nothing else.
 """
@@ -26,6 +29,7 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor
 from mergekit.io.tasks import GatherTensors, LoaderCache
+from mergekit.multigpu_executor import MultiGPUExecutor
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 
@@ -35,9 +39,10 @@ from mergekit_pave.calibration.layers import describe
 from mergekit_pave.calibration.run import Runtime
 from mergekit_pave.card import with_section
 from mergekit_pave.errors import PaveError
-from mergekit_pave.planning import Checkpoint, Environment, Plan, PlannedTensor, make_plan
+from mergekit_pave.planning import Checkpoint, Environment, Plan, PlannedTensor, announce, make_plan
+from mergekit_pave.progress import bar, no_bars_of_others
 from mergekit_pave.report import read_report
-from mergekit_pave.tasks import WriteReport
+from mergekit_pave.tasks import DecomposeWeight, WriteReport
 
 
 def register() -> None:
@@ -46,7 +51,8 @@ def register() -> None:
     if not hasattr(MergePlanner._plan, "__wrapped__"):
         MergePlanner.plan_tensor = _noting_position(MergePlanner.plan_tensor)
         MergePlanner._plan = _with_purification(MergePlanner._plan)
-        MergePlanner.plan_to_disk = _with_report(MergePlanner.plan_to_disk)
+        MergePlanner.plan_to_disk = _with_report(_with_caches(MergePlanner.plan_to_disk))
+        MergePlanner.plan_in_memory = _with_caches(MergePlanner.plan_in_memory)
         log = logging.getLogger("mergekit_pave")
         if log.level == logging.NOTSET:
             log.setLevel(logging.INFO)  # the line that says what was purified shows at default verbosity
@@ -89,7 +95,8 @@ def _with_purification(plan):
             )
             for (weight, task), t in zip(self._tensors, self._pave_positions, strict=True)
         ]
-        self._pave_plan = make_plan(self.config.pave, tensors, _environment(self))
+        with no_bars_of_others(self.options.quiet):
+            self._pave_plan = make_plan(self.config.pave, tensors, _environment(self))
         for place, gather in self._pave_plan.gathers.items():
             weight, task = self._tensors[place]
             self._tensors[place] = weight, task.model_copy(update={"gather_tensors": gather})
@@ -160,6 +167,18 @@ def _layer(name: str) -> str | None:
 def _template(name: str) -> str:
     """mergekit's name for a tensor in all layers."""
     return RE_LAYER_INDEX.sub(".${layer_index}.", name, count=1)
+
+
+def _with_caches(plan):
+    @functools.wraps(plan)
+    def wrapper(self, *args, **kwargs):
+        tasks = plan(self, *args, **kwargs)
+        if self.config.pave is not None:
+            _calibrate(self._pave_plan, self.options)
+            _decompose(self._pave_plan.decompositions, self.options)
+        return tasks
+
+    return wrapper
 
 
 def _with_report(plan_to_disk):
@@ -248,15 +267,35 @@ def plan_merge(config: MergeConfiguration, options: MergeOptions) -> Plan:
 def fill_caches(config: MergeConfiguration, options: MergeOptions) -> Plan:
     """Calibrate and decompose whatever the caches lack for a merge, in as many processes as were started."""
     distributed.start()
-    options = options.model_copy(update={"device": distributed.local_device(options.device)})
+    others = distributed.rank() > 0  # of several processes one speaks
+    update = {"device": distributed.local_device(options.device), "quiet": options.quiet or others}
+    options = options.model_copy(update=update)
     plan = plan_merge(config, options)
-    # In one order everywhere, which an executor does not promise: processes wait for each other in every block.
-    for calibration in plan.calibrations:
-        calibration.execute()
+    _calibrate(plan, options, silent=others)
     share = plan.decompositions[distributed.rank() :: distributed.world_size()]
     distributed.stop()
-    storage = options.device if options.low_cpu_memory else "cpu"
-    executor = Executor(share, math_device=options.device, storage_device=storage)
-    for _ in executor.run(quiet=options.quiet, desc="Decomposing"):
-        pass
+    _decompose(share, options)
     return plan
+
+
+def _calibrate(plan: Plan, options: MergeOptions, silent: bool = False) -> None:
+    if not silent:
+        announce(plan)
+    # In one order everywhere, which an executor does not promise: processes wait for each other in every block.
+    with no_bars_of_others(options.quiet):
+        for calibration in plan.calibrations:
+            calibration.execute()
+
+
+def _decompose(tasks: list[DecomposeWeight], options: MergeOptions) -> None:
+    if not tasks:
+        return
+    storage = options.device if options.low_cpu_memory else "cpu"
+    if options.multi_gpu:
+        executor = MultiGPUExecutor(tasks, storage_device=None if options.low_cpu_memory else "cpu")
+    else:
+        executor = Executor(tasks, math_device=options.device, storage_device=storage)
+    # Over several GPUs the executor yields nothing before all is done, and draws a bar that knows better.
+    with bar(len(tasks), "Decomposing", "weight", hidden=options.quiet or options.multi_gpu) as progress:
+        for _ in executor.run(quiet=options.quiet or not options.multi_gpu):
+            progress.update()

@@ -12,7 +12,6 @@ import torch
 from mergekit_pave.calibration.estimate import readable
 from mergekit_pave.calibration.layers import Linear, inference_dtype
 from mergekit_pave.planning import Plan
-from mergekit_pave.tasks import CalibrateModel
 
 
 def preview(plan: Plan, device: str) -> dict[str, Any]:
@@ -22,7 +21,7 @@ def preview(plan: Plan, device: str) -> dict[str, Any]:
     too high: which layers share an input, and so one sum, shows only when the model runs.
     """
     exact = _speed(torch.float64, device)
-    todo = {task.job.name: task.job for task in plan.calibrations if isinstance(task, CalibrateModel) and not task.is_done}
+    todo = {task.job.name: task.job for task in plan.to_calibrate}
     models = {}
     for model, source in plan.header["models"].items():
         weights = [weight for weight in plan.weights if str(weight.model) == model]

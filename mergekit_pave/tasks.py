@@ -1,10 +1,15 @@
 """The graph tasks that join calibration, decomposition and allocation to a merge.
 
-For each output tensor and each model that is purified in it:
+Two phases come before the merge and fill the caches with what they lack: `CalibrateModel` for each model, then for each
+weight
 
-    CalibrateModel --> DecomposeWeight --+--> AllocateRanks --> PurifyTensor --> PurifiedTensor --> GatherPurified
-    LoadTensor --------^  (or LoadTail) -+    (all models)          |
-                                                                    +--> PurificationStats --> WriteReport
+    LoadTensor --> DecomposeWeight
+
+The merge only reads. For each output tensor and each model that is purified in it:
+
+    LoadTail ----+--> AllocateRanks --> PurifyTensor --> PurifiedTensor --> GatherPurified
+                 |    (all models)          ^   |
+    LoadTensor --|--------------------------+   +--> PurificationStats --> WriteReport
 
 mergekit's executor runs them like its own: it streams, moves tensors to the accelerator and frees them. Values that
 travel between tasks are therefore plain dicts of tensors and numbers. A covariance is no such value: it is read where
@@ -15,10 +20,12 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
+import tqdm
 from mergekit.common import ImmutableMap, ModelReference, dtype_from_name
 from mergekit.graph import Task
 from mergekit.io.tasks import GatherTensors, LoadTensor
@@ -141,7 +148,7 @@ class _TensorTask(Task[Any]):
 
 
 class DecomposeWeight(_TensorTask):
-    """The tail of one weight, computed and put into the cache. Value: see `LoadTail`."""
+    """The tail of one weight, computed and put into the cache, where `LoadTail` finds it. The covariances are there."""
 
     weight: LoadTensor
     calibration: CalibrateModel | GivenCovariance
@@ -152,9 +159,9 @@ class DecomposeWeight(_TensorTask):
     folder: str
 
     def arguments(self) -> dict[str, Task]:
-        return {"weight": self.weight, "covariances": self.calibration}
+        return {"weight": self.weight}
 
-    def execute(self, weight: Tensor, covariances: str) -> dict[str, Any]:
+    def execute(self, weight: Tensor) -> None:
         if weight.shape != self.layer.stored_shape or not weight.is_floating_point():
             raise PaveError(
                 f"{self.model}: {self.tensor} is a {weight.dtype} tensor of shape {tuple(weight.shape)}, but the layer "
@@ -164,7 +171,7 @@ class DecomposeWeight(_TensorTask):
         if not weight.isfinite().all():
             raise PaveError(f"{self.model}: {self.tensor} has values that are not finite")
         matrices = _matrices(weight, self.layer.transposed)
-        known = StoredCovariances(Artefact(Path(covariances)))
+        known = StoredCovariances(Artefact(Path(self.calibration.folder)))
         tails, slices, left = [], [], {}
         experts = self.layer.experts or (None,)
         for matrix, layer, expert in zip(matrices, self.layer.layers, experts, strict=True):
@@ -183,7 +190,6 @@ class DecomposeWeight(_TensorTask):
         entry = artefact.write(_TAIL_FILE, {"directions": directions, "values": values})
         about = {"model": str(self.model), "tensor": self.tensor, "count": self.count, "min_tokens": self.min_tokens}
         artefact.complete({"files": {_TAIL_FILE: entry}, "slices": slices, "left": left, **about})
-        return {"directions": directions, "values": values, "slices": slices, "left": left}
 
     def _tail(self, weight: Tensor, covariance: Covariance, layer: str) -> Tail:
         shift = self.regularization
@@ -424,8 +430,9 @@ class WriteReport(Task[None]):
         folder = Path(self.out_path)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / REPORT_NAME).write_text(json.dumps(report, indent=1) + "\n")
-        LOG.info(summary(report))
-        for line in left_experts(report) + never_called(report):
-            LOG.info(line)
-        for warning in warnings(report):
-            LOG.warning(warning)
+        with tqdm.tqdm.external_write_mode(sys.stderr):  # mergekit's bar is on that line
+            LOG.info(summary(report))
+            for line in left_experts(report) + never_called(report):
+                LOG.info(line)
+            for warning in warnings(report):
+                LOG.warning(warning)

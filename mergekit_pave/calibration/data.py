@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from mergekit_pave.config import Calibration, Data
+from mergekit_pave.config import Calibration, Data, looks_local
 from mergekit_pave.errors import PaveError
 
 _LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
@@ -126,7 +126,7 @@ def _load(data: Data, calibration: Calibration, where: str) -> datasets.Dataset:
         raise PaveError(f"{where}: there is no file {data.path} (looked in {Path.cwd()})")
     if loader and not path.stat().st_size:
         raise PaveError(f"{where}: {data.path} is empty")
-    if data.path.startswith((".", "/", "~")) and not path.exists():
+    if looks_local(data.path) and not path.exists():
         raise PaveError(f"{where}: there is no file or folder {data.path} (looked in {Path.cwd()})")
     options: dict[str, Any] = {"split": data.split, "streaming": data.streaming}
     if loader and data.data_files is not None:

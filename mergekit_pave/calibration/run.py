@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import tqdm
 import transformers
 from torch import nn
 
@@ -24,6 +23,7 @@ from mergekit_pave.calibration.observe import DivergedError, Observer, Reentered
 from mergekit_pave.calibration.weights import StreamedModel, UnknownWeightError
 from mergekit_pave.covariance import Covariance
 from mergekit_pave.errors import PaveError
+from mergekit_pave.progress import bar
 
 LOG = logging.getLogger(__name__)
 
@@ -67,11 +67,6 @@ class Runtime:
     device: str
     trust_remote_code: bool
     quiet: bool
-
-    @property
-    def no_progress(self) -> bool:
-        """Of several processes one draws a bar."""
-        return self.quiet or distributed.rank() > 0
 
 
 Measured = Iterator[tuple[list[str], Covariance]]
@@ -191,15 +186,15 @@ def measure_in_lockstep(job: Job, runtime: Runtime, batch_size: int, apart: froz
     with (
         torch.no_grad(),
         observer.watching() as begin,
-        tqdm.tqdm(total=blocks, desc=f"Calibrating {job.name}", unit="block", disable=runtime.no_progress) as progress,
+        bar(blocks, f"Calibrating {job.name}", "block", runtime.quiet) as progress,
     ):
         start = time.monotonic()
         for block in run_in_lockstep(streamed, batches, run, begin):
             if block is not None:
                 yield from distributed.add_up(distributed.together(lambda path=block: observer.take(path)))
-                progress.update()
-                speed = tokens * progress.n / blocks / (time.monotonic() - start)
+                speed = tokens * (progress.n + 1) / blocks / (time.monotonic() - start)
                 progress.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
+                progress.update()
     yield from distributed.add_up(distributed.together(observer.take))
 
 
@@ -216,10 +211,12 @@ def measure_whole(job: Job, runtime: Runtime, batch_size: int, apart: frozenset[
     batches = distributed.share(job.encoded, batch_size)
 
     def measure() -> list[tuple[list[str], Covariance]]:
-        for batch in tqdm.tqdm(batches, desc=f"Calibrating {job.name}", unit="batch", disable=runtime.no_progress):
-            batch = batch.to(runtime.device)
-            begin(batch)
-            run(batch)
+        with bar(len(batches), f"Calibrating {job.name}", "batch", runtime.quiet) as progress:
+            for batch in batches:
+                batch = batch.to(runtime.device)
+                begin(batch)
+                run(batch)
+                progress.update()
         return observer.take()
 
     with torch.no_grad(), observer.watching() as begin:

@@ -1,0 +1,53 @@
+"""One bar a phase: drawn in a terminal and in a notebook, and told in a line now and then where output goes to a file."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+import datasets
+import huggingface_hub.utils
+import tqdm.auto
+import tqdm.notebook
+import transformers
+
+_SECONDS = 30  # between two lines
+
+
+def bar(total: int, description: str, unit: str, hidden: bool) -> tqdm.tqdm:
+    """A progress bar over `total` units. It has to be closed, or used as a context."""
+    options = {"total": total, "desc": description, "unit": unit, "disable": hidden}
+    if sys.stderr.isatty() or issubclass(tqdm.auto.tqdm, tqdm.notebook.tqdm_notebook):
+        return tqdm.auto.tqdm(**options)
+    told = "{desc}: {n_fmt} of {total_fmt} {unit}s after {elapsed}, {remaining} left{postfix}"
+    return tqdm.tqdm(**options, file=_Lines(), bar_format=told, mininterval=_SECONDS, maxinterval=_SECONDS, miniters=1)
+
+
+class _Lines:
+    """What stands between tqdm, which returns to the start of its line again and again, and a file."""
+
+    def write(self, text: str) -> None:
+        if text := text.strip("\r\n "):
+            sys.stderr.write(text + "\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def no_bars_of_others(hidden: bool) -> Iterator[None]:
+    """Hide what datasets, transformers and the client of the Hub would draw, too."""
+    off = []
+    if hidden and transformers.utils.logging.is_progress_bar_enabled():
+        off.append((transformers.utils.logging.disable_progress_bar, transformers.utils.logging.enable_progress_bar))
+    for library in (datasets, huggingface_hub.utils) if hidden else ():
+        if not library.are_progress_bars_disabled():
+            off.append((library.disable_progress_bars, library.enable_progress_bars))
+    for disable, _ in off:
+        disable()
+    try:
+        yield
+    finally:
+        for _, enable in off:
+            enable()
