@@ -16,6 +16,7 @@ _PUBLIC = {
     "PaveError": "mergekit_pave.errors",
     "allocate_ranks": "mergekit_pave.allocation",
     "purify": "mergekit_pave.subspace",
+    "purify_model": "mergekit_pave.in_memory",
     "register": "mergekit_pave.plugin",
 }
 

@@ -28,7 +28,16 @@ def allocate_ranks(tails: Sequence[Sequence[float]], shares: Sequence[int], caps
 
     Returns:
         The number of dropped components per model; they sum to `sum(shares)`.
+
+    Raises:
+        ValueError: the three do not fit each other.
     """
+    if not len(tails) == len(shares) == len(caps):
+        raise ValueError(f"one each a model: {len(tails)} tails, {len(shares)} shares and {len(caps)} caps are given")
+    if sum(shares) > sum(caps):
+        raise ValueError(f"the shares {list(shares)} add up to more than the caps {list(caps)}")
+    if short := [model for model, tail in enumerate(tails) if len(tail) < caps[model]]:
+        raise ValueError(f"the tail of model {short[0]} has {len(tails[short[0]])} values, fewer than its cap {caps[short[0]]}")
     dropped = [0] * len(tails)
     queue = [(tail[0], model) for model, tail in enumerate(tails) if caps[model] > 0]
     heapq.heapify(queue)

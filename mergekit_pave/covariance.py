@@ -31,7 +31,15 @@ class Covariance:
 
     @classmethod
     def from_rows(cls, rows: Tensor) -> Covariance:
-        """Covariance of the rows of one (N, d) tensor."""
+        """Covariance of the rows of one (N, d) tensor.
+
+        Raises:
+            ValueError: it is no float matrix, has no rows, or is not finite.
+        """
+        if rows.dim() != 2 or not len(rows) or not rows.is_floating_point():
+            raise ValueError(f"rows must be a float matrix (tokens, width), not {rows.dtype} of shape {tuple(rows.shape)}")
+        if not rows.isfinite().all():
+            raise ValueError("rows have values that are not finite")
         moment = SecondMoment(rows.shape[1])
         moment.add(rows)
         return moment.result()

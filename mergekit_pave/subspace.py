@@ -271,23 +271,41 @@ def _square(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=1).double().square().sum()
 
 
-def purify(weight: Tensor, covariance: Covariance, rank: int, *, shift: float) -> Tensor:
+def purify(weight: Tensor, covariance: Covariance, rank: int, *, shift: float | None = None) -> Tensor:
     """W', the best rank-`rank` approximation of W as seen through C (PAVE section 3.2).
 
     Args:
         weight: W, (d_out, d_in).
         covariance: of the layer's inputs, width d_in.
         rank: components kept, 1 <= rank <= min(d_out, d_in).
-        shift: the regularisation added to C's diagonal, > 0.
+        shift: the regularisation added to C's diagonal, > 0; by default a hundredth of its mean, as in a `pave:` block.
 
     Returns:
         (d_out, d_in) in the weight's dtype.
+
+    Raises:
+        ValueError: the weight is no float matrix or not finite, is not as wide as the covariance, or rank or shift is out
+            of range.
     """
-    components = min(weight.shape)
+    shape = tuple(weight.shape)
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(f"weight must be a float matrix (d_out, d_in), not {weight.dtype} of shape {shape}")
+    if shape[1] != covariance.dim:
+        turned = "; GPT-2 stores it as (d_in, d_out), so pass weight.T" if shape[0] == covariance.dim else ""
+        raise ValueError(
+            f"a weight of shape {shape} takes inputs of width {shape[1]}, the covariance has {covariance.dim}{turned}"
+        )
+    if not weight.isfinite().all():
+        raise ValueError("weight has values that are not finite")
+    components = min(shape)
     if not 1 <= rank <= components:
-        raise ValueError(f"rank must be between 1 and {components} for a weight of shape {tuple(weight.shape)}, not {rank}")
+        raise ValueError(f"rank must be between 1 and {components} for a weight of shape {shape}, not {rank}")
     if rank == components:
         return weight.clone()
+    covariance = covariance.to(weight.device)
+    shift = 0.01 * covariance.mean_diagonal() if shift is None else shift
+    if not 0 < shift < float("inf"):
+        raise ValueError(f"shift must be positive and finite, not {shift}" + (": every input is zero" if shift == 0 else ""))
     tail = tail_components(weight, covariance, shift, components - rank)
     purified = torch.empty_like(weight)
     drop_components(weight.double(), tail.directions, out=purified)

@@ -24,7 +24,6 @@ import sys
 from pathlib import Path
 from typing import Any, Optional
 
-import torch
 import tqdm
 from mergekit.common import ImmutableMap, ModelReference, dtype_from_name
 from mergekit.graph import Task
@@ -37,10 +36,9 @@ from mergekit_pave.calibration import distributed
 from mergekit_pave.calibration.layers import Linear
 from mergekit_pave.calibration.run import StoredCovariances, calibrate
 from mergekit_pave.config import RelativeRegularization
-from mergekit_pave.covariance import Covariance
 from mergekit_pave.errors import PaveError
-from mergekit_pave.report import FEW_TOKENS, NEVER_CALLED, REPORT_NAME, left_experts, never_called, summary, warnings
-from mergekit_pave.subspace import Tail, drop_components, tail_components
+from mergekit_pave.purification import decompose_weight, missed_layers, purify_weight
+from mergekit_pave.report import REPORT_NAME, left_experts, never_called, summary, warnings
 
 LOG = logging.getLogger(__name__)
 
@@ -67,23 +65,8 @@ class _CovarianceTask(Task[str]):
         return Artefact(Path(self.folder)).manifest() is not None
 
     def never_called(self) -> list[Linear]:
-        """Layers that calibration has not reached, which are left as they are, but not most of a model.
-
-        Of experts the tokens are counted instead.
-
-        Raises:
-            PaveError: they hold more than half of its weights in linear layers, or are all that was to be purified.
-        """
-        known = StoredCovariances(Artefact(Path(self.folder)))
-        missed = [linear for linear in self.wanted if not linear.experts and not known.tokens(linear.module)]
-        share = sum(linear.size for linear in missed) / self.size
-        if share > 0.5 or len(missed) == len(self.wanted):
-            raise PaveError(
-                f"{self.model}: {len(missed)} of {len(self.wanted)} layers to be purified were never called during calibration "
-                f"(such as {missed[0].module}); they hold {share:.0%} of the weights in the model's linear layers. Use data that "
-                "reaches them, such as images for a vision tower, or put them under pave.exclude to merge them as they are"
-            )
-        return missed
+        """See `missed_layers`."""
+        return missed_layers(self.model, self.wanted, self.size, StoredCovariances(Artefact(Path(self.folder))))
 
     def arguments(self) -> dict[str, Task]:
         return {}
@@ -162,59 +145,18 @@ class DecomposeWeight(_TensorTask):
         return {"weight": self.weight}
 
     def execute(self, weight: Tensor) -> None:
-        if weight.shape != self.layer.stored_shape or not weight.is_floating_point():
-            raise PaveError(
-                f"{self.model}: {self.tensor} is a {weight.dtype} tensor of shape {tuple(weight.shape)}, but the layer "
-                f"{self.layer.module} of the architecture has a float weight of shape {self.layer.stored_shape}; "
-                "it cannot be purified"
-            )
-        if not weight.isfinite().all():
-            raise PaveError(f"{self.model}: {self.tensor} has values that are not finite")
-        matrices = _matrices(weight, self.layer.transposed)
         known = StoredCovariances(Artefact(Path(self.calibration.folder)))
-        tails, slices, left = [], [], {}
-        experts = self.layer.experts or (None,)
-        for matrix, layer, expert in zip(matrices, self.layer.layers, experts, strict=True):
-            if known.tokens(layer) < max(1, self.min_tokens):
-                left["" if expert is None else str(expert)] = known.tokens(layer)
-                continue
-            covariance = known.load(layer).to(weight.device)
-            tail = self._tail(matrix, covariance, layer)
-            tails.append(tail)
-            slices.append({"expert": expert, "largest": tail.largest, "energy": tail.energy, "tokens": covariance.tokens})
-        empty = torch.zeros(0, self.layer.shape[0], self.count, device=weight.device)
-        # float32 adds an error of about 1e-7 of ||W||, which is what storing W' in float32 costs, too.
-        directions = torch.stack([tail.directions.float() for tail in tails]) if tails else empty
-        values = torch.stack([tail.values for tail in tails]) if tails else empty[:, 0].double()
+        where = str(self.model), self.tensor
+        tail = decompose_weight(weight, self.layer, known, self.regularization, self.count, self.min_tokens, where)
         artefact = Artefact(Path(self.folder))
-        entry = artefact.write(_TAIL_FILE, {"directions": directions, "values": values})
+        entry = artefact.write(_TAIL_FILE, {name: tail.pop(name) for name in ("directions", "values")})
         about = {"model": str(self.model), "tensor": self.tensor, "count": self.count, "min_tokens": self.min_tokens}
-        artefact.complete({"files": {_TAIL_FILE: entry}, "slices": slices, "left": left, **about})
-
-    def _tail(self, weight: Tensor, covariance: Covariance, layer: str) -> Tail:
-        shift = self.regularization
-        if isinstance(shift, RelativeRegularization):
-            shift = shift.relative * covariance.mean_diagonal()
-        if not shift > 0:
-            raise PaveError(
-                f"{self.model}: all calibration inputs of {layer} are zero, so a relative regularization is zero too; "
-                "set an absolute pave.regularization or exclude the layer"
-            )
-        return tail_components(weight, covariance, shift, self.count)
-
-
-def _matrices(weight: Tensor, transposed: bool) -> Tensor:
-    """A weight as the matrices that it holds: (1 or the number of experts, d_out, d_in), a view."""
-    matrices = weight if weight.dim() == 3 else weight[None]
-    return matrices.mT if transposed else matrices
+        artefact.complete({"files": {_TAIL_FILE: entry}, **tail, **about})
 
 
 class LoadTail(_TensorTask):
-    """The tails of the matrices of one weight from the cache: of one matrix, or of all experts that saw enough tokens.
-
-    Value: {directions: (tails, d_out, at least count), values: (tails, at least count), ascending, slices: what else is
-    known of each: [{expert, largest, energy, tokens}], left: {expert, or "": the tokens it saw, which are too few}}.
-    """
+    """The tails of the matrices of one weight from the cache. Value: see `decompose_weight`; they may have more than `count`
+    components."""
 
     folder: str
     count: int
@@ -284,7 +226,7 @@ class AllocateRanks(Task[list]):
 
 
 class PurifyTensor(_TensorTask):
-    """W' of one weight. Value: {tensor, stats, left}; see `PurificationStats`."""
+    """W' of one weight. Value: see `purify_weight`."""
 
     weight: LoadTensor
     base: Optional[LoadTensor]
@@ -302,42 +244,16 @@ class PurifyTensor(_TensorTask):
     def execute(self, weight: Tensor, tail: dict, allocation: list[list[int]], base: Optional[Tensor] = None) -> dict[str, Any]:
         if self.target == "task_vector" and base is None:
             raise PaveError(f"{self.model}: {self.tensor} is not in the base model; put it under pave.exclude")
-        dtype = dtype_from_name(self.dtype) or weight.dtype
-        matrices = _matrices(weight, self.transposed)
-        bases = None if base is None else _matrices(base, self.transposed)
-        # What has no tail stays as it is: an expert with too few tokens, a layer that was never called.
-        every = len(tail["slices"]) == len(matrices)
-        result = torch.empty_like(weight, dtype=dtype) if every else weight.to(dtype, copy=True)
-        stats = []
-        for place, (known, drop) in enumerate(zip(tail["slices"], allocation[self.position], strict=True)):
-            i = known["expert"] if weight.dim() == 3 else 0
-            removed, change = drop_components(
-                matrices[i],
-                tail["directions"][place, :, :drop],
-                None if bases is None else bases[i],
-                target=self.target,
-                out=_matrices(result, self.transposed)[i],
-            )
-            components = min(matrices[i].shape)
-            stats.append(
-                {
-                    "tensor": self.tensor,
-                    **({} if known["expert"] is None else {"expert": known["expert"]}),
-                    "output": self.allocation.output,
-                    "model": str(self.model),
-                    "components": components,
-                    "kept": components - drop,
-                    "energy_dropped": tail["values"][place, :drop].square().sum().item() / (known["energy"] or 1.0),
-                    "removed_norm": removed,
-                    "change_norm": change,
-                    "tokens": known["tokens"],
-                }
-            )
-        left = {}
-        for expert, tokens in tail["left"].items():
-            name = f"{self.tensor}[{expert}]" if weight.dim() == 3 else self.tensor
-            left[name] = f"{FEW_TOKENS} ({tokens})" if expert else NEVER_CALLED
-        return {"tensor": result, "stats": stats, "left": left}
+        return purify_weight(
+            weight,
+            base,
+            tail,
+            allocation[self.position],
+            transposed=self.transposed,
+            target=self.target,
+            dtype=dtype_from_name(self.dtype) or weight.dtype,
+            row={"tensor": self.tensor, "output": self.allocation.output, "model": str(self.model)},
+        )
 
 
 class PurifiedTensor(_TensorTask):

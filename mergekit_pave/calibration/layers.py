@@ -172,11 +172,34 @@ def describe(config: transformers.PretrainedConfig, folder: str, trust_remote_co
     """Find the linear layers of a model without reading its weights."""
     model = empty_model(model_class(config, folder, trust_remote_code), config)
     model.tie_weights()
-    base = backbone(model)
+    linears, heads, routers = find_linears(model)
+    weights = {name: tuple(value.shape) for name, value in model.named_parameters(remove_duplicate=False)}
+    most = max((len(linear.experts) for linear in linears.values()), default=0)
+    return Architecture(
+        linears=linears,
+        heads=heads,
+        routers=routers,
+        weights=weights,
+        tensors=frozenset(dict(model.named_parameters())) | (model.state_dict().keys() - weights.keys()),
+        prefix=f"{model.base_model_prefix}." if model.base_model_prefix else "",
+        renamed=renaming(model),
+        vocabulary=getattr(model.get_input_embeddings(), "num_embeddings", None),
+        positions=_longest_sequence(model),
+        hidden_size=getattr(config.get_text_config(), "hidden_size", 0),
+        experts_a_token=getattr(config.get_text_config(), "num_experts_per_tok", None) or most,
+        blocks=_sizes(model),
+        conversions=get_model_conversion_mapping(model, add_legacy=False),
+        inputs=frozenset(inspect.signature(backbone(model).forward).parameters),
+        shift=_target_shift(model, folder),
+    )
+
+
+def find_linears(model: nn.Module) -> tuple[dict[str, Linear], frozenset[str], frozenset[str]]:
+    """The `linears`, `heads` and `routers` of an `Architecture`."""
+    base, start = backbone(model), _prefix(model)
     inside = {id(module) for module in base.modules()}
     output = model.get_output_embeddings()
     experts = find_experts(base)
-    start = "" if base is model else f"{model.base_model_prefix}."
     routers = {start + name for name in find_routers(base, experts)}
     linears, heads = {}, set()
     for path, module in model.named_modules():
@@ -196,25 +219,12 @@ def describe(config: transformers.PretrainedConfig, folder: str, trust_remote_co
             count, *shape = getattr(module, leaf).shape
             shape = tuple(shape[::-1] if module.is_transposed else shape)
             linears[name] = Linear(name, shape, module.is_transposed, tuple(range(count)), stacked=True)
-    weights = {name: tuple(value.shape) for name, value in model.named_parameters(remove_duplicate=False)}
-    most = max((len(linear.experts) for linear in linears.values()), default=0)
-    return Architecture(
-        linears=linears,
-        heads=frozenset(heads),
-        routers=frozenset(routers),
-        weights=weights,
-        tensors=frozenset(dict(model.named_parameters())) | (model.state_dict().keys() - weights.keys()),
-        prefix=f"{model.base_model_prefix}." if model.base_model_prefix else "",
-        renamed=renaming(model),
-        vocabulary=getattr(model.get_input_embeddings(), "num_embeddings", None),
-        positions=_longest_sequence(model),
-        hidden_size=getattr(config.get_text_config(), "hidden_size", 0),
-        experts_a_token=getattr(config.get_text_config(), "num_experts_per_tok", None) or most,
-        blocks=_sizes(base, start),
-        conversions=get_model_conversion_mapping(model, add_legacy=False),
-        inputs=frozenset(inspect.signature(base.forward).parameters),
-        shift=_target_shift(model, folder),
-    )
+    return linears, frozenset(heads), frozenset(routers)
+
+
+def _prefix(model: nn.Module) -> str:
+    """What the names of the backbone's parts begin with in the whole model."""
+    return "" if backbone(model) is model else f"{model.base_model_prefix}."
 
 
 def renaming(model: nn.Module) -> Callable[[str], str]:
@@ -240,9 +250,10 @@ def find_blocks(model: nn.Module) -> dict[nn.Module, str]:
     return blocks
 
 
-def _sizes(backbone: nn.Module, prefix: str) -> dict[str, int]:
-    sizes = {prefix + path: sum(p.numel() for p in block.parameters()) for block, path in find_blocks(backbone).items()}
-    return sizes | {"": sum(p.numel() for p in backbone.parameters()) - sum(sizes.values())}
+def _sizes(model: nn.Module) -> dict[str, int]:
+    base, prefix = backbone(model), _prefix(model)
+    sizes = {prefix + path: sum(p.numel() for p in block.parameters()) for block, path in find_blocks(base).items()}
+    return sizes | {"": sum(p.numel() for p in base.parameters()) - sum(sizes.values())}
 
 
 def _target_shift(model: nn.Module, folder: str) -> Callable[[list[int]], list[int]] | None:

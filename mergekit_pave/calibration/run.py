@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import time
@@ -178,7 +179,7 @@ def measure_in_lockstep(job: Job, runtime: Runtime, batch_size: int, apart: froz
     cls = model_class(job.config, job.folder, runtime.trust_remote_code)
     dtype = inference_dtype(job.config, runtime.device)
     streamed = StreamedModel(cls, job.config, job.folder, dtype, runtime.device)
-    run = _runner(streamed.model, batch_size)
+    run = _runner(streamed.model, unpadded=batch_size == 1)
     observer = Observer(streamed.model, job.layers, job.name, apart, unpadded=batch_size == 1)
     batches = [batch.to(runtime.device) for batch in distributed.share(job.encoded, batch_size)]
     tokens = sum(sample.length for sample in job.encoded) / distributed.world_size()
@@ -206,25 +207,47 @@ def measure_whole(job: Job, runtime: Runtime, batch_size: int, apart: frozenset[
         DivergedError: as above.
     """
     model = load_model(job.config, job.folder, runtime.device, runtime.trust_remote_code)
-    run = _runner(model, batch_size)
-    observer = Observer(model, job.layers, job.name, apart, unpadded=batch_size == 1)
     batches = distributed.share(job.encoded, batch_size)
+    unpadded = batch_size == 1
+    measure = functools.partial(measure_model, model, job.layers, job.name, batches, apart, unpadded)
+    yield from distributed.add_up(distributed.together(lambda: measure(runtime.device, runtime.quiet)))
 
-    def measure() -> list[tuple[list[str], Covariance]]:
-        with bar(len(batches), f"Calibrating {job.name}", "batch", runtime.quiet) as progress:
-            for batch in batches:
-                batch = batch.to(runtime.device)
-                begin(batch)
-                run(batch)
-                progress.update()
+
+def measure_model(
+    model: nn.Module,
+    layers: list[str],
+    name: str,
+    batches: list[Batch],
+    apart: frozenset[str],
+    unpadded: bool,
+    device: str,
+    quiet: bool,
+) -> list[tuple[list[str], Covariance]]:
+    """Each covariance with the layers that it belongs to, of a model that is in memory.
+
+    Args:
+        layers, name, apart, unpadded: see `Observer`.
+
+    Raises:
+        UnalignedInputError: only batches without padding will do.
+        DivergedError: a layer's role has to be among those that are measured `apart`.
+    """
+    run = _runner(model, unpadded)
+    observer = Observer(model, layers, name, apart, unpadded)
+    with (
+        torch.no_grad(),
+        observer.watching() as begin,
+        bar(len(batches), f"Calibrating {name}", "batch", quiet) as progress,
+    ):
+        for batch in batches:
+            batch = batch.to(device)
+            begin(batch)
+            run(batch)
+            progress.update()
         return observer.take()
 
-    with torch.no_grad(), observer.watching() as begin:
-        measured = distributed.together(measure)
-    yield from distributed.add_up(measured)
 
-
-def _runner(model: nn.Module, batch_size: int) -> Callable[[Batch], None]:
+def _runner(model: nn.Module, unpadded: bool) -> Callable[[Batch], None]:
     """A function that runs the model on a batch.
 
     Heads are not measured, and a language model's is often the costliest layer: only the backbone is run.
@@ -236,7 +259,7 @@ def _runner(model: nn.Module, batch_size: int) -> Callable[[Batch], None]:
         model.config.use_cache = False
     base = backbone(model)
     accepted = inspect.signature(base.forward).parameters
-    if "input_ids" in accepted and "attention_mask" not in accepted and batch_size > 1:
+    if "input_ids" in accepted and "attention_mask" not in accepted and not unpadded:
         raise UnalignedInputError("a model without attention_mask")
 
     def run(batch: Batch) -> None:

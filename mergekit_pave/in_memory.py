@@ -1,0 +1,281 @@
+"""PAVE on a transformers model that is in memory: the Python side of a `pave:` block, for notebooks and scripts."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import transformers
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor, nn
+
+from mergekit_pave.allocation import fair_share
+from mergekit_pave.calibration.batches import Batch
+from mergekit_pave.calibration.layers import Linear, backbone, find_linears
+from mergekit_pave.calibration.observe import DivergedError, UnalignedInputError
+from mergekit_pave.calibration.run import measure_model
+from mergekit_pave.config import DEFAULT_CALIBRATION, PaveConfig, Regularization
+from mergekit_pave.covariance import Covariance
+from mergekit_pave.purification import decompose_weight, missed_layers, purify_weight
+from mergekit_pave.report import NEVER_CALLED, left_experts, never_called, summary, warnings
+
+LOG = logging.getLogger(__name__)
+
+Tensors = Mapping[str, Tensor]
+
+
+def purify_model(
+    model: transformers.PreTrainedModel,
+    batches: Tensors | Iterable[Tensors],
+    *,
+    rank_ratio: float = PaveConfig.model_fields["rank_ratio"].default,
+    base: nn.Module | Tensors | None = None,
+    target: Literal["weights", "task_vector"] = "weights",
+    regularization: float | Mapping[str, float] | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    min_tokens: int = DEFAULT_CALIBRATION.min_tokens,
+    quiet: bool = False,
+) -> list[dict[str, Any]]:
+    """Purify every linear layer of a model's backbone in place, as a `pave:` block with `allocation: uniform` would.
+
+    Each weight drops its fair share: spectral allocation compares several models, and here is one. The model runs over the
+    batches in the precision in which it was loaded, and all covariances are in memory at once, in at most 8 d² bytes for
+    each distinct layer input of width d. Weights change only when everything is computed, so what fails leaves the model as
+    it was.
+
+    Args:
+        model: all of it in memory, without adapters (`merge_and_unload()` them) and not quantised.
+        batches: what the model's tokenizer or image processor returns with `return_tensors="pt"`, one batch or several; with
+            `attention_mask` where there is padding, which never counts; for an encoder-decoder model with `decoder_input_ids`.
+        rank_ratio: share of singular components kept, 0 < x <= 1.
+        base: what the model was fine-tuned from, or its state dict; for the target `task_vector`, and for `change_norm`.
+        target: what is purified: the weights, as published, or only what fine-tuning changed.
+        regularization: λ as a number, or {"relative": share of C's mean diagonal}, by default 0.01 of it.
+        include, exclude: parts of the names of parameters: purify only these, leave these alone.
+        min_tokens: how many tokens an expert must have seen to be purified.
+        quiet: draw no bar.
+
+    Returns:
+        Rows like those of `pave_report.json`: {tensor, expert (of a mixture), components, kept, energy_dropped, removed_norm,
+        change_norm, tokens} for each matrix. What was left as it is, though it is a linear layer, is logged as a warning.
+
+    Raises:
+        ValueError: an argument does not fit the model.
+        PaveError: the model or its activations do not allow it.
+    """
+    linears = _choose(model, rank_ratio, include, exclude)
+    bases = _base_tensors(base, linears, model)
+    if target not in ("weights", "task_vector"):
+        raise ValueError(f"target must be 'weights' or 'task_vector', not {target!r}")
+    if target == "task_vector" and base is None:
+        raise ValueError("target='task_vector' needs base, the model that this one was fine-tuned from")
+    shift = _regularization(regularization)
+    name = model.name_or_path or type(model).__name__
+
+    known = _measure(model, _as_batches(model, batches), name, quiet)
+    every, _, _ = find_linears(model)
+    size = sum(linear.size for linear in every.values())
+    missed = missed_layers(name, tuple(linears.values()), size, known)
+    left = {tensor: NEVER_CALLED for tensor, linear in linears.items() if linear in missed}
+    tails = {
+        tensor: decompose_weight(
+            model.get_parameter(tensor).detach(),
+            linear,
+            known,
+            shift,
+            _drop(linear, rank_ratio),
+            min_tokens if linear.experts else 0,
+            (name, tensor),
+        )
+        for tensor, linear in linears.items()
+        if tensor not in left
+    }
+
+    rows: list[dict[str, Any]] = []
+    for tensor, tail in tails.items():
+        parameter = model.get_parameter(tensor)
+        purified = purify_weight(
+            parameter.detach(),
+            bases.get(tensor),
+            tail,
+            [_drop(linears[tensor], rank_ratio)] * len(tail["slices"]),
+            transposed=linears[tensor].transposed,
+            target=target,
+            dtype=parameter.dtype,
+            row={"tensor": tensor, "output": tensor, "model": name},
+        )
+        with torch.no_grad():
+            parameter.copy_(purified["tensor"])
+        rows += purified["stats"]
+        left |= purified["left"]
+    report = {"tensors": len(model.state_dict()), "purified": rows, "models": {name: {"left_as_they_are": left}}}
+    LOG.info(summary(report))
+    for line in left_experts(report) + never_called(report) + warnings(report):
+        LOG.warning(line)
+    return rows
+
+
+def _drop(linear: Linear, rank_ratio: float) -> int:
+    return fair_share(min(linear.shape), rank_ratio)
+
+
+def _choose(
+    model: transformers.PreTrainedModel, rank_ratio: float, include: Sequence[str], exclude: Sequence[str]
+) -> dict[str, Linear]:
+    """The linear layers to purify, by the names of their weights."""
+    if not isinstance(model, transformers.PreTrainedModel):
+        raise ValueError(f"model must be one of transformers, not {type(model).__name__}; merge adapters into it first")
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise ValueError("the model has adapters, which would not be purified; merge them into its weights first")
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None):
+        raise ValueError("the model is quantised; load it in float16, bfloat16 or float32")
+    if isinstance(rank_ratio, bool) or not 0 < rank_ratio <= 1:
+        raise ValueError(f"rank_ratio must be a share of components, 0 < x <= 1, not {rank_ratio!r}")
+    if isinstance(include, str) or isinstance(exclude, str):
+        raise ValueError("include and exclude must be lists of parts of names, not one string")
+    linears, _, _ = find_linears(model)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for pattern, names in [*((p, linears) for p in include), *((p, parameters) for p in exclude)]:
+        if not any(pattern in tensor for tensor in names):
+            raise ValueError(f"{pattern!r} is part of no {'linear weight' if names is linears else 'parameter'}'s name")
+    chosen = {
+        tensor: linear
+        for tensor, linear in linears.items()
+        if (not include or any(p in tensor for p in include))
+        and not any(p in tensor for p in exclude)
+        and _drop(linear, rank_ratio)
+    }
+    if not chosen:
+        raise ValueError("no weight would be purified; widen rank_ratio, include or exclude")
+    for tensor in chosen:
+        if parameters[tensor].is_meta:
+            raise ValueError(f"{tensor} is not in memory (offloaded); load the model without offloading")
+        if tied := [other for other, value in parameters.items() if value is parameters[tensor] and other != tensor]:
+            raise ValueError(f"{tensor} is the same parameter as {tied[0]}, so it cannot be purified for one of them; exclude it")
+    return chosen
+
+
+def _base_tensors(base: nn.Module | Tensors | None, linears: dict[str, Linear], model: nn.Module) -> Tensors:
+    """The base's weight of each layer."""
+    if base is None:
+        return {}
+    state = base.state_dict() if isinstance(base, nn.Module) else base
+    tensors = {}
+    for tensor in linears:
+        parameter = model.get_parameter(tensor)
+        if tensor not in state or state[tensor].shape != parameter.shape:
+            found = f"of shape {tuple(state[tensor].shape)}" if tensor in state else "not there"
+            raise ValueError(f"base: {tensor} is {found}, where the model has one of shape {tuple(parameter.shape)}")
+        tensors[tensor] = state[tensor].detach().to(parameter.device)
+    return tensors
+
+
+def _regularization(given: float | Mapping[str, float] | None) -> Any:
+    if given is None:
+        return PaveConfig.model_fields["regularization"].default
+    try:
+        return TypeAdapter(Regularization).validate_python(dict(given) if isinstance(given, Mapping) else given)
+    except ValidationError as error:
+        raise ValueError(f"regularization: {error.errors()[0]['msg']} (got {given!r})") from None
+
+
+class _Measured:
+    """Covariances in memory, by layer; see `purification.Covariances`."""
+
+    def __init__(self, measured: list[tuple[list[str], Covariance]]):
+        self._of = {layer: covariance for members, covariance in measured for layer in members}
+
+    def tokens(self, layer: str) -> int:
+        return self._of[layer].tokens if layer in self._of else 0
+
+    def load(self, layer: str) -> Covariance:
+        return self._of[layer]
+
+
+def _measure(model: transformers.PreTrainedModel, batches: list[Batch], name: str, quiet: bool) -> _Measured:
+    linears, _, _ = find_linears(model)
+    layers = [linear.module for linear in linears.values() if not linear.experts]
+    apart: frozenset[str] = frozenset()
+    unpadded = False
+    with _inference(model):
+        while True:
+            try:
+                return _Measured(measure_model(model, layers, name, batches, apart, unpadded, str(model.device), quiet))
+            except DivergedError as error:
+                apart |= {error.role}
+            except UnalignedInputError:  # padding cannot be told from tokens in one of the layers
+                batches, unpadded = [_as_batch(model, single) for batch in batches for single in _one_by_one(batch)], True
+
+
+@contextlib.contextmanager
+def _inference(model: transformers.PreTrainedModel) -> Iterator[None]:
+    """Without dropout and without a cache of keys and values; afterwards the model is as it was."""
+    modes = {module: module.training for module in model.modules()}
+    cached = getattr(model.config, "use_cache", None)
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        if cached is not None:
+            model.config.use_cache = cached
+
+
+def _as_batches(model: transformers.PreTrainedModel, given: Tensors | Iterable[Tensors]) -> list[Batch]:
+    batches = [_as_batch(model, inputs) for inputs in ([given] if isinstance(given, Mapping) else given)]
+    if not batches:
+        raise ValueError("there are no batches to calibrate with")
+    return batches
+
+
+def _as_batch(model: transformers.PreTrainedModel, inputs: Tensors) -> Batch:
+    if not isinstance(inputs, Mapping) or not all(isinstance(values, Tensor) for values in inputs.values()):
+        raise ValueError("a batch must be a dict of tensors, as a tokenizer makes it with return_tensors='pt'")
+    inputs = dict(inputs)
+    if model.main_input_name not in inputs:
+        raise ValueError(f"a batch for {type(model).__name__} must have {model.main_input_name}; it has {', '.join(inputs)}")
+    origins = [f"sample {i} of its batch" for i in range(len(inputs[model.main_input_name]))]
+    if "input_ids" not in inputs:
+        return Batch(inputs, (), origins)
+    if "pixel_values" in inputs and len(origins) > 1:
+        raise ValueError("images with texts must come one sample a batch")
+    counted = [_mask(inputs, "")]
+    if "decoder_input_ids" in inspect.signature(backbone(model).forward).parameters:
+        if "decoder_input_ids" not in inputs:
+            raise ValueError("a batch for an encoder-decoder model must have decoder_input_ids, what its decoder is shown")
+        mask = _mask(inputs, "decoder_")
+        if mask.shape == counted[0].shape:  # a layer's input has to show which of the two it belongs to
+            mask = nn.functional.pad(mask, (0, 1))
+            inputs["decoder_input_ids"] = nn.functional.pad(inputs["decoder_input_ids"], (0, 1))
+            inputs["decoder_attention_mask"] = mask.long()
+        counted.append(mask)
+    return Batch(inputs, tuple(counted), origins)
+
+
+def _mask(inputs: Tensors, side: str) -> Tensor:
+    """Which of the tokens are no padding, bool (samples, length)."""
+    tokens, mask = inputs[f"{side}input_ids"], inputs.get(f"{side}attention_mask")
+    if mask is None and len(tokens) > 1:
+        raise ValueError(f"a batch of several samples must have {side}attention_mask: padding must not count")
+    if mask is None:
+        return torch.ones_like(tokens, dtype=torch.bool)
+    if mask.shape != tokens.shape:
+        raise ValueError(f"{side}attention_mask must be of the shape {tuple(tokens.shape)} of the ids, not {tuple(mask.shape)}")
+    return mask.bool()
+
+
+def _one_by_one(batch: Batch) -> Iterator[Tensors]:
+    """The samples of a batch, each without padding."""
+    for i in range(len(batch.origins)):
+        single = {name: values[i : i + 1] if len(batch.origins) > 1 else values for name, values in batch.inputs.items()}
+        for side, counted in zip(("", "decoder_"), batch.counted):
+            for name, values in single.items():
+                if name.startswith("decoder_") == bool(side) and batch.inputs[name].shape == counted.shape:
+                    single[name] = values[:, counted[i]]
+        yield single

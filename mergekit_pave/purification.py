@@ -1,0 +1,182 @@
+"""PAVE on a weight as a model stores it: of one linear layer, possibly transposed, or of all experts of a mixture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mergekit_pave.calibration.layers import Linear
+from mergekit_pave.config import RelativeRegularization
+from mergekit_pave.covariance import Covariance
+from mergekit_pave.errors import PaveError
+from mergekit_pave.report import FEW_TOKENS, NEVER_CALLED
+from mergekit_pave.subspace import Tail, drop_components, tail_components
+
+
+class Covariances(Protocol):
+    """The covariances of a model's layers."""
+
+    def tokens(self, layer: str) -> int:
+        """How many tokens the layer saw."""
+
+    def load(self, layer: str) -> Covariance:
+        """The covariance of the input of a layer that has seen tokens."""
+
+
+def missed_layers(model: str, wanted: tuple[Linear, ...], size: int, known: Covariances) -> list[Linear]:
+    """Layers that calibration has not reached, which are left as they are, but not most of a model.
+
+    Of experts the tokens are counted instead.
+
+    Args:
+        model: its name, for messages.
+        wanted: the layers that are to be purified.
+        size: the number of weights in all of the model's linear layers.
+
+    Raises:
+        PaveError: they hold more than half of its weights in linear layers, or are all that was to be purified.
+    """
+    missed = [linear for linear in wanted if not linear.experts and not known.tokens(linear.module)]
+    share = sum(linear.size for linear in missed) / size
+    if share > 0.5 or len(missed) == len(wanted):
+        raise PaveError(
+            f"{model}: {len(missed)} of {len(wanted)} layers to be purified were never called during calibration "
+            f"(such as {missed[0].module}); they hold {share:.0%} of the weights in the model's linear layers. Use data that "
+            "reaches them, such as images for a vision tower, or put them under pave.exclude to merge them as they are"
+        )
+    return missed
+
+
+def decompose_weight(
+    weight: Tensor,
+    layer: Linear,
+    known: Covariances,
+    regularization: float | RelativeRegularization,
+    count: int,
+    min_tokens: int,
+    where: tuple[str, str],
+) -> dict[str, Any]:
+    """The tails of the matrices of one weight: of one matrix, or of all experts that saw enough tokens.
+
+    Args:
+        weight: as it is stored.
+        count: components in each tail.
+        min_tokens: tokens that an expert must have seen.
+        where: the names of the model and the tensor, for messages.
+
+    Returns:
+        {directions: (tails, d_out, count), values: (tails, count), ascending, slices: what else is known of each:
+        [{expert, largest, energy, tokens}], left: {expert, or "": the tokens it saw, which are too few}}.
+
+    Raises:
+        PaveError: the weight is not finite or not that of the layer.
+    """
+    model, tensor = where
+    if weight.shape != layer.stored_shape or not weight.is_floating_point():
+        raise PaveError(
+            f"{model}: {tensor} is a {weight.dtype} tensor of shape {tuple(weight.shape)}, but the layer "
+            f"{layer.module} of the architecture has a float weight of shape {layer.stored_shape}; "
+            "it cannot be purified"
+        )
+    if not weight.isfinite().all():
+        raise PaveError(f"{model}: {tensor} has values that are not finite")
+    tails, slices, left = [], [], {}
+    for matrix, name, expert in zip(_matrices(weight, layer.transposed), layer.layers, layer.experts or (None,), strict=True):
+        if known.tokens(name) < max(1, min_tokens):
+            left["" if expert is None else str(expert)] = known.tokens(name)
+            continue
+        covariance = known.load(name).to(weight.device)
+        shift = shift_of(covariance, regularization)
+        if not shift > 0:
+            raise PaveError(
+                f"{model}: all calibration inputs of {name} are zero, so a relative regularization is zero too; "
+                "set an absolute pave.regularization or exclude the layer"
+            )
+        tail = tail_components(matrix, covariance, shift, count)
+        tails.append(tail)
+        slices.append({"expert": expert, "largest": tail.largest, "energy": tail.energy, "tokens": covariance.tokens})
+    return {**_stacked(tails, layer.shape[0], count, weight.device), "slices": slices, "left": left}
+
+
+def shift_of(covariance: Covariance, regularization: float | RelativeRegularization) -> float:
+    """λ as a number."""
+    if isinstance(regularization, RelativeRegularization):
+        return regularization.relative * covariance.mean_diagonal()
+    return regularization
+
+
+def _stacked(tails: list[Tail], d_out: int, count: int, device: torch.device) -> dict[str, Tensor]:
+    empty = torch.zeros(0, d_out, count, device=device)
+    return {
+        # float32 adds an error of about 1e-7 of ||W||, which is what storing W' in float32 costs, too.
+        "directions": torch.stack([tail.directions.float() for tail in tails]) if tails else empty,
+        "values": torch.stack([tail.values for tail in tails]) if tails else empty[:, 0].double(),
+    }
+
+
+def _matrices(weight: Tensor, transposed: bool) -> Tensor:
+    """A weight as the matrices that it holds: (1 or the number of experts, d_out, d_in), a view."""
+    matrices = weight if weight.dim() == 3 else weight[None]
+    return matrices.mT if transposed else matrices
+
+
+def purify_weight(
+    weight: Tensor,
+    base: Tensor | None,
+    tail: Mapping[str, Any],
+    drops: list[int],
+    *,
+    transposed: bool,
+    target: str,
+    dtype: torch.dtype,
+    row: Mapping[str, Any],
+) -> dict[str, Any]:
+    """W' of one weight.
+
+    Args:
+        weight: W, as it is stored.
+        base: W_base likewise, if there is one; the target `task_vector` needs it.
+        tail: see `decompose_weight`.
+        drops: how many components each of its slices loses.
+        dtype: of the result.
+        row: what each row of the report says beside its figures, the name of the `tensor` among it.
+
+    Returns:
+        {tensor: W', stats: a row of the report for each matrix, left: {a matrix that stays as it is: why}}.
+    """
+    matrices = _matrices(weight, transposed)
+    bases = None if base is None else _matrices(base, transposed)
+    # What has no tail stays as it is: an expert with too few tokens, a layer that was never called.
+    every = len(tail["slices"]) == len(matrices)
+    result = torch.empty_like(weight, dtype=dtype) if every else weight.to(dtype, copy=True)
+    stats = []
+    for place, (known, drop) in enumerate(zip(tail["slices"], drops, strict=True)):
+        i = known["expert"] if weight.dim() == 3 else 0
+        removed, change = drop_components(
+            matrices[i],
+            tail["directions"][place, :, :drop],
+            None if bases is None else bases[i],
+            target=target,
+            out=_matrices(result, transposed)[i],
+        )
+        components = min(matrices[i].shape)
+        stats.append(
+            {
+                **row,
+                **({} if known["expert"] is None else {"expert": known["expert"]}),
+                "components": components,
+                "kept": components - drop,
+                "energy_dropped": tail["values"][place, :drop].square().sum().item() / (known["energy"] or 1.0),
+                "removed_norm": removed,
+                "change_norm": change,
+                "tokens": known["tokens"],
+            }
+        )
+    left = {}
+    for expert, tokens in tail["left"].items():
+        name = f"{row['tensor']}[{expert}]" if weight.dim() == 3 else row["tensor"]
+        left[name] = f"{FEW_TOKENS} ({tokens})" if expert else NEVER_CALLED
+    return {"tensor": result, "stats": stats, "left": left}
