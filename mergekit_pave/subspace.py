@@ -291,10 +291,8 @@ def purify(weight: Tensor, covariance: Covariance, rank: int, *, shift: float | 
     if weight.dim() != 2 or not weight.is_floating_point():
         raise ValueError(f"weight must be a float matrix (d_out, d_in), not {weight.dtype} of shape {shape}")
     if shape[1] != covariance.dim:
-        turned = "; pass weight.T where (d_in, d_out) is stored, as in GPT-2" if shape[0] == covariance.dim else ""
-        raise ValueError(
-            f"a weight of shape {shape} has inputs {shape[1]} wide, but the covariance is of {covariance.dim}{turned}"
-        )
+        way = "; pass weight.T where (d_in, d_out) is stored, as in GPT-2" if shape[0] == covariance.dim else ""
+        raise ValueError(f"a weight of shape {shape} has inputs {shape[1]} wide, but the covariance is for {covariance.dim}{way}")
     if not weight.isfinite().all():
         raise ValueError("weight has values that are not finite")
     components = min(shape)
