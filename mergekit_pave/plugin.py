@@ -4,11 +4,10 @@
   plans every tensor that all of its inputs have.
 - `MergePlanner._plan` gets an architecture whose tensors go by the names that the checkpoints have for them, and swaps the
   gather tasks of purified tensors.
-- `MergePlanner.plan_to_disk` and `plan_in_memory` fill the caches with what the merge will read. What fails there leaves
-  nothing behind, as mergekit has not opened its output; and each phase has a bar of its own, where mergekit's, which counts
-  tasks, would take a calibration for one of hundreds.
-- `plan_to_disk` also adds the task that writes the report, and sees to it that `generate_card`, which `mergekit.merge` will
-  call when the merge is done, appends to the card.
+- `MergePlanner.plan_to_disk` fills the caches with what the merge will read. What fails there leaves nothing behind, as
+  mergekit has not opened its output; and each phase has a bar of its own, where mergekit's, which counts tasks, would take
+  a calibration for one of hundreds. It also adds the task that writes the report, and sees to it that `generate_card`, which
+  `mergekit.merge` will call when the merge is done, appends to the card.
 
 Without a `pave:` block each of these hands on to mergekit's own code and does nothing else.
 """
@@ -51,8 +50,7 @@ def register() -> None:
     if not hasattr(MergePlanner._plan, "__wrapped__"):
         MergePlanner.plan_tensor = _noting_position(MergePlanner.plan_tensor)
         MergePlanner._plan = _with_purification(MergePlanner._plan)
-        MergePlanner.plan_to_disk = _with_report(_with_caches(MergePlanner.plan_to_disk))
-        MergePlanner.plan_in_memory = _with_caches(MergePlanner.plan_in_memory)
+        MergePlanner.plan_to_disk = _with_phases(MergePlanner.plan_to_disk)
         log = logging.getLogger("mergekit_pave")
         if log.level == logging.NOTSET:
             log.setLevel(logging.INFO)  # the line that says what was purified shows at default verbosity
@@ -169,24 +167,14 @@ def _template(name: str) -> str:
     return RE_LAYER_INDEX.sub(".${layer_index}.", name, count=1)
 
 
-def _with_caches(plan):
-    @functools.wraps(plan)
-    def wrapper(self, *args, **kwargs):
-        tasks = plan(self, *args, **kwargs)
-        if self.config.pave is not None:
-            _calibrate(self._pave_plan, self.options)
-            _decompose(self._pave_plan.decompositions, self.options)
-        return tasks
-
-    return wrapper
-
-
-def _with_report(plan_to_disk):
+def _with_phases(plan_to_disk):
     @functools.wraps(plan_to_disk)
     def wrapper(self, out_path):
         tasks = plan_to_disk(self, out_path)
         if self.config.pave is not None:
             plan = self._pave_plan
+            _calibrate(plan, self.options)
+            _decompose(plan.decompositions, self.options)
             tasks.append(WriteReport(out_path=out_path, header=json.dumps(plan.header), stats=tuple(plan.stats)))
             self.config.pave._out_path = out_path
             merge = sys.modules.get("mergekit.merge")

@@ -1,0 +1,103 @@
+"""Bars: one a phase, lines where output goes to a file, and nothing with --quiet."""
+
+import io
+import sys
+
+import pytest
+import torch
+from click.testing import CliRunner
+from merging import command, config_for, entries, forget_checkpoints, invoke, merge, write_config
+
+from mergekit_pave import cli, progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_log_file_gets_a_line_now_and_then(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with progress.bar(1000, "Decomposing", "weight", hidden=False) as bar:
+        for _ in range(1000):
+            bar.update()
+    lines = sys.stderr.getvalue().splitlines()
+    assert "\r" not in sys.stderr.getvalue()
+    assert len(lines) == 2 and lines[0].startswith("Decomposing: 0 of 1000 weights") and "1000 of 1000" in lines[1]
+
+
+def test_a_line_is_told_when_it_is_time(monkeypatch):
+    monkeypatch.setattr(progress, "_SECONDS", 0)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with progress.bar(3, "Calibrating x", "block", hidden=False) as bar:
+        for i in range(3):
+            bar.set_postfix_str(f"{i} tokens/s", refresh=False)
+            bar.update()
+    lines = sys.stderr.getvalue().splitlines()
+    assert [line.split(" after")[0] for line in lines[:4]] == [f"Calibrating x: {i} of 3 blocks" for i in range(4)]
+    assert lines[3].endswith("2 tokens/s")
+
+
+def test_a_terminal_gets_a_bar(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with progress.bar(3, "Calibrating x", "block", hidden=False) as bar:
+        bar.update(3)
+    assert "\rCalibrating x:" in sys.stderr.getvalue() and "3/3" in sys.stderr.getvalue()
+
+
+def test_phases_of_a_merge(llama, tmp_path, cache):
+    """Calibration and decomposition are told apart, each to its end, and mergekit's bar counts nothing but the merge."""
+    path = write_config(config_for(llama, {}), tmp_path / "config.yml")
+    cold = command("mergekit-yaml", path, tmp_path / "cold").stderr
+    told = [line for line in cold.splitlines() if line.startswith(("Calibrating", "Decomposing"))]
+    names = [str(model) for model in llama.tuned[:2]]
+    starts = [*(f"Calibrating {name}: {n} of 3 blocks" for name in names for n in (0, 3))]
+    starts += [f"Decomposing: {n} of 42 weights" for n in (0, 42)]
+    assert len(told) == len(starts) and all(line.startswith(start) for line, start in zip(told, starts)), told
+    assert "tokens/s" in told[1]
+    assert cold.count("of 42 weights are in the cache") == 1 and cold.count("to be calibrated") == 2
+    warm = command("mergekit-yaml", path, tmp_path / "warm").stderr
+    assert "Calibrating" not in warm and "Decomposing" not in warm
+    assert last_count(cold) == last_count(warm)
+
+
+def last_count(stderr: str) -> str:
+    """How many tasks mergekit's bar counts."""
+    return stderr.rpartition("Executing graph")[2].split("/")[1].split(" ")[0]
+
+
+def test_quiet_is_quiet(llama, tmp_path, cache):
+    models = entries(llama)
+    models[0]["data"]["path"] = str(tmp_path / "fresh.jsonl")  # which `datasets` has not seen, and would draw a bar for
+    (tmp_path / "fresh.jsonl").write_text(llama.data[0].read_text())
+    result = invoke(config_for(llama, {"models": models}), tmp_path / "out", "--quiet")
+    assert result.exit_code == 0
+    assert "\r" not in result.output and "Calibrating" not in result.output and "Decomposing" not in result.output
+
+
+def test_planning_says_nothing_of_what_it_does_not_do(llama, tmp_path, cache, caplog):
+    forget_checkpoints()
+    path = write_config(config_for(llama, {}), tmp_path / "config.yml")
+    assert CliRunner().invoke(cli.main, ["plan", str(path)]).exit_code == 0
+    assert not [record for record in caplog.records if "to be calibrated" in record.getMessage()]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_weight_that_goes_to_two_places_with_two_cuts(llama, tmp_path, cache, cached):
+    """In a frankenmerge a gradient asks for two cuts of one weight; each has to get its own, in whatever order they come."""
+    model, data = str(llama.tuned[0]), {"path": str(llama.data[0])}
+
+    def stacked(*ranges):
+        slices = [{"sources": [{"model": model, "layer_range": list(r)}]} for r in ranges]
+        pave = {"models": [{"model": model, "data": data}], "rank_ratio": [0.95, 0.5]}
+        return {"merge_method": "passthrough", "slices": slices, "dtype": "float32", "pave": pave}
+
+    if cached:
+        merge(stacked((0, 2)), tmp_path / "first")
+    both = merge(stacked((0, 2), (0, 3)), tmp_path / "both")
+    name = "mlp.up_proj.weight"
+    first, second = (merge(stacked(r), tmp_path / str(r)) for r in ((0, 2), (0, 3)))
+    for layer, alone, of in ((0, first, 0), (1, first, 1), (2, second, 0), (3, second, 1), (4, second, 2)):
+        tensor = both[f"model.layers.{layer}.{name}"]
+        torch.testing.assert_close(tensor, alone[f"model.layers.{of}.{name}"], rtol=1e-4, atol=1e-6)
+    assert not torch.equal(both[f"model.layers.1.{name}"], both[f"model.layers.3.{name}"])
