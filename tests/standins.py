@@ -32,7 +32,7 @@ KINDS = [
     ("JeremiahZ/roberta", "RobertaForSequenceClassification", {"max_position_embeddings": 66}, "bert"),
     ("roberta", "RobertaForMaskedLM", {"max_position_embeddings": 66}, "bert"),
     ("OLMoE", "OlmoeForCausalLM", _DECODER | _MOE, "llama"),
-    ("Qwen2", "Qwen2ForCausalLM", _DECODER | {"tie_word_embeddings": True}, "llama"),
+    ("Qwen2", "Qwen2ForCausalLM", _DECODER | {"tie_word_embeddings": True}, "padded"),
     ("istral|zephyr", "MistralForCausalLM", _DECODER, "llama"),
     ("lama|Wizard|SmolLM", "LlamaForCausalLM", _DECODER | {"hidden_size": 320}, "llama"),
 ]
@@ -71,7 +71,10 @@ def _base(cls: str, settings: str, tokenizer: str | None) -> transformers.PreTra
 def _processor(tokenizer: str | None):
     if tokenizer is None:
         return transformers.ViTImageProcessorPil(size={"height": 16, "width": 16})
-    return make_tokenizer(tokenizer)
+    made = make_tokenizer("llama" if tokenizer == "padded" else tokenizer)
+    if tokenizer == "padded":
+        made.pad_token = made.eos_token
+    return made
 
 
 def _make_adapter(base: str, name: str) -> None:

@@ -105,6 +105,30 @@ def test_unknown_key_of_a_rank_ratio_filter(workplace):
     assert_refused(spoil(("rank_ratio",), given), workplace, "pave.rank_ratio", "'filtr'", "filter")
 
 
+WHAT_TO_WRITE = [
+    (DATA, "rows.jsonl", ["alpha].data", "a mapping, such as {path: rows.jsonl}"]),
+    (("include",), "mlp", ["pave.include", "a list: [mlp], not 'mlp' alone"]),
+    (("models", 0, "exclude"), "mlp", ["alpha].exclude", "a list: [mlp]"]),
+    (("models", 0, "allocation"), "uniform", ["alpha]", "allocation is a matter between the models", "directly under `pave`"]),
+    (("models", 0, "cache_dir"), "caches", ["alpha]", "cache_dir holds for all models"]),
+    (("rank_ratio",), [{"value": 0.9}, {"filter": "mlp", "value": 0.5}], ["rank_ratio", "the filter 'mlp' never holds"]),
+    (("rank_ratio",), [{"filter": "*", "value": 0.9}, {"value": 0.5}], ["rank_ratio", "the value never holds", "put that last"]),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "words"), WHAT_TO_WRITE, ids=[".".join(map(str, case[0])) for case in WHAT_TO_WRITE])
+def test_what_to_write_instead(workplace, path, value, words):
+    assert_refused(spoil(path, value), workplace, *words)
+
+
+@pytest.mark.parametrize("path", ["./missing", "some/where/missing", "~/missing"])
+def test_a_missing_folder_of_covariances_is_not_looked_for_on_the_hub(workplace, path):
+    entry = {"model": "./alpha", "covariance": path}
+    spoilt = spoil(("models", 0), entry)
+    assert_refused(spoilt, workplace, "alpha].covariance", f"there is no folder {path}")
+    assert "Hub" not in invoke(spoilt, workplace / "out").output
+
+
 VALUES = [
     (("rank_ratio",), 0),
     (("rank_ratio",), 1.01),
@@ -270,7 +294,7 @@ def test_weights_that_are_not_finite(workplace, name):
     assert "beta" in result.output
     assert "not finite" in result.output
     assert ".".join(name.split(".")[:3]) in result.output
-    assert not list((workplace / "out").glob("*.safetensors"))
+    assert not (workplace / "out").exists()
 
 
 def test_activations_that_are_not_finite(workplace):

@@ -72,6 +72,8 @@ def test_imported_covariances_are_found(filled, cache, llama, tmp_path, monkeypa
     assert result.exit_code == 0
     (entry,) = entries(tmp_path / "elsewhere")
     assert entry.key == key_of(cache, llama.tuned[0]) and entry.artefacts[0].is_intact()
+    again = run("cache", "import", tmp_path / "published", "--cache-dir", tmp_path / "elsewhere")
+    assert again.exit_code == 0 and "is in the cache already" in again.output
 
 
 def test_export_never_overwrites(filled, cache, llama, tmp_path):
