@@ -34,7 +34,7 @@ KINDS = [
     ("OLMoE", "OlmoeForCausalLM", _DECODER | _MOE, "llama"),
     ("Qwen2", "Qwen2ForCausalLM", _DECODER | {"tie_word_embeddings": True}, "padded"),
     ("istral|zephyr", "MistralForCausalLM", _DECODER, "llama"),
-    ("lama|Wizard|SmolLM", "LlamaForCausalLM", _DECODER | {"hidden_size": 320}, "llama"),
+    ("", "LlamaForCausalLM", _DECODER | {"hidden_size": 320}, "llama"),
 ]
 
 
@@ -47,7 +47,9 @@ def make_standins(config: dict) -> None:
         if adapter:
             _make_adapter(base, adapter)
     for entry in config.get("pave", {}).get("models", ()):
-        make_data(entry.get("data", {}))
+        given = entry.get("data", [])
+        for data in given if isinstance(given, list) else [given]:
+            make_data(data)
 
 
 def make_standin(name: str) -> None:
@@ -85,8 +87,6 @@ def _make_adapter(base: str, name: str) -> None:
 
 def make_data(entry: dict) -> None:
     """A data set with the columns that are asked for: a file, or a folder with the configuration and the split."""
-    if not entry:
-        return
     path = Path(entry["path"])
     file = path if path.suffix else path / entry.get("name", "default") / f"{entry.get('split', 'train')}.jsonl"
     if "image" in entry:

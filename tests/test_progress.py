@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+import tqdm.notebook
 from click.testing import CliRunner
 from merging import command, config_for, entries, forget_checkpoints, invoke, merge, write_config
 
@@ -43,6 +44,20 @@ def test_a_terminal_gets_a_bar(monkeypatch):
     with progress.bar(3, "Calibrating x", "block", hidden=False) as bar:
         bar.update(3)
     assert "\rCalibrating x:" in sys.stderr.getvalue() and "3/3" in sys.stderr.getvalue()
+
+
+def test_a_notebook_gets_its_own_bar(monkeypatch):
+    class Widget(tqdm.notebook.tqdm_notebook):
+        def __init__(self, **options):
+            self.options = options
+
+        def __del__(self):
+            pass
+
+    monkeypatch.setattr("tqdm.auto.tqdm", Widget)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    bar = progress.bar(3, "Calibrating x", "block", hidden=False)
+    assert bar.options == {"total": 3, "desc": "Calibrating x", "unit": "block", "disable": False}
 
 
 def test_phases_of_a_merge(llama, tmp_path, cache):

@@ -49,7 +49,7 @@ def configs() -> Iterator[dict]:
         given = yaml.safe_load(textwrap.dedent(block))
         first = first or given
         if given.keys() <= MergeConfiguration.model_fields.keys():
-            yield first | given
+            yield given if "models" in given else first | given
         elif given.keys() <= PaveConfig.model_fields.keys():
             yield first | {"pave": first["pave"] | given}
         else:
