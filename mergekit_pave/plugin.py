@@ -255,20 +255,20 @@ def plan_merge(config: MergeConfiguration, options: MergeOptions) -> Plan:
 def fill_caches(config: MergeConfiguration, options: MergeOptions) -> Plan:
     """Calibrate and decompose whatever the caches lack for a merge, in as many processes as were started."""
     distributed.start()
-    others = distributed.rank() > 0  # of several processes one speaks
-    update = {"device": distributed.local_device(options.device), "quiet": options.quiet or others}
-    options = options.model_copy(update=update)
+    options = options.model_copy(update={"device": distributed.local_device(options.device)})
+    if distributed.rank() > 0:  # of several processes one speaks
+        logging.getLogger("mergekit_pave").setLevel(logging.ERROR)
+        options = options.model_copy(update={"quiet": True})
     plan = plan_merge(config, options)
-    _calibrate(plan, options, silent=others)
+    _calibrate(plan, options)
     share = plan.decompositions[distributed.rank() :: distributed.world_size()]
     distributed.stop()
     _decompose(share, options)
     return plan
 
 
-def _calibrate(plan: Plan, options: MergeOptions, silent: bool = False) -> None:
-    if not silent:
-        announce(plan)
+def _calibrate(plan: Plan, options: MergeOptions) -> None:
+    announce(plan)
     # In one order everywhere, which an executor does not promise: processes wait for each other in every block.
     with no_bars_of_others(options.quiet):
         for calibration in plan.calibrations:

@@ -34,6 +34,7 @@ KINDS = [
     ("OLMoE", "OlmoeForCausalLM", _DECODER | _MOE, "llama"),
     ("Qwen2", "Qwen2ForCausalLM", _DECODER | {"tie_word_embeddings": True}, "padded"),
     ("istral|zephyr", "MistralForCausalLM", _DECODER, "llama"),
+    ("WizardMath", "LlamaForCausalLM", _DECODER | {"hidden_size": 320}, "one more"),
     ("", "LlamaForCausalLM", _DECODER | {"hidden_size": 320}, "llama"),
 ]
 
@@ -73,9 +74,11 @@ def _base(cls: str, settings: str, tokenizer: str | None) -> transformers.PreTra
 def _processor(tokenizer: str | None):
     if tokenizer is None:
         return transformers.ViTImageProcessorPil(size={"height": 16, "width": 16})
-    made = make_tokenizer("llama" if tokenizer == "padded" else tokenizer)
+    made = make_tokenizer("bert" if tokenizer == "bert" else "llama")
     if tokenizer == "padded":
         made.pad_token = made.eos_token
+    if tokenizer == "one more":
+        made.add_special_tokens({"pad_token": "[PAD]"})
     return made
 
 

@@ -132,7 +132,8 @@ def test_python(workplace, block):
 def test_launchers(workplace, words):
     done = command(*(word for word in words if word != "--cuda"))
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "weights ready" in done.stdout
+    assert done.stdout.count("weights ready") == 1
+    assert done.stderr.count("to be calibrated") == len(yaml.safe_load(blocks("yaml")[0])["models"])
 
 
 def test_what_the_text_names_is_there():
