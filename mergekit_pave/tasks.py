@@ -421,11 +421,13 @@ class WriteReport(Task[None]):
         report["purified"] = [row for i in range(len(self.stats)) for row in stats[str(i)]["rows"]]
         for i, task in enumerate(self.stats):
             report["models"][str(task.model)]["left_as_they_are"] |= stats[str(i)]["left"]
+        found = warnings(report)
+        report["warnings"] += found
         folder = Path(self.out_path)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / REPORT_NAME).write_text(json.dumps(report, indent=1) + "\n")
         LOG.info(summary(report))
         for line in left_experts(report) + never_called(report):
             LOG.info(line)
-        for warning in warnings(report):
+        for warning in found:
             LOG.warning(warning)
