@@ -13,6 +13,7 @@ it is used, so that only one at a time is in memory, however many models there a
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -33,7 +34,7 @@ from mergekit_pave.config import RelativeRegularization
 from mergekit_pave.covariance import Covariance
 from mergekit_pave.errors import PaveError
 from mergekit_pave.report import FEW_TOKENS, NEVER_CALLED, REPORT_NAME, left_experts, never_called, summary, warnings
-from mergekit_pave.subspace import Tail, drop_components, tail_components
+from mergekit_pave.subspace import Tail, coefficients, drop_components, tail_components
 
 LOG = logging.getLogger(__name__)
 
@@ -165,7 +166,7 @@ class DecomposeWeight(_TensorTask):
             raise PaveError(f"{self.model}: {self.tensor} has values that are not finite")
         matrices = _matrices(weight, self.layer.transposed)
         known = StoredCovariances(Artefact(Path(covariances)))
-        tails, slices, left = [], [], {}
+        tails, removed, slices, left = [], [], [], {}
         experts = self.layer.experts or (None,)
         for matrix, layer, expert in zip(matrices, self.layer.layers, experts, strict=True):
             if known.tokens(layer) < max(1, self.min_tokens):
@@ -173,17 +174,23 @@ class DecomposeWeight(_TensorTask):
                 continue
             covariance = known.load(layer).to(weight.device)
             tail = self._tail(matrix, covariance, layer)
-            tails.append(tail)
+            # float32 adds an error of about 1e-7 of ||W||, which is what storing W' in float32 costs, too.
+            tails.append(dataclasses.replace(tail, directions=tail.directions.float()))
+            removed.append(coefficients(matrix, tails[-1].directions))
             slices.append({"expert": expert, "largest": tail.largest, "energy": tail.energy, "tokens": covariance.tokens})
-        empty = torch.zeros(0, self.layer.shape[0], self.count, device=weight.device)
-        # float32 adds an error of about 1e-7 of ||W||, which is what storing W' in float32 costs, too.
-        directions = torch.stack([tail.directions.float() for tail in tails]) if tails else empty
-        values = torch.stack([tail.values for tail in tails]) if tails else empty[:, 0].double()
+        (d_out, d_in), like = self.layer.shape, {"device": weight.device}
+        tensors = {
+            "directions": torch.stack([tail.directions for tail in tails])
+            if tails
+            else torch.zeros(0, d_out, self.count, **like),
+            "coefficients": torch.stack(removed) if removed else torch.zeros(0, self.count, d_in, **like),
+            "values": torch.stack([tail.values for tail in tails]) if tails else torch.zeros(0, self.count, **like).double(),
+        }
         artefact = Artefact(Path(self.folder))
-        entry = artefact.write(_TAIL_FILE, {"directions": directions, "values": values})
+        entry = artefact.write(_TAIL_FILE, tensors)
         about = {"model": str(self.model), "tensor": self.tensor, "count": self.count, "min_tokens": self.min_tokens}
         artefact.complete({"files": {_TAIL_FILE: entry}, "slices": slices, "left": left, **about})
-        return {"directions": directions, "values": values, "slices": slices, "left": left}
+        return {**tensors, "slices": slices, "left": left}
 
     def _tail(self, weight: Tensor, covariance: Covariance, layer: str) -> Tail:
         shift = self.regularization
@@ -206,8 +213,9 @@ def _matrices(weight: Tensor, transposed: bool) -> Tensor:
 class LoadTail(_TensorTask):
     """The tails of the matrices of one weight from the cache: of one matrix, or of all experts that saw enough tokens.
 
-    Value: {directions: (tails, d_out, at least count), values: (tails, at least count), ascending, slices: what else is
-    known of each: [{expert, largest, energy, tokens}], left: {expert, or "": the tokens it saw, which are too few}}.
+    Value: {directions: U_t, (tails, d_out, at least count), coefficients: U_t^T W, (tails, at least count, d_in), values:
+    (tails, at least count), ascending, slices: what else is known of each: [{expert, largest, energy, tokens}], left:
+    {expert, or "": the tokens it saw, which are too few}}.
     """
 
     folder: str
@@ -305,13 +313,13 @@ class PurifyTensor(_TensorTask):
         stats = []
         for place, (known, drop) in enumerate(zip(tail["slices"], allocation[self.position], strict=True)):
             i = known["expert"] if weight.dim() == 3 else 0
-            removed, change = drop_components(
-                matrices[i],
-                tail["directions"][place, :, :drop],
-                None if bases is None else bases[i],
-                target=self.target,
-                out=_matrices(result, self.transposed)[i],
-            )
+            directions, of_base = tail["directions"][place, :, :drop], None if bases is None else bases[i]
+            if self.target == "weights":
+                along = tail["coefficients"][place, :drop]
+            else:
+                along = coefficients(matrices[i], directions, of_base)
+            out = _matrices(result, self.transposed)[i]
+            removed, change = drop_components(matrices[i], directions, along, of_base, out=out)
             components = min(matrices[i].shape)
             stats.append(
                 {
