@@ -121,6 +121,7 @@ class Plan:
         decompositions: the tasks that fill the cache of subspaces.
         stats: the tasks that make the rows of the report.
         header: the report without its rows.
+        warnings: what should make a user look twice before any work is done.
     """
 
     weights: list[PlannedWeight] = field(default_factory=list)
@@ -129,6 +130,7 @@ class Plan:
     decompositions: list[DecomposeWeight] = field(default_factory=list)
     stats: list[PurificationStats] = field(default_factory=list)
     header: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def to_calibrate(self) -> list[CalibrateModel]:
@@ -172,7 +174,7 @@ def make_plan(config: PaveConfig, tensors: list[PlannedTensor], environment: Env
         sources[model].prepare(tuple(dict.fromkeys(layers)))
         _leave_never_called(model, sources[model].calibration, chosen, reasons[model])
 
-    plan = Plan()
+    plan = Plan(warnings=_warnings(sources))
     for place, choices in chosen.items():
         if choices:
             _add_tensor(plan, config, tensors[place], place, choices, sources)
@@ -180,7 +182,7 @@ def make_plan(config: PaveConfig, tensors: list[PlannedTensor], environment: Env
     plan.calibrations = list(dict.fromkeys(decomposition.calibration for decomposition in plan.decompositions))
     if todo := plan.to_calibrate:
         cache.require_space(Path(todo[0].folder), sum(task.job.estimate(task.runtime.device).cache for task in todo))
-    plan.header = _header(config, tensors, sources, reasons)
+    plan.header = _header(config, tensors, sources, reasons) | {"warnings": plan.warnings}
     return plan
 
 
@@ -191,6 +193,27 @@ def _each_once(decompositions: list[DecomposeWeight]) -> list[DecomposeWeight]:
         if task.folder not in largest or largest[task.folder].count < task.count:
             largest[task.folder] = task
     return list(largest.values())
+
+
+def _warnings(sources: dict[ModelReference, _Source]) -> list[str]:
+    """What the samples alone give away: that they are few, or the same for two models."""
+    found = []
+    for model, source in sources.items():
+        widest = max(linear.shape[1] for linear in source.architecture.linears.values())
+        if source.tokens < widest:
+            found.append(
+                f"{model}: {source.tokens} calibration tokens for layers that are up to {widest} wide; directions that no token "
+                f"shows are told apart by the weights alone. Several times {widest} tokens make the result steadier: raise "
+                "calibration.samples or max_tokens"
+            )
+    for (model, source), (other, beside) in itertools.combinations(sources.items(), 2):
+        shared, smaller = len(source.contents & beside.contents), min(len(source.contents), len(beside.contents))
+        if 2 * shared > smaller:
+            found.append(
+                f"{model} and {other}: {shared} of {smaller} calibration samples are the same, so what one model's task needs "
+                "cannot be told from what the other's does; give each model samples of its own task"
+            )
+    return found
 
 
 def _leave_never_called(
@@ -209,7 +232,9 @@ def _leave_never_called(
 
 
 def announce(plan: Plan) -> None:
-    """Say what is in the cache, and what the calibrations that are still to be done will cost."""
+    """Say what the samples give away, what is in the cache, and what the calibrations that are still to be done will cost."""
+    for warning in plan.warnings:
+        LOG.warning(warning)
     LOG.info("PAVE: %d of %d weights are in the cache", len(plan.stats) - len(plan.decompositions), len(plan.stats))
     for task in plan.to_calibrate:
         cost = task.job.estimate(task.runtime.device)
@@ -262,15 +287,6 @@ class _Source:
         regularization = self._pave.setting(self.model, "regularization")
         described = regularization.model_dump() if isinstance(regularization, RelativeRegularization) else regularization
         self._tails = root / "subspace" / cache.digest("subspace", key, described)
-        widest = max(linear.shape[1] for linear in self.architecture.linears.values())
-        if self.tokens < widest:
-            LOG.warning(
-                "%s: %d calibration tokens for layers that are up to %d wide; directions that no token shows are told "
-                "apart by the weights alone. More samples make the result steadier",
-                self.model,
-                self.tokens,
-                widest,
-            )
 
     def _use_data(self, root: Path) -> str:
         settings = self._pave.calibration_of(self.model)
@@ -285,6 +301,7 @@ class _Source:
                 f"{self.architecture.vocabulary}; the tokenizer beside it belongs to another model"
             )
         self.samples = len(encoded)
+        self.contents = {sample.content for sample in samples if sample.problem is None}
         self.tokens = sum(sample.tokens for sample in encoded)
         self.data = [data.model_dump(mode="json", exclude_defaults=True) | {"split": data.split} for data in self.entry.sources]
         key = covariance_key(self._identity(), encoded)
@@ -329,6 +346,7 @@ class _Source:
                 f"{unknown[0]}; use `data` instead"
             )
         self.samples, self.tokens, self.data = manifest["samples"], manifest["tokens"], manifest["data"]
+        self.contents = set()  # nobody knows
         self.calibration = GivenCovariance(folder=str(folder), **self._wanted)
         return cache.digest(manifest["files"], self._identity())
 

@@ -19,6 +19,7 @@ import inspect
 import json
 import logging
 import sys
+from typing import Any
 
 from mergekit.architecture import ModelArchitecture, WeightInfo, get_architecture_info
 from mergekit.architecture.auto import RE_LAYER_INDEX
@@ -41,7 +42,7 @@ from mergekit_pave.errors import PaveError
 from mergekit_pave.planning import Checkpoint, Environment, Plan, PlannedTensor, announce, make_plan
 from mergekit_pave.progress import bar, no_bars_of_others
 from mergekit_pave.report import read_report
-from mergekit_pave.tasks import DecomposeWeight, WriteReport
+from mergekit_pave.tasks import DecomposeWeight, PurificationStats, WriteReport
 
 
 def register() -> None:
@@ -250,6 +251,22 @@ def plan_merge(config: MergeConfiguration, options: MergeOptions) -> Plan:
     )
     planner._plan()
     return planner._pave_plan
+
+
+def sample_removal(plan: Plan, options: MergeOptions, count: int = 4) -> dict[str, list[dict[str, Any]]]:
+    """Rows of the report, for a few weights of each model all of whose decompositions are in the cache.
+
+    These weights are read, and purified for nothing: so a plan can say how large the removed part is.
+    """
+    of_model: dict[str, list[PurificationStats]] = {}
+    for task, weight in zip(plan.stats, plan.weights, strict=True):
+        if all(cached.cached for cached in plan.weights if cached.output == weight.output):
+            of_model.setdefault(str(task.model), []).append(task)
+    chosen = [task for tasks in of_model.values() for task in tasks[:: -(-len(tasks) // count)]]
+    rows: dict[str, list[dict[str, Any]]] = {model: [] for model in of_model}
+    for task, stats in Executor(chosen, math_device=options.device, storage_device="cpu").run(quiet=True):
+        rows[str(task.model)] += stats["rows"]
+    return rows
 
 
 def fill_caches(config: MergeConfiguration, options: MergeOptions) -> Plan:

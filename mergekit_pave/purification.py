@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -13,7 +14,7 @@ from mergekit_pave.config import RelativeRegularization
 from mergekit_pave.covariance import Covariance
 from mergekit_pave.errors import PaveError
 from mergekit_pave.report import FEW_TOKENS, NEVER_CALLED
-from mergekit_pave.subspace import Tail, drop_components, tail_components
+from mergekit_pave.subspace import coefficients, drop_components, tail_components
 
 
 class Covariances(Protocol):
@@ -68,8 +69,9 @@ def decompose_weight(
         where: the names of the model and the tensor, for messages.
 
     Returns:
-        {directions: (tails, d_out, count), values: (tails, count), ascending, slices: what else is known of each:
-        [{expert, largest, energy, tokens}], left: {expert, or "": the tokens it saw, which are too few}}.
+        {directions: U_t, (tails, d_out, count), coefficients: U_t^T W, (tails, count, d_in), values: (tails, count), ascending,
+        slices: what else is known of each: [{expert, largest, energy, tokens}], left: {expert, or "": the tokens it saw, which
+        are too few}}.
 
     Raises:
         PaveError: the weight is not finite or not that of the layer.
@@ -83,7 +85,7 @@ def decompose_weight(
         )
     if not weight.isfinite().all():
         raise PaveError(f"{model}: {tensor} has values that are not finite")
-    tails, slices, left = [], [], {}
+    tails, removed, slices, left = [], [], [], {}
     for matrix, name, expert in zip(_matrices(weight, layer.transposed), layer.layers, layer.experts or (None,), strict=True):
         if known.tokens(name) < max(1, min_tokens):
             left["" if expert is None else str(expert)] = known.tokens(name)
@@ -96,9 +98,18 @@ def decompose_weight(
                 "set an absolute pave.regularization or exclude the layer"
             )
         tail = tail_components(matrix, covariance, shift, count)
-        tails.append(tail)
+        # float32 adds an error of about 1e-7 of ||W||, which is what storing W' in float32 costs, too.
+        tails.append(dataclasses.replace(tail, directions=tail.directions.float()))
+        removed.append(coefficients(matrix, tails[-1].directions))
         slices.append({"expert": expert, "largest": tail.largest, "energy": tail.energy, "tokens": covariance.tokens})
-    return {**_stacked(tails, layer.shape[0], count, weight.device), "slices": slices, "left": left}
+    (d_out, d_in), like = layer.shape, {"device": weight.device}
+    return {
+        "directions": torch.stack([tail.directions for tail in tails]) if tails else torch.zeros(0, d_out, count, **like),
+        "coefficients": torch.stack(removed) if removed else torch.zeros(0, count, d_in, **like),
+        "values": torch.stack([tail.values for tail in tails]) if tails else torch.zeros(0, count, **like).double(),
+        "slices": slices,
+        "left": left,
+    }
 
 
 def shift_of(covariance: Covariance, regularization: float | RelativeRegularization) -> float:
@@ -106,15 +117,6 @@ def shift_of(covariance: Covariance, regularization: float | RelativeRegularizat
     if isinstance(regularization, RelativeRegularization):
         return regularization.relative * covariance.mean_diagonal()
     return regularization
-
-
-def _stacked(tails: list[Tail], d_out: int, count: int, device: torch.device) -> dict[str, Tensor]:
-    empty = torch.zeros(0, d_out, count, device=device)
-    return {
-        # float32 adds an error of about 1e-7 of ||W||, which is what storing W' in float32 costs, too.
-        "directions": torch.stack([tail.directions.float() for tail in tails]) if tails else empty,
-        "values": torch.stack([tail.values for tail in tails]) if tails else empty[:, 0].double(),
-    }
 
 
 def _matrices(weight: Tensor, transposed: bool) -> Tensor:
@@ -155,13 +157,11 @@ def purify_weight(
     stats = []
     for place, (known, drop) in enumerate(zip(tail["slices"], drops, strict=True)):
         i = known["expert"] if weight.dim() == 3 else 0
-        removed, change = drop_components(
-            matrices[i],
-            tail["directions"][place, :, :drop],
-            None if bases is None else bases[i],
-            target=target,
-            out=_matrices(result, transposed)[i],
-        )
+        directions, of_base = tail["directions"][place, :, :drop], None if bases is None else bases[i]
+        known_along = tail["coefficients"][place, :drop]
+        along = known_along if target == "weights" else coefficients(matrices[i], directions, of_base)
+        out = _matrices(result, transposed)[i]
+        removed, change = drop_components(matrices[i], directions, along, of_base, out=out)
         components = min(matrices[i].shape)
         stats.append(
             {

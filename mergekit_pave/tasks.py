@@ -149,7 +149,7 @@ class DecomposeWeight(_TensorTask):
         where = str(self.model), self.tensor
         tail = decompose_weight(weight, self.layer, known, self.regularization, self.count, self.min_tokens, where)
         artefact = Artefact(Path(self.folder))
-        entry = artefact.write(_TAIL_FILE, {name: tail.pop(name) for name in ("directions", "values")})
+        entry = artefact.write(_TAIL_FILE, {name: tail.pop(name) for name in ("directions", "coefficients", "values")})
         about = {"model": str(self.model), "tensor": self.tensor, "count": self.count, "min_tokens": self.min_tokens}
         artefact.complete({"files": {_TAIL_FILE: entry}, **tail, **about})
 
@@ -343,6 +343,8 @@ class WriteReport(Task[None]):
         report["purified"] = [row for i in range(len(self.stats)) for row in stats[str(i)]["rows"]]
         for i, task in enumerate(self.stats):
             report["models"][str(task.model)]["left_as_they_are"] |= stats[str(i)]["left"]
+        found = warnings(report)
+        report["warnings"] += found
         folder = Path(self.out_path)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / REPORT_NAME).write_text(json.dumps(report, indent=1) + "\n")
@@ -350,5 +352,5 @@ class WriteReport(Task[None]):
             LOG.info(summary(report))
             for line in left_experts(report) + never_called(report):
                 LOG.info(line)
-            for warning in warnings(report):
+            for warning in found:
                 LOG.warning(warning)
