@@ -272,7 +272,7 @@ def _needed(
             if model not in sources:
                 raise PaveError(
                     f"regmean: {planned.name} is merged with `covariance: {planned.data_share:g}`, so what its layer sees in "
-                    f"{model} has to be measured. Add a `pave:` block with `data` (or a `covariance`) for the model, and beside it "
+                    f"{model} has to be measured. Add a `pave:` block with `data` (or a `covariance`) for it, and beside that "
                     "`purify: false` if it shall not be purified; or set `covariance: 0` under parameters, which needs no data"
                 )
             linear, _ = _linear(sources[model].architecture, planned.gather.weight_info[model])
@@ -322,7 +322,7 @@ class _Source:
         self._pave = config
         self._environment = environment
         self.model = model
-        self.entry = config.entry(model)
+        self.entry = config.listed(model)
         checkpoint = environment.checkpoint(model)
         self.folder, self._shards = checkpoint.folder, list(checkpoint.files.values())
         self._config = model.config(trust_remote_code=environment.runtime.trust_remote_code)

@@ -182,8 +182,8 @@ class RegMean(GroupMergeMethod):
         """Merge one tensor.
 
         A planned merge adds the parameter `layer`, the `Layer` of a linear layer's weight and None of any other tensor. Where it
-        is missing (`merge_state_dicts`, `mergekit-pytorch`) there are no covariances, and every matrix without a
-        vocabulary axis is taken for the weight of an `nn.Linear`.
+        is missing (`merge_state_dicts`, `mergekit-pytorch`) there are no covariances, and every matrix is taken for the weight of
+        an `nn.Linear`: one of GPT-2's `Conv1D` would have to be given transposed.
 
         Raises:
             PaveError: covariances are asked for where there are none, or the tensors do not fit.
@@ -204,7 +204,7 @@ class RegMean(GroupMergeMethod):
                 "`covariance: 0`, which needs none"
             )
         else:
-            layer = Layer() if tensor.dim() == 2 and group.metadata.vocabulary_axis is None else None
+            layer = Layer() if looks_like_matrices(group, 2) else None
         check_baseless(share if layer else 1.0, scale, has_base)
         if layer is None:
             return task_arithmetic(group, weights, scale)
@@ -228,6 +228,13 @@ class RegMean(GroupMergeMethod):
 
             out.copy_(start + scale * merge_changes(terms()))
         return result
+
+
+def looks_like_matrices(group: TensorGroup, dims: int) -> bool:
+    """Whether a tensor of so many dimensions holds matrices, as far as one can tell without the model."""
+    name = group.metadata.name or ""
+    tensor = group.entries[0].tensor
+    return tensor.dim() == dims and group.metadata.vocabulary_axis is None and not name.endswith("bias")
 
 
 def task_arithmetic(group: TensorGroup, weights: list[float], scale: float) -> Tensor:

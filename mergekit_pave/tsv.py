@@ -29,7 +29,7 @@ from mergekit.merge_methods.base import (
 from torch import Tensor
 
 from mergekit_pave.errors import PaveError
-from mergekit_pave.regmean import task_arithmetic
+from mergekit_pave.regmean import looks_like_matrices, task_arithmetic
 
 _EPS = torch.finfo(torch.float64).eps
 
@@ -103,5 +103,5 @@ class Tsv(GroupMergeMethod):
 
 def _holds_matrices(group: TensorGroup) -> bool:
     """Whether a tensor is a matrix, or a stack of those of experts: a kernel of a convolution has three dimensions, too."""
-    name, dims = group.metadata.name or "", group.base.tensor.dim()
-    return group.metadata.vocabulary_axis is None and (dims == 2 or (dims == 3 and ("expert" in name or "moe" in name)))
+    name = group.metadata.name or ""
+    return looks_like_matrices(group, 2) or (looks_like_matrices(group, 3) and ("expert" in name or "moe" in name))
