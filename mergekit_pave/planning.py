@@ -207,7 +207,8 @@ def make_plan(config: PaveConfig, tensors: list[PlannedTensor], environment: Env
             if place in of
         )
         plan.closed_forms[place] = ClosedForm(layer, tuple(measured))
-    LOG.info("PAVE: %d of %d weights are in the cache", len(plan.stats) - len(plan.decompositions), len(plan.stats))
+    if plan.stats:
+        LOG.info("PAVE: %d of %d weights are in the cache", len(plan.stats) - len(plan.decompositions), len(plan.stats))
     _preflight(plan.calibrations)
     plan.header = _header(config, tensors, sources, reasons)
     if regmean:

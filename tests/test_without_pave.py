@@ -135,9 +135,7 @@ def test_importing_the_package_after_mergekit(llama, tmp_path):
     assert "pave:" in (tmp_path / "out" / "mergekit_config.yml").read_text()
 
 
-@pytest.mark.parametrize(
-    "first", ["merge_methods", "merge_methods.registry", "merge_methods.sce", "plan", "card", "config", "merge"]
-)
+@pytest.mark.parametrize("first", ["merge_methods", "merge_methods.registry", "plan", "config"])
 def test_merge_methods_are_there_whatever_is_imported_first(first):
     done = python(
         f"import mergekit.{first}; from mergekit import merge_methods as m;"
