@@ -10,13 +10,15 @@ import logging
 
 import pytest
 import torch
+from click.testing import CliRunner
 from mergekit.merge_methods import merge_state_dicts
-from merging import command, config_for, entries, invoke, invoke_multi, merge, write_config
+from merging import command, config_for, entries, forget_checkpoints, invoke, invoke_multi, merge, write_config
 from models import Family
 from reference import layer_inputs, purify, weights
 from test_experts import family_of, median_tokens, of_expert, seen_in  # noqa: F401
 
 from mergekit_pave import Covariance, PaveError, regmean
+from mergekit_pave.cli import main
 
 RIDGE = 1e-6
 
@@ -482,6 +484,57 @@ def test_what_was_measured_is_not_measured_again(llama, tmp_path, cache):
     merge(regmean_config(llama, {}, parameters={"covariance": 0.3, "lambda": 2}), tmp_path / "both")
     merge(regmean_config(llama, unpurified(llama)), tmp_path / "unpurified")
     assert times == {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")}
+
+
+def test_covariances_that_somebody_else_has_measured(llama, tmp_path, cache):
+    config = regmean_config(llama, unpurified(llama), parameters={"covariance": 1})
+    measured = merge(config, tmp_path / "measured")
+    folders = {json.loads((path / "manifest.json").read_text())["model"]: path for path in (cache / "covariance").glob("[!.]*")}
+    given = [{"model": str(m), "purify": False, "covariance": str(folders[str(m)])} for m in llama.tuned[:2]]
+    written = merge(config | {"pave": {"models": given, "cache_dir": str(tmp_path / "other")}}, tmp_path / "out")
+    assert all(torch.equal(measured[name], tensor) for name, tensor in written.items())
+    assert not (tmp_path / "other").exists()
+
+
+def test_slices_of_other_layers(llama, tmp_path, cache):
+    """Every model is measured at the layer that is taken from it."""
+    ranges = {llama.tuned[0]: [0, 2], llama.tuned[1]: [1, 3], llama.base: [0, 2]}
+    sources = [{"model": str(model), "layer_range": layers, "parameters": {"weight": 0.5}} for model, layers in ranges.items()]
+    config = regmean_config(llama, unpurified(llama), parameters={"covariance": 1})
+    del config["models"]
+    written = merge(config | {"slices": [{"sources": sources}]}, tmp_path / "out")
+    models = [weights(model) for model in (llama.base, *llama.tuned[:2])]
+    checked = 0
+    for name in filter(llama.is_linear, written):
+        layer = int(name.split(".")[2])
+        later = name.replace(f"layers.{layer}.", f"layers.{layer + 1}.")
+        base, first, second = (model[n].double() for model, n in zip(models, (name, name, later)))
+        inputs = [
+            layer_inputs("llama", folder, (data, "text", "text"), 64)[n.removesuffix(".weight")]
+            for folder, data, n in zip(llama.tuned, llama.data, (name, later))
+        ]
+        change = closed_form([first - base, second - base], inputs, (1.0, 1.0), 1.0)
+        assert distance(written[name] - base, change) < 1e-4, name
+        checked += 1
+    assert checked == 14
+
+
+def test_plan_tells_it_beforehand(llama, tmp_path, cache):
+    config = write_config(regmean_config(llama, unpurified(llama)), tmp_path / "config.yml")
+    forget_checkpoints()
+    told = CliRunner().invoke(main, ["plan", str(config)])
+    assert told.exit_code == 0, told.output
+    assert "0 of 30 tensors will be purified." in told.stdout
+    assert (
+        "21 will be merged in closed form; as task_arithmetic does: 2 vocabulary, 7 not the weight of a linear layer."
+        in told.stdout
+    )
+    assert told.stdout.count("to do: about") == 2 and not cache.exists()
+    found = json.loads(CliRunner().invoke(main, ["plan", str(config), "--json"]).stdout)["regmean"]
+    assert found["closed_form"] == 21 and found["as_task_arithmetic"]["lm_head.weight"] == "vocabulary"
+    forget_checkpoints()
+    assert CliRunner().invoke(main, ["calibrate", str(config)]).exit_code == 0
+    assert len(list((cache / "covariance").rglob("manifest.json"))) == 2
 
 
 def test_layers_that_calibration_does_not_reach(llama, tmp_path, cache, monkeypatch):
