@@ -135,6 +135,17 @@ def test_rounding_in_covariances_does_not_blow_up(monkeypatch):
     assert naive.norm() > 5 * exact.norm()
 
 
+@pytest.mark.parametrize("below", [0.3, 0.6, 0.99, 3.0])
+def test_a_sum_that_is_barely_indefinite(below):
+    """An eigenvalue that rounding has pushed below zero, by less than the ridge or by more: a Cholesky factor may well exist."""
+    metric = torch.eye(10, dtype=torch.float64)
+    metric[9, 9] = -below * RIDGE * 0.9
+    change = torch.ones(3, 10, dtype=torch.float64)
+    found = regmean.merge_changes([(1.0, change, metric)])
+    assert torch.allclose(found[:, :9], change[:, :9], atol=1e-5)
+    assert found[:, 9].abs().max() <= 1.0
+
+
 def test_a_model_that_has_not_changed():
     changes, inputs = draw(300)
     changes[1].zero_()
