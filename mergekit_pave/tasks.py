@@ -61,7 +61,7 @@ class _CovarianceTask(Task[str]):
 
     Attributes:
         model: the model's name, for messages.
-        wanted: the layers that are to be purified.
+        wanted: the layers that are to be purified, or whose covariances `regmean` needs.
         size: the number of weights in all of the model's linear layers.
     """
 
