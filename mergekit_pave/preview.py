@@ -12,7 +12,7 @@ import torch
 from mergekit_pave.calibration.estimate import readable
 from mergekit_pave.calibration.layers import Linear, inference_dtype
 from mergekit_pave.planning import Plan
-from mergekit_pave.report import by_model, warnings
+from mergekit_pave.report import by_model, regmean_reasons, warnings
 
 
 def preview(plan: Plan, device: str, samples: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -60,7 +60,14 @@ def preview(plan: Plan, device: str, samples: dict[str, list[dict[str, Any]]]) -
             "removed": _removed(samples.get(model, [])),
         }
     found = warnings({"models": {}, "purified": [row for rows in samples.values() for row in rows]})
-    return {"tensors": plan.header["tensors"], "device": device, "models": models, "warnings": plan.warnings + found}
+    regmean = plan.header.get("regmean")
+    return {
+        "tensors": plan.header["tensors"],
+        "device": device,
+        "models": models,
+        **({"regmean": {"closed_form": len(plan.closed_forms)} | regmean} if regmean else {}),
+        "warnings": plan.warnings + found,
+    }
 
 
 def _removed(rows: list[dict[str, Any]]) -> dict[str, float] | None:
@@ -96,6 +103,9 @@ def as_text(preview: dict[str, Any]) -> str:
     """The preview for people."""
     outputs = {row["output"] for model in preview["models"].values() for row in model["purified"]}
     lines = [f"{len(outputs)} of {preview['tensors']} tensors will be purified."]
+    if "regmean" in preview:
+        others = regmean_reasons(preview["regmean"])
+        lines.append(f"{preview['regmean']['closed_form']} will be merged in closed form; as task_arithmetic does: {others}.")
     for name, model in preview["models"].items():
         data = ", ".join(" / ".join(filter(None, (d["path"], d.get("name"), d["split"]))) for d in model["data"])
         lines += ["", name, f"  data           {data}: {model['samples']} samples, {model['tokens']} tokens count"]

@@ -13,6 +13,7 @@ from mergekit_pave.calibration.layers import Linear
 from mergekit_pave.config import RelativeRegularization
 from mergekit_pave.covariance import Covariance
 from mergekit_pave.errors import PaveError
+from mergekit_pave.regmean import matrices
 from mergekit_pave.report import FEW_TOKENS, NEVER_CALLED
 from mergekit_pave.subspace import coefficients, drop_components, tail_components
 
@@ -86,7 +87,7 @@ def decompose_weight(
     if not weight.isfinite().all():
         raise PaveError(f"{model}: {tensor} has values that are not finite")
     tails, removed, slices, left = [], [], [], {}
-    for matrix, name, expert in zip(_matrices(weight, layer.transposed), layer.layers, layer.experts or (None,), strict=True):
+    for matrix, name, expert in zip(matrices(weight, layer.transposed), layer.layers, layer.experts or (None,), strict=True):
         if known.tokens(name) < max(1, min_tokens):
             left["" if expert is None else str(expert)] = known.tokens(name)
             continue
@@ -119,12 +120,6 @@ def shift_of(covariance: Covariance, regularization: float | RelativeRegularizat
     return regularization
 
 
-def _matrices(weight: Tensor, transposed: bool) -> Tensor:
-    """A weight as the matrices that it holds: (1 or the number of experts, d_out, d_in), a view."""
-    matrices = weight if weight.dim() == 3 else weight[None]
-    return matrices.mT if transposed else matrices
-
-
 def purify_weight(
     weight: Tensor,
     base: Tensor | None,
@@ -149,20 +144,20 @@ def purify_weight(
     Returns:
         {tensor: W', stats: a row of the report for each matrix, left: {a matrix that stays as it is: why}}.
     """
-    matrices = _matrices(weight, transposed)
-    bases = None if base is None else _matrices(base, transposed)
+    own = matrices(weight, transposed)
+    bases = None if base is None else matrices(base, transposed)
     # What has no tail stays as it is: an expert with too few tokens, a layer that was never called.
-    every = len(tail["slices"]) == len(matrices)
+    every = len(tail["slices"]) == len(own)
     result = torch.empty_like(weight, dtype=dtype) if every else weight.to(dtype, copy=True)
     stats = []
     for place, (known, drop) in enumerate(zip(tail["slices"], drops, strict=True)):
         i = known["expert"] if weight.dim() == 3 else 0
         directions, of_base = tail["directions"][place, :, :drop], None if bases is None else bases[i]
         known_along = tail["coefficients"][place, :drop]
-        along = known_along if target == "weights" else coefficients(matrices[i], directions, of_base)
-        out = _matrices(result, transposed)[i]
-        removed, change = drop_components(matrices[i], directions, along, of_base, out=out)
-        components = min(matrices[i].shape)
+        along = known_along if target == "weights" else coefficients(own[i], directions, of_base)
+        out = matrices(result, transposed)[i]
+        removed, change = drop_components(own[i], directions, along, of_base, out=out)
+        components = min(own[i].shape)
         stats.append(
             {
                 **row,

@@ -11,6 +11,10 @@ The merge only reads. For each output tensor and each model that is purified in 
                  |    (all models)          ^   |
     LoadTensor --|--------------------------+   +--> PurificationStats --> WriteReport
 
+A merge by `regmean` has its own task in the place of mergekit's, which reads the covariances, too:
+
+    GatherTensors (or GatherPurified) --> MergeByRegMean --> RegMeanStats --> WriteReport
+
 mergekit's executor runs them like its own: it streams, moves tensors to the accelerator and frees them. Values that
 travel between tasks are therefore plain dicts of tensors and numbers. A covariance is no such value: it is read where
 it is used, so that only one at a time is in memory, however many models there are.
@@ -18,6 +22,7 @@ it is used, so that only one at a time is in memory, however many models there a
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import sys
@@ -28,6 +33,8 @@ import tqdm
 from mergekit.common import ImmutableMap, ModelReference, dtype_from_name
 from mergekit.graph import Task
 from mergekit.io.tasks import GatherTensors, LoadTensor
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from pydantic import BaseModel
 from torch import Tensor
 
 from mergekit_pave.allocation import allocate_ranks
@@ -38,19 +45,29 @@ from mergekit_pave.calibration.run import StoredCovariances, calibrate
 from mergekit_pave.config import RelativeRegularization
 from mergekit_pave.errors import PaveError
 from mergekit_pave.purification import decompose_weight, missed_layers, purify_weight
-from mergekit_pave.report import REPORT_NAME, left_experts, never_called, summary, warnings
+from mergekit_pave.regmean import Layer, data_share
+from mergekit_pave.report import (
+    FEW_TOKENS,
+    NEVER_CALLED,
+    REPORT_NAME,
+    left_experts,
+    never_called,
+    regmean_summary,
+    summary,
+    warnings,
+)
 
 LOG = logging.getLogger(__name__)
 
 _TAIL_FILE = "tail.safetensors"
 
 
-class _CovarianceTask(Task[str]):
-    """A task that sees to the covariances of one model. Value: their folder.
+class _Calibration(BaseModel, frozen=True):
+    """What sees to the covariances of one model. It is executed before any graph, so it is no task of one.
 
     Attributes:
         model: the model's name, for messages.
-        wanted: the layers that are to be purified.
+        wanted: the layers that are to be purified, or whose covariances `regmean` needs.
         size: the number of weights in all of the model's linear layers.
     """
 
@@ -68,19 +85,8 @@ class _CovarianceTask(Task[str]):
         """See `missed_layers`."""
         return missed_layers(self.model, self.wanted, self.size, StoredCovariances(Artefact(Path(self.folder))))
 
-    def arguments(self) -> dict[str, Task]:
-        return {}
 
-    def priority(self) -> int:
-        # Before mergekit opens its output: what fails here leaves nothing behind.
-        return 20000
-
-    def main_thread_only(self) -> bool:
-        # Before a multi-GPU executor splits the rest into islands.
-        return True
-
-
-class CalibrateModel(_CovarianceTask):
+class CalibrateModel(_Calibration):
     """Make sure that a model's covariances are in the cache."""
 
     # A Job and a Runtime; they have come from us, so pydantic need not look into them.
@@ -94,23 +100,21 @@ class CalibrateModel(_CovarianceTask):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, CalibrateModel) and self.folder == other.folder
 
-    def execute(self) -> str:
+    def execute(self) -> None:
         calibrate(self.job, Artefact(Path(self.folder)), self.runtime)
         if distributed.rank() == 0:  # the others need not wait until it has written all
             self.never_called()
-        return self.folder
 
 
-class GivenCovariance(_CovarianceTask):
+class GivenCovariance(_Calibration):
     """Make sure that covariances which somebody else has made are intact."""
 
-    def execute(self) -> str:
+    def execute(self) -> None:
         if not Artefact(Path(self.folder)).is_intact():
             raise PaveError(
                 f"the covariances at {self.folder} are damaged: a file is not what their manifest says; fetch them again"
             )
         self.never_called()
-        return self.folder
 
 
 class _TensorTask(Task[Any]):
@@ -322,18 +326,110 @@ def load_stored(gather: GatherTensors, model: ModelReference) -> LoadTensor:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One model's side of a weight that is merged in closed form with covariances."""
+
+    model: ModelReference
+    layer: Linear
+    calibration: CalibrateModel | GivenCovariance
+    min_tokens: int
+
+
+class MergeByRegMean(ExecuteMergeMethodTask):
+    """mergekit's task for an output tensor, which also tells `regmean` what layer the tensor is the weight of.
+
+    Attributes:
+        layer: the layer, or None of a tensor that is merged as task_arithmetic does.
+        measured: the models, where their covariances are part of the metric.
+    """
+
+    layer: Optional[Linear]
+    measured: tuple[Measured, ...]
+
+    def __hash__(self) -> int:
+        return hash((MergeByRegMean, self.output_weight.name))
+
+    def execute(self, tensors: dict[ModelReference, Tensor]) -> Optional[Tensor]:
+        for model, tensor in tensors.items() if self.layer else ():
+            if tensor.shape != self.layer.stored_shape:
+                raise PaveError(
+                    f"{model}: {self.output_weight.name} is a tensor of shape {tuple(tensor.shape)}, but the layer "
+                    f"{self.layer.module} of the architecture has one of {self.layer.stored_shape}; regmean cannot merge it"
+                )
+        known = self._known()
+        layers = {one.model: one.layer.layers for one in self.measured}
+        layer = self.layer and Layer(
+            transposed=self.layer.transposed,
+            measured=tuple(reason is None for reason in self._lacking(known)) if self.measured else None,
+            covariance=lambda model, i: known[model].load(layers[model][i]),
+        )
+        told = ImmutableMap(data={**dict(self.parameters.items()), "layer": layer})
+        return ExecuteMergeMethodTask.execute(self.model_copy(update={"parameters": told}), tensors)
+
+    def _known(self) -> dict[ModelReference, StoredCovariances]:
+        return {one.model: StoredCovariances(Artefact(Path(one.calibration.folder))) for one in self.measured}
+
+    def _lacking(self, known: dict[ModelReference, StoredCovariances]) -> list[Optional[str]]:
+        """Of each matrix, why it cannot be merged with covariances: all models need one."""
+        reasons: list[Optional[str]] = [None] * len(self.layer.layers)
+        for one in self.measured:
+            for i, name in enumerate(one.layer.layers):
+                tokens = known[one.model].tokens(name)
+                if tokens < max(1, one.min_tokens) and reasons[i] is None:
+                    reasons[i] = f"{FEW_TOKENS} ({tokens}, {one.model})" if one.layer.experts else f"{NEVER_CALLED} ({one.model})"
+        return reasons
+
+    def left(self) -> dict[str, str]:
+        """The matrices of a linear layer that are merged as task_arithmetic does, and why; calibration has to be done."""
+        name, stacked = self.output_weight.name, self.layer.stacked
+        found = enumerate(self._lacking(self._known()))
+        return {f"{name}[{self.layer.experts[i]}]" if stacked else name: reason for i, reason in found if reason}
+
+
+class RegMeanStats(Task[dict]):
+    """How one weight of a linear layer was merged. Value: {row: that of the report, or None, left: {matrix: why}}."""
+
+    merge: MergeByRegMean
+
+    def __hash__(self) -> int:
+        return hash((RegMeanStats, self.merge))
+
+    def arguments(self) -> dict[str, Task]:
+        return {"merged": self.merge}
+
+    def group_label(self) -> Optional[str]:
+        return self.merge.group_label()
+
+    def priority(self) -> int:
+        # At once, so that the tensor is not kept for it.
+        return 100
+
+    def execute(self, merged: Optional[Tensor]) -> dict[str, Any]:
+        parameters, left = self.merge.parameters, self.merge.left()
+        row = {
+            "tensor": self.merge.output_weight.name,
+            "covariance": data_share(parameters["covariance"], self.merge.base_model is not None),
+            "lambda": parameters["lambda"],
+            "reduce_off_diagonal": parameters["reduce_off_diagonal"],
+        }
+        return {"row": row if len(left) < len(self.merge.layer.layers) else None, "left": left}
+
+
 class WriteReport(Task[None]):
     """Write pave_report.json beside the merged model, and say in one line what was purified."""
 
     out_path: str
     header: str
     stats: tuple[PurificationStats, ...]
+    closed_forms: tuple[RegMeanStats, ...]
 
     def __hash__(self) -> int:
         return hash((WriteReport, self.out_path))
 
     def arguments(self) -> dict[str, Task]:
-        return {str(i): task for i, task in enumerate(self.stats)}
+        closed = {f"closed{i}": task for i, task in enumerate(self.closed_forms)}
+        return {str(i): task for i, task in enumerate(self.stats)} | closed
 
     def main_thread_only(self) -> bool:
         return True
@@ -343,13 +439,21 @@ class WriteReport(Task[None]):
         report["purified"] = [row for i in range(len(self.stats)) for row in stats[str(i)]["rows"]]
         for i, task in enumerate(self.stats):
             report["models"][str(task.model)]["left_as_they_are"] |= stats[str(i)]["left"]
+        if "regmean" in report:
+            done = [stats[f"closed{i}"] for i in range(len(self.closed_forms))]
+            report["regmean"]["closed_form"] = [one["row"] for one in done if one["row"]]
+            for one in done:
+                report["regmean"]["as_task_arithmetic"] |= one["left"]
         found = warnings(report)
         report["warnings"] += found
         folder = Path(self.out_path)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / REPORT_NAME).write_text(json.dumps(report, indent=1) + "\n")
         with tqdm.tqdm.external_write_mode(sys.stderr):  # mergekit's bar is on that line
-            LOG.info(summary(report))
+            if report["purified"]:
+                LOG.info(summary(report))
+            if "regmean" in report:
+                LOG.info(regmean_summary(report["regmean"]))
             for line in left_experts(report) + never_called(report):
                 LOG.info(line)
             for warning in found:
