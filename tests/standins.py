@@ -108,11 +108,13 @@ def _splits(folder: Path) -> list[dict]:
 
 
 def _row(entry: dict, row: dict) -> dict:
-    """A row with the columns that the entry names, texts of one row in all of them."""
-    texts = [entry[key] for key in ("text", "text_pair", "target") if key in entry]
+    """A row with the columns that the entry names, or `text` where it names none."""
+    if "messages" in entry:
+        return {entry["messages"]: row["conversation"]}
+    texts = [entry[key] for key in ("text", "text_pair", "target") if key in entry] or ["text"]
     columns = [field for text in texts for _, field, _, _ in string.Formatter().parse(text) if field]
     columns += [text for text in texts if "{" not in text]
-    return {column: row["text"] for column in columns} | ({entry["messages"]: row["conversation"]} if "messages" in entry else {})
+    return {column: row["text"] for column in columns}
 
 
 def _write_images(folder: Path) -> None:
