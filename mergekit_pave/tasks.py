@@ -32,7 +32,16 @@ from mergekit_pave.calibration.run import StoredCovariances, calibrate
 from mergekit_pave.config import RelativeRegularization
 from mergekit_pave.covariance import Covariance
 from mergekit_pave.errors import PaveError
-from mergekit_pave.report import FEW_TOKENS, NEVER_CALLED, REPORT_NAME, left_experts, never_called, summary, warnings
+from mergekit_pave.report import (
+    FEW_TOKENS,
+    NEVER_CALLED,
+    REPORT_NAME,
+    complete,
+    left_experts,
+    never_called,
+    summary,
+    warnings,
+)
 from mergekit_pave.subspace import Tail, drop_components, tail_components
 
 LOG = logging.getLogger(__name__)
@@ -417,10 +426,8 @@ class WriteReport(Task[None]):
         return True
 
     def execute(self, **stats: dict[str, Any]) -> None:
-        report = json.loads(self.header)
-        report["purified"] = [row for i in range(len(self.stats)) for row in stats[str(i)]["rows"]]
-        for i, task in enumerate(self.stats):
-            report["models"][str(task.model)]["left_as_they_are"] |= stats[str(i)]["left"]
+        done = ((str(task.model), stats[str(i)]) for i, task in enumerate(self.stats))
+        report = complete(json.loads(self.header), done)
         folder = Path(self.out_path)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / REPORT_NAME).write_text(json.dumps(report, indent=1) + "\n")

@@ -1,0 +1,270 @@
+"""The page itself: `pave_report.json`, what was measured beside it, and the plots of both, as one HTML file."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup, escape
+
+from mergekit_pave import card
+from mergekit_pave.errors import PaveError
+from mergekit_pave.page import plots
+from mergekit_pave.page.measured import Measured
+from mergekit_pave.page.places import grids
+from mergekit_pave.report import by_model, left_experts, never_called, warnings
+
+PAGE_NAME = "index.html"
+GENERATOR = "mergekit-pave report"
+_TOP = 8  # rows of the table of what changed most
+
+_NUMBER = re.compile(r"-|[\d.,]+(e[-+]?\d+)?( %| of \d+)?")
+
+Table = tuple[Sequence[str], list[Sequence[Any]]]  # head, rows
+
+
+@dataclass(frozen=True)
+class _Section:
+    key: str
+    heading: str
+    text: str
+    plots: list[plots.Plot] = field(default_factory=list)
+    table: Table | None = None
+
+
+def write(folder: Path, name: str, report: dict[str, Any], measured: Measured | None, config: str | None) -> Path:
+    """Write the page, and a PNG of each plot beside it. Each file is complete or not there.
+
+    Args:
+        name: what the page is called.
+        measured: what the models and caches tell, if they were asked.
+        config: the YAML of the merge, if it is known.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        PaveError: there is a file in the way that is none of ours, or the folder cannot be written.
+    """
+    sections = _sections(report, measured)
+    files = {f"{plot.name}.png": plots.png(plot) for section in sections for plot in section.plots}
+    files[PAGE_NAME] = _html(name, report, measured, config, sections).encode()
+    check(folder, files)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, content in files.items():
+            _replace(folder / file, content)
+    except OSError as error:
+        raise PaveError(f"the report cannot be written to {folder}: {error}") from error
+    return folder / PAGE_NAME
+
+
+def check(folder: Path, files: Sequence[str] = (PAGE_NAME,)) -> None:
+    """Refuse to overwrite what no earlier report has written.
+
+    Raises:
+        PaveError: it would.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise PaveError(f"{folder} is a file; name a folder for the report with -o")
+    page = folder / PAGE_NAME
+    if page.is_file() and f'content="{GENERATOR}"' in page.read_text(encoding="utf-8", errors="replace")[:2000]:
+        return
+    if taken := [file for file in files if (folder / file).exists()]:
+        raise PaveError(f"{folder / taken[0]} is not from an earlier report; name another folder with -o")
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sections(report: dict[str, Any], measured: Measured | None) -> list[_Section]:
+    rows, models = report["purified"], list(report["models"])
+
+    def every(draw, number) -> list[plots.Plot]:
+        found = grids(rows, number)
+        return [draw(grid, len(found) > 1) for grid in found]
+
+    sections = [
+        _Section(
+            "kept",
+            "Kept rank",
+            _allocation(report),
+            every(plots.ranks, lambda row: row["kept"] / row["components"]),
+        ),
+        _Section("energy", "Energy dropped", "", every(plots.energies, lambda row: row["energy_dropped"])),
+    ]
+    if any(row["change_norm"] for row in rows):
+        sections.append(
+            _Section("removed", "Removed part beside the change", "", every(plots.removed, _ratio), _most_removed(rows))
+        )
+    if measured is None:
+        return sections
+    if measured.overlaps:
+        sections.append(_Section("interference", "Interference", "", plots.overlaps(measured.overlaps)))
+    if measured.spectra:
+        kept = {(row["model"], row["output"], row.get("expert")): row["kept"] for row in rows}
+        sections.append(_Section("spectra", "Spectra", "", plots.spectra(measured.spectra, kept, models)))
+    if measured.inputs:
+        text = "" if all("expert" not in row for row in rows) else "Of experts, the one that saw most tokens is shown."
+        sections.append(_Section("covariances", "Covariances", text, plots.covariances(measured.inputs, models)))
+    return sections
+
+
+def _allocation(report: dict[str, Any]) -> str:
+    if len(report["models"]) == 1:
+        return "The model drops the smallest components of each weight, by its share."
+    if report["settings"]["allocation"] == "uniform":
+        return "Each model drops the same share of components."
+    return (
+        "The components with the smallest singular values, each over its model's largest, are dropped over all models together, "
+        "so models differ; none loses more than 1.5 times its fair share."
+    )
+
+
+def _ratio(row: dict[str, Any]) -> float | None:
+    return row["removed_norm"] / row["change_norm"] if row["change_norm"] else None
+
+
+def _most_removed(rows: list[dict[str, Any]]) -> Table:
+    """The weights from which most was removed, beside their change."""
+    most = sorted((row for row in rows if row["change_norm"]), key=_ratio, reverse=True)[:_TOP]
+    head = ("largest", "model", "kept", "energy dropped", "removed / change")
+    return head, [
+        (
+            row["tensor"] + (f" [{row['expert']}]" if "expert" in row else ""),
+            row["model"],
+            f"{row['kept']} of {row['components']}",
+            f"{row['energy_dropped']:.1e}",
+            f"{_ratio(row):.2g}",
+        )
+        for row in most
+    ]
+
+
+def _html(name: str, report: dict[str, Any], measured: Measured | None, config: str | None, sections: list[_Section]) -> str:
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
+    return template.render(
+        generator=GENERATOR,
+        paper=card.PAPER,
+        name=name,
+        lead=f"A merge of {len(report['models']) + len(report['not_purified'])} models with mergekit.",
+        report=report,
+        tiles=_tiles(report),
+        warnings=warnings(report),
+        notes=left_experts(report) + never_called(report) + _missing(measured),
+        models=_models(report),
+        not_purified=report["not_purified"],
+        sections=sections,
+        settings=_settings(report),
+        calibration=_calibration(report),
+        left=_left(report),
+        config=config,
+        commands=card.commands(report),
+        table=_table,
+        svg=plots.svg,
+    )
+
+
+def _missing(measured: Measured | None) -> list[str]:
+    if measured is None:
+        return [
+            "Made from pave_report.json alone. With the config in the place of the folder, `mergekit-pave report` reads models "
+            "and caches, too, and adds interference, spectra and covariances."
+        ]
+    notes = []
+    if not measured.overlaps:
+        notes.append("Interference is not shown: it needs a base model and at least two models that are merged with it.")
+    if not measured.inputs:
+        notes.append(
+            "Covariances are not shown: they are no longer in the cache, and of spectra only the cached tails are known."
+        )
+    return notes
+
+
+def _tiles(report: dict[str, Any]) -> list[tuple[str, str]]:
+    rows, sums = report["purified"], by_model(report)
+    kept = sum(row["kept"] for row in rows) / sum(row["components"] for row in rows)
+    energy = sum(row["energy_dropped"] for row in rows) / len(rows)
+    tiles = [
+        (f"{len({row['output'] for row in rows})} of {report['tensors']}", "tensors purified"),
+        (f"{100 * kept:.2f} %", "of rank kept"),
+        (f"{energy:.1e}", "of energy dropped, mean"),
+    ]
+    if ratios := [one["removed_norm"] / one["change_norm"] for one in sums.values() if one["change_norm"]]:
+        told = f"{min(ratios):.2g} to {max(ratios):.2g} x" if len(ratios) > 1 else f"{ratios[0]:.2g} x"
+        tiles.append((told, "removed part / change"))
+    return tiles
+
+
+def _models(report: dict[str, Any]) -> Table:
+    head = ("model", "calibration data", "samples", "tokens", "tensors", "rank kept", "energy dropped", "removed / change")
+    rows = []
+    for model, sums in by_model(report).items():
+        source = report["models"][model]
+        ratio = f"{sums['removed_norm'] / sums['change_norm']:.3g}" if sums["change_norm"] else "-"
+        rows.append(
+            (
+                model,
+                card.data_of(source),
+                f"{source['samples']:,}",
+                f"{source['tokens']:,}",
+                sums["tensors"],
+                f"{100 * sums['mean_kept']:.2f} %",
+                f"{sums['mean_energy']:.1e}",
+                ratio,
+            )
+        )
+    return head, rows
+
+
+def _settings(report: dict[str, Any]) -> Table:
+    settings = report["settings"]
+    rows = [(key, card.told(value) or "-", "") for key, value in settings.items()]
+    for model, source in report["models"].items():
+        own = {key: value for key, value in source["settings"].items() if value != settings[key]}
+        rows += [(key, card.told(value), model) for key, value in own.items()]
+    head = ("setting", "value", "of")
+    return head, rows if any(row[2] for row in rows) else [(*row[:2], "all models") for row in rows]
+
+
+def _calibration(report: dict[str, Any]) -> Table:
+    """The settings; none of a model whose covariances were given."""
+    known = {model: source["calibration"] for model, source in report["models"].items() if source["calibration"]}
+    keys = list(dict.fromkeys(key for settings in known.values() for key in settings))
+    rows = [(model, *(settings[key] for key in keys)) for model, settings in known.items()]
+    rows += [(model, "given covariances") for model in report["models"] if model not in known]
+    return ("model", *keys), rows
+
+
+def _left(report: dict[str, Any]) -> Table:
+    rows = []
+    for model, source in report["models"].items():
+        for reason, count in Counter(reason.split(" (")[0] for reason in source["left_as_they_are"].values()).most_common():
+            rows.append((model, reason, count))
+    return ("model", "why", "tensors"), rows
+
+
+def _table(table: Table) -> Markup:
+    head, rows = table
+    texts = [not all(_NUMBER.fullmatch(str(row[i])) for row in rows if i < len(row)) for i in range(len(head))]
+
+    def line(tag: str, cells: Sequence[Any]) -> str:
+        classes = (" class=text" if text else "" for text in texts)
+        return "<tr>" + "".join(f"<{tag}{kind}>{escape(cell)}</{tag}>" for kind, cell in zip(classes, cells)) + "</tr>"
+
+    body = "".join(line("td", row) for row in rows)
+    return Markup(f'<div class="scroll" tabindex="0"><table><thead>{line("th", head)}</thead><tbody>{body}</tbody></table></div>')
