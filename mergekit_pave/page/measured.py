@@ -28,7 +28,7 @@ from mergekit_pave.page.measure import Interference, condition, effective_rank, 
 from mergekit_pave.page.places import place, spread
 from mergekit_pave.planning import Plan, PlannedWeight
 from mergekit_pave.report import complete
-from mergekit_pave.tasks import GatherPurified, PurificationStats, load_stored
+from mergekit_pave.tasks import GatherPurified, load_stored
 
 # Layers that are looked at closely: few enough to be read, and no more than a machine does in minutes.
 SPECTRA, COVARIANCES = 3, 16
@@ -115,7 +115,7 @@ def measure(plan: Plan, options: MergeOptions) -> tuple[dict[str, Any], Measured
     executor = Executor(tasks, math_device=options.device, storage_device=options.device if options.low_cpu_memory else "cpu")
     values = dict(executor.run(quiet=options.quiet, desc="Measuring"))
     stats = [(str(task.model), values[task]) for task in plan.stats]
-    found = [value for task, value in values.items() if not isinstance(task, PurificationStats)]
+    found = [values[task] for task in tasks[len(plan.stats) :]]
     measured = Measured(
         spectra=[value for value in found if isinstance(value, Spectrum)],
         inputs=_inputs(plan, options.quiet),

@@ -19,7 +19,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from mergekit_pave.page.measure import Interference, pair_mean
 from mergekit_pave.page.measured import Inputs, Overlap, Spectrum
@@ -146,7 +146,7 @@ def energies(grid: Grid, several: bool = False) -> Plot:
     """Share of activated energy dropped."""
     figure = _heat_maps(
         grid,
-        matplotlib.colormaps["magma"].reversed(),
+        matplotlib.colormaps["YlOrRd"],
         _log_norm(grid),
         "share of energy dropped",
         lambda share: f"{share:.0e}".replace("e-0", "e-"),
@@ -169,7 +169,7 @@ def removed(grid: Grid, several: bool = False) -> Plot:
         LogNorm(10**-reach, 10**reach),
         "removed part / change",
         lambda ratio: f"{ratio:.2g}",
-        FuncFormatter(lambda ratio, _: f"{ratio:.2g} x"),
+        FuncFormatter(lambda ratio, _: f"{ratio:g} x"),
     )
     caption = (
         "‖W' - W‖ / ‖W - W_base‖. Above 1 (red) more is removed than fine-tuning had changed, so the removed part is mostly "
@@ -319,6 +319,9 @@ def _covariances_of_stack(stack, kinds, models, several) -> Plot:
         axes[1, 0].set_ylabel("condition of C + λI")
         for row in axes:
             row[0].set_yscale("log")
+            row[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            row[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            row[0].minorticks_off()
         _legend(figure, axes[0, 0], len(models))
     caption = (
         "Effective rank: (Σ λᵢ)² / Σ λᵢ² over the eigenvalues of C, the number of directions that the inputs fill evenly. "
@@ -353,12 +356,12 @@ def _overlaps_of_stack(stack: str, members: list[Overlap], several: bool) -> Plo
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(2, 2, 2.5)
         for (left, right), (label, kind) in zip(axes, _KINDS):
-            was, now = ([_mean(layers[number], when, kind) for number in numbers] for when in ("before", "after"))
+            was, now = ([mean(layers[number], when, kind) for number in numbers] for when in ("before", "after"))
             left.plot(numbers, was, "o--", color=MUTED, markersize=3.5, label="as fine-tuned")
             left.plot(numbers, now, "o-", color=COLOURS[0], markersize=3.5, label="purified")
             left.set_ylabel(label)
             left.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-            was, now = ([_mean(group, when, kind) for group in projections.values()] for when in ("before", "after"))
+            was, now = ([mean(group, when, kind) for group in projections.values()] for when in ("before", "after"))
             right.hlines(rows, was, now, color=LINE, linewidth=3)
             right.plot(was, rows, "o", color=MUTED, markersize=5)
             right.plot(now, rows, "o", color=COLOURS[0], markersize=5)
@@ -376,7 +379,7 @@ def _overlaps_of_stack(stack: str, members: list[Overlap], several: bool) -> Plo
     return Plot(_file("interference", stack, several), title, caption, figure)
 
 
-def _mean(members: list[Overlap], when: str, kind: Callable[[Interference], np.ndarray]) -> float:
+def mean(members: Sequence[Overlap], when: str, kind: Callable[[Interference], np.ndarray]) -> float:
     """Over the pairs of models and, by their sizes, over tensors."""
     measured = [getattr(one, when) for one in members]
     return float(np.average([pair_mean(kind(one)) for one in measured], weights=[one.size for one in measured]))

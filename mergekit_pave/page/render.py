@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import yaml
 from markupsafe import Markup, escape
 
 from mergekit_pave import card
 from mergekit_pave.errors import PaveError
 from mergekit_pave.page import plots
-from mergekit_pave.page.measured import Measured
+from mergekit_pave.page.measure import Interference
+from mergekit_pave.page.measured import Measured, Overlap
 from mergekit_pave.page.places import grids
 from mergekit_pave.report import by_model, left_experts, never_called, warnings
 
@@ -113,7 +115,9 @@ def _sections(report: dict[str, Any], measured: Measured | None) -> list[_Sectio
     if measured is None:
         return sections
     if measured.overlaps:
-        sections.append(_Section("interference", "Interference", "", plots.overlaps(measured.overlaps)))
+        sections.append(
+            _Section("interference", "Interference", _interference(measured.overlaps), plots.overlaps(measured.overlaps))
+        )
     if measured.spectra:
         kept = {(row["model"], row["output"], row.get("expert")): row["kept"] for row in rows}
         sections.append(_Section("spectra", "Spectra", "", plots.spectra(measured.spectra, kept, models)))
@@ -121,6 +125,15 @@ def _sections(report: dict[str, Any], measured: Measured | None) -> list[_Sectio
         text = "" if all("expert" not in row for row in rows) else "Of experts, the one that saw most tokens is shown."
         sections.append(_Section("covariances", "Covariances", text, plots.covariances(measured.inputs, models)))
     return sections
+
+
+def _interference(overlaps: list[Overlap]) -> str:
+    cosines = [plots.mean(overlaps, when, Interference.cosines) for when in ("before", "after")]
+    conflicts = [100 * plots.mean(overlaps, when, Interference.sign_conflicts) for when in ("before", "after")]
+    return (
+        "Over all purified weights, the mean cosine between the task vectors of two models goes from {:.3f} to {:.3f}, and the "
+        "share of elements with opposite signs from {:.1f} % to {:.1f} %.".format(*cosines, *conflicts)
+    )
 
 
 def _allocation(report: dict[str, Any]) -> str:
@@ -134,6 +147,10 @@ def _allocation(report: dict[str, Any]) -> str:
     )
 
 
+def _power(share: float) -> str:
+    return f"{share:.1e}".replace("e-0", "e-")
+
+
 def _ratio(row: dict[str, Any]) -> float | None:
     return row["removed_norm"] / row["change_norm"] if row["change_norm"] else None
 
@@ -141,13 +158,13 @@ def _ratio(row: dict[str, Any]) -> float | None:
 def _most_removed(rows: list[dict[str, Any]]) -> Table:
     """The weights from which most was removed, beside their change."""
     most = sorted((row for row in rows if row["change_norm"]), key=_ratio, reverse=True)[:_TOP]
-    head = ("largest", "model", "kept", "energy dropped", "removed / change")
+    head = ("most removed", "model", "kept", "energy dropped", "removed / change")
     return head, [
         (
             row["tensor"] + (f" [{row['expert']}]" if "expert" in row else ""),
             row["model"],
             f"{row['kept']} of {row['components']}",
-            f"{row['energy_dropped']:.1e}",
+            _power(row["energy_dropped"]),
             f"{_ratio(row):.2g}",
         )
         for row in most
@@ -161,8 +178,9 @@ def _html(name: str, report: dict[str, Any], measured: Measured | None, config: 
         generator=GENERATOR,
         paper=card.PAPER,
         name=name,
-        lead=f"A merge of {len(report['models']) + len(report['not_purified'])} models with mergekit.",
+        method=yaml.safe_load(config).get("merge_method") if config else None,
         report=report,
+        targets=sorted({source["settings"]["target"] for source in report["models"].values()}, reverse=True),
         tiles=_tiles(report),
         warnings=warnings(report),
         notes=left_experts(report) + never_called(report) + _missing(measured),
@@ -198,15 +216,13 @@ def _missing(measured: Measured | None) -> list[str]:
 def _tiles(report: dict[str, Any]) -> list[tuple[str, str]]:
     rows, sums = report["purified"], by_model(report)
     kept = sum(row["kept"] for row in rows) / sum(row["components"] for row in rows)
-    energy = sum(row["energy_dropped"] for row in rows) / len(rows)
     tiles = [
         (f"{len({row['output'] for row in rows})} of {report['tensors']}", "tensors purified"),
         (f"{100 * kept:.2f} %", "of rank kept"),
-        (f"{energy:.1e}", "of energy dropped, mean"),
+        (_power(sum(row["energy_dropped"] for row in rows) / len(rows)), "of energy dropped, mean"),
     ]
     if ratios := [one["removed_norm"] / one["change_norm"] for one in sums.values() if one["change_norm"]]:
-        told = f"{min(ratios):.2g} to {max(ratios):.2g} x" if len(ratios) > 1 else f"{ratios[0]:.2g} x"
-        tiles.append((told, "removed part / change"))
+        tiles.append((f"{max(ratios):.2g} x", "removed part / change" + (", largest" if len(ratios) > 1 else "")))
     return tiles
 
 
@@ -224,7 +240,7 @@ def _models(report: dict[str, Any]) -> Table:
                 f"{source['tokens']:,}",
                 sums["tensors"],
                 f"{100 * sums['mean_kept']:.2f} %",
-                f"{sums['mean_energy']:.1e}",
+                _power(sums["mean_energy"]),
                 ratio,
             )
         )
@@ -233,12 +249,11 @@ def _models(report: dict[str, Any]) -> Table:
 
 def _settings(report: dict[str, Any]) -> Table:
     settings = report["settings"]
-    rows = [(key, card.told(value) or "-", "") for key, value in settings.items()]
+    rows = [(key, card.told(value)) for key, value in settings.items() if value != []]
     for model, source in report["models"].items():
         own = {key: value for key, value in source["settings"].items() if value != settings[key]}
-        rows += [(key, card.told(value), model) for key, value in own.items()]
-    head = ("setting", "value", "of")
-    return head, rows if any(row[2] for row in rows) else [(*row[:2], "all models") for row in rows]
+        rows += [(f"{key} of {model}", card.told(value)) for key, value in own.items()]
+    return ("setting", "value"), rows
 
 
 def _calibration(report: dict[str, Any]) -> Table:
