@@ -44,8 +44,8 @@ def section(report: dict, picture: str | None = None) -> str:
     """The section's Markdown."""
     outputs = len({row["output"] for row in report["purified"]})
     what = {
-        "weights": "W' = W - U_t U_tᵀ W, and every task vector is W' - W_base",
-        "task_vector": "W' = W - U_t U_tᵀ (W - W_base), so that only what fine-tuning changed is touched",
+        "weights": "`W' = W - U_t U_tᵀ W`, and the task vector is `W' - W_base`",
+        "task_vector": "`W' = W - U_t U_tᵀ (W - W_base)`, so that only what fine-tuning changed is touched",
     }
     targets = dict.fromkeys(source["settings"]["target"] for source in report["models"].values())
     lines = [
@@ -54,7 +54,7 @@ def section(report: dict, picture: str | None = None) -> str:
         f"Before the merge the task vectors were purified with [PAVE]({PAPER}) by mergekit-pave "
         f"{report['versions']['mergekit-pave']}, in {outputs} of {report['tensors']} tensors. For each weight W of a linear "
         "layer, the second moment C of the layer's inputs was measured on samples of the model's own task, and the directions "
-        "that matter least to it were removed: with U_t the left singular vectors of W (C + λI) with the smallest singular "
+        "that matter least to it were removed: with `U_t` the left singular vectors of `W (C + λI)` with the smallest singular "
         f"values, {'; or '.join(what[target] for target in targets)}. "
         f"All other tensors keep their plain task vector. Every figure per tensor is in `{REPORT_NAME}`.",
         "",
@@ -120,8 +120,8 @@ def _effect(report: dict) -> list[str]:
     head = ("model", "tensors purified", "mean rank kept", "mean energy dropped", "removed part / change")
     lines = ["#### What it did", "", *_table(head, rows), ""]
     lines += [
-        "Energy is the dropped share of ‖W (C + λI)‖². The last column is ‖W' - W‖ over ‖W - W_base‖; above 1 more was removed "
-        "than fine-tuning had changed.",
+        "Energy is the dropped share of `‖W (C + λI)‖²`. The last column is `‖W' - W‖ / ‖W - W_base‖`; above 1, more was "
+        "removed than fine-tuning had changed.",
         "",
     ]
     for warning in warnings(report):
@@ -152,8 +152,8 @@ def _ranks(report: dict) -> list[str]:
 def _range(kept: list[int] | None) -> str:
     if not kept:
         return "all"
-    mean = f"{sum(kept) / len(kept):.1f}"
-    return mean if min(kept) == max(kept) else f"{mean} ({min(kept)} to {max(kept)})"
+    least, most = min(kept), max(kept)
+    return str(least) if least == most else f"{sum(kept) / len(kept):.1f} ({least} to {most})"
 
 
 def _settings(report: dict) -> list[str]:
@@ -170,19 +170,22 @@ def _settings(report: dict) -> list[str]:
 
 
 def _left(report: dict) -> list[str]:
-    """Why the other tensors are as they were, in one sentence a model."""
-    lines = []
+    """Why the other tensors are as they were."""
+    models: dict[str, list[str]] = {}
     for model, source in report["models"].items():
         counts = Counter(reason.split(" (")[0] for reason in source["left_as_they_are"].values())
-        if counts:
-            reasons = "; ".join(f"{count} {reason}" for reason, count in counts.most_common())
-            lines += [f"Left as they are in {_escape(model)}: {reasons}.", ""]
+        models.setdefault("; ".join(f"{count} {reason}" for reason, count in counts.most_common()), []).append(model)
+    lines = []
+    for reasons, names in models.items():
+        who = "each model" if len(names) == len(report["models"]) > 1 else ", ".join(map(_escape, names))
+        lines += [f"Left as they are in {who}: {reasons}.", ""] if reasons else []
     return lines
 
 
 def _table(head: tuple, rows: list[tuple]) -> list[str]:
-    """A table of Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
+    """A table of Markdown, with numbers to the right."""
+    numbers = [all(str(row[i])[:1].isdigit() or row[i] in ("-", "all") for row in rows) for i in range(len(head))]
+    lines = [head, ["---:" if number else "---" for number in numbers], *rows]
     return [f"| {' | '.join(_escape(str(cell)) for cell in line)} |" for line in lines]
 
 

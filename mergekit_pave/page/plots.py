@@ -153,7 +153,7 @@ def energies(grid: Grid, several: bool = False) -> Plot:
         FuncFormatter(lambda share, _: f"{share:.0e}"),
     )
     caption = (
-        "Share of ‖W C_λ‖² in the dropped components: how much of what a layer computes on the model's own data goes. "
+        "Share of ‖W (C + λI)‖² in the dropped components: how much of what a layer computes on the model's own data goes. "
         "Blank: nothing dropped."
     )
     return Plot(_file("energy", grid.stack, several), f"Energy dropped{_title(grid.stack, several)}", caption, figure)
@@ -276,8 +276,8 @@ def _spectra_of_layer(stack, layer, panels, kept, models, several) -> Plot:
     where = f"layer {layer}" if stack else "outside of layers"
     where = f"{stack}, {where}" if several and stack else where
     caption = (
-        "Singular values of W C_λ, counted from the smallest. The thick part up to the mark is dropped; the cut of each model is "
-        "where allocation over the models has put it."
+        "Singular values of W (C + λI), counted from the smallest. The thick part up to the mark is dropped; the cut of each "
+        "model is where allocation over the models has put it."
     )
     if not whole:
         caption += " Only the cached tail is shown where the covariance is no longer in the cache."
