@@ -210,7 +210,9 @@ def _heat_maps(grid: Grid, colormap: Colormap, norm: Normalize, label: str, told
         for panel in axes.flat[max(0, len(models) - across) : len(models)]:
             panel.set_xlabel("layer")
             panel.tick_params(labelbottom=True)
-        bar = figure.colorbar(image, ax=axes, format=ticks, label=label, aspect=30 * down / 2, pad=0.01, fraction=0.03)
+        bar = figure.colorbar(image, ax=axes[:2], format=ticks, label=label, aspect=15 * min(down, 2), pad=0.01, fraction=0.03)
+        if isinstance(norm, LogNorm) and norm.vmax < 1000 * norm.vmin:
+            bar.set_ticks(LogLocator(subs=(1, 2, 5)))
         bar.outline.set_visible(False)
         bar.minorticks_off()
     return figure
@@ -265,6 +267,7 @@ def _spectra_of_layer(stack, layer, panels, kept, models, several) -> Plot:
             panel.set_title(labels[projection] + ("" if expert is None else f" (expert {expert})"))
             panel.set_xscale("log")
             panel.set_yscale("log")
+            panel.xaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
             panel.minorticks_off()
         for panel in axes.flat[len(panels) :]:
             panel.axis("off")

@@ -120,7 +120,8 @@ def _sections(report: dict[str, Any], measured: Measured | None) -> list[_Sectio
         )
     if measured.spectra:
         kept = {(row["model"], row["output"], row.get("expert")): row["kept"] for row in rows}
-        sections.append(_Section("spectra", "Spectra", "", plots.spectra(measured.spectra, kept, models)))
+        drawn = plots.spectra(measured.spectra, kept, models)
+        sections.append(_Section("spectra", "Spectra", drawn[0].caption, drawn))
     if measured.inputs:
         text = "" if all("expert" not in row for row in rows) else "Of experts, the one that saw most tokens is shown."
         sections.append(_Section("covariances", "Covariances", text, plots.covariances(measured.inputs, models)))
