@@ -133,16 +133,17 @@ def _ranks(report: dict) -> list[str]:
     """Mean rank kept by projection and model, over the layers."""
     names = short_models(report["models"])
     places = {row["output"]: place(row["output"]) for row in report["purified"]}
-    several = len({where.stack for where in places.values()}) > 1
-    kinds = {output: (where.stack, where.projection) for output, where in places.items()}
-    labels = short(projection for _, projection in kinds.values())
+    stacks = dict.fromkeys(where.stack for where in places.values())
+    labels = {stack: short(where.projection for where in places.values() if where.stack == stack) for stack in stacks}
     groups: dict[tuple, dict[str, list[int]]] = {}
     for row in report["purified"]:
-        key = (*kinds[row["output"]], row["components"])
+        where = places[row["output"]]
+        key = (where.stack, where.projection, row["components"])
         groups.setdefault(key, {}).setdefault(row["model"], []).append(row["kept"])
     rows = []
     for (stack, projection, components), kept in groups.items():
-        label = f"{stack} {labels[projection]}" if several and stack else labels[projection]
+        label = labels[stack][projection]
+        label = f"{stack}: {label}" if len(stacks) > 1 and stack else label
         rows.append((label, components, *(_range(kept.get(model)) for model in names)))
     head = ("projection", "components", *names.values())
     text = "Rank kept: mean over the layers, with the smallest and the largest."

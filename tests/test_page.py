@@ -16,6 +16,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from merging import config_for, entries, forget_checkpoints, merge, write_config
 from PIL import Image
+from test_experts import family_of  # noqa: F401, a fixture
 
 from mergekit_pave import cli
 from mergekit_pave.page import render
@@ -120,6 +121,23 @@ def test_spectra_and_covariances_agree_with_the_reference(merged, llama):
         assert (one.tokens, one.width) == x.shape
         assert one.effective_rank == pytest.approx(values.sum() ** 2 / (values**2).sum(), rel=1e-4)
         assert one.condition == pytest.approx((values[-1] + 0.1) / (values[0] + 0.1), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "mixtral"])
+def test_spectra_of_transposed_weights_and_of_experts(families, family_of, tmp_path, cache, kind):  # noqa: F811
+    """The energy below the cut, by a full decomposition here, is what the merge has told by the tail alone."""
+    family = families[kind] if kind in families else family_of(kind)
+    config = config_for(family, {"rank_ratio": 0.8})
+    merge(config, tmp_path / "out")
+    report, found = measured(config)
+    rows = {(row["model"], row["output"], row.get("expert")): row for row in report["purified"]}
+    assert {(one.model, one.output) for one in found.spectra} == {(model, output) for model, output, _ in rows}
+    for one in found.spectra:
+        row = rows[one.model, one.output, one.expert]
+        squares = one.values**2
+        assert len(squares) == row["components"]
+        assert squares[row["kept"] :].sum() / squares.sum() == pytest.approx(row["energy_dropped"], rel=1e-4)
+        assert row["tokens"] == max(row["tokens"] for key, row in rows.items() if key[:2] == (one.model, one.output))
 
 
 def test_the_page_of_a_config_has_everything(merged, whole):

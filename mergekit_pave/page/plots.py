@@ -263,8 +263,8 @@ def _spectra_of_layer(stack, layer, panels, kept, models, several) -> Plot:
                     thick = {"color": colour, "linewidth": 4.5, "alpha": 0.45, "solid_capstyle": "butt"}
                     panel.plot(numbers[:dropped], values[:dropped], **thick)
                     panel.plot(dropped, values[dropped - 1], "|", color=colour, markersize=13, markeredgewidth=1.8)
-            expert = members[0].expert
-            panel.set_title(labels[projection] + ("" if expert is None else f" (expert {expert})"))
+            experts = ", ".join(str(expert) for expert in dict.fromkeys(one.expert for one in members) if expert is not None)
+            panel.set_title(labels[projection] + (f" (expert {experts})" if experts else ""))
             panel.set_xscale("log")
             panel.set_yscale("log")
             panel.xaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
@@ -376,7 +376,7 @@ def _overlaps_of_stack(stack: str, members: list[Overlap], several: bool) -> Plo
     caption = (
         "Between the task vectors of each two models: their cosine, and the share of elements in which they have opposite signs "
         "(a half where they are unrelated). Mean over the pairs and over the weights of a layer (left) or a projection (right). "
-        "Where the cosine rises, the models have the same part of the base removed."
+        "With `target: weights`, a cosine that rises means that the models have the same part of the base removed."
     )
     title = f"Interference of the task vectors{_title(stack, several)}"
     return Plot(_file("interference", stack, several), title, caption, figure)

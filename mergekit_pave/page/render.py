@@ -20,7 +20,7 @@ from mergekit_pave.errors import PaveError
 from mergekit_pave.page import plots
 from mergekit_pave.page.measure import Interference
 from mergekit_pave.page.measured import Measured, Overlap
-from mergekit_pave.page.places import grids
+from mergekit_pave.page.places import grids, short_models
 from mergekit_pave.report import by_model, left_experts, never_called, warnings
 
 PAGE_NAME = "index.html"
@@ -159,11 +159,12 @@ def _ratio(row: dict[str, Any]) -> float | None:
 def _most_removed(rows: list[dict[str, Any]]) -> Table:
     """The weights from which most was removed, beside their change."""
     most = sorted((row for row in rows if row["change_norm"]), key=_ratio, reverse=True)[:_TOP]
+    names = short_models(row["model"] for row in rows)
     head = ("most removed", "model", "kept", "energy dropped", "removed / change")
     return head, [
         (
             row["tensor"] + (f" [{row['expert']}]" if "expert" in row else ""),
-            row["model"],
+            names[row["model"]],
             f"{row['kept']} of {row['components']}",
             _power(row["energy_dropped"]),
             f"{_ratio(row):.2g}",
@@ -223,7 +224,7 @@ def _tiles(report: dict[str, Any]) -> list[tuple[str, str]]:
         (_power(sum(row["energy_dropped"] for row in rows) / len(rows)), "of energy dropped, mean"),
     ]
     if ratios := [one["removed_norm"] / one["change_norm"] for one in sums.values() if one["change_norm"]]:
-        tiles.append((f"{max(ratios):.2g} x", "removed part / change" + (", largest" if len(ratios) > 1 else "")))
+        tiles.append((f"{max(ratios):.2g} x", "removed part / change"))
     return tiles
 
 
@@ -249,11 +250,11 @@ def _models(report: dict[str, Any]) -> Table:
 
 
 def _settings(report: dict[str, Any]) -> Table:
-    settings = report["settings"]
+    settings, names = report["settings"], short_models(report["models"])
     rows = [(key, card.told(value)) for key, value in settings.items() if value != []]
     for model, source in report["models"].items():
         own = {key: value for key, value in source["settings"].items() if value != settings[key]}
-        rows += [(f"{key} of {model}", card.told(value)) for key, value in own.items()]
+        rows += [(f"{key} of {names[model]}", card.told(value)) for key, value in own.items()]
     return ("setting", "value"), rows
 
 
@@ -261,16 +262,17 @@ def _calibration(report: dict[str, Any]) -> Table:
     """The settings; none of a model whose covariances were given."""
     known = {model: source["calibration"] for model, source in report["models"].items() if source["calibration"]}
     keys = list(dict.fromkeys(key for settings in known.values() for key in settings))
-    rows = [(model, *(settings[key] for key in keys)) for model, settings in known.items()]
-    rows += [(model, "given covariances") for model in report["models"] if model not in known]
+    names = short_models(report["models"])
+    rows = [(names[model], *(settings[key] for key in keys)) for model, settings in known.items()]
+    rows += [(names[model], "given covariances") for model in names if model not in known]
     return ("model", *keys), rows
 
 
 def _left(report: dict[str, Any]) -> Table:
-    rows = []
+    rows, names = [], short_models(report["models"])
     for model, source in report["models"].items():
         for reason, count in Counter(reason.split(" (")[0] for reason in source["left_as_they_are"].values()).most_common():
-            rows.append((model, reason, count))
+            rows.append((names[model], reason, count))
     return ("model", "why", "tensors"), rows
 
 
