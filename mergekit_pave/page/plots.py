@@ -376,7 +376,7 @@ def _overlaps_of_stack(stack: str, members: list[Overlap], several: bool) -> Plo
     caption = (
         "Between the task vectors of each two models: their cosine, and the share of elements in which they have opposite signs "
         "(a half where they are unrelated). Mean over the pairs and over the weights of a layer (left) or a projection (right). "
-        "With `target: weights`, a cosine that rises means that the models have the same part of the base removed."
+        "With target weights, a cosine that rises means that the models have the same part of the base removed."
     )
     title = f"Interference of the task vectors{_title(stack, several)}"
     return Plot(_file("interference", stack, several), title, caption, figure)
