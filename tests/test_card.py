@@ -128,12 +128,12 @@ def test_without_matplotlib_there_is_no_picture_and_no_link(llama, tmp_path, mon
 
 
 def test_a_picture_that_cannot_be_drawn_does_not_fail_the_merge(llama, tmp_path, monkeypatch, caplog):
-    from mergekit_pave.page import plots
+    from mergekit_pave.page import drawing
 
     def broken(*_):
         raise RuntimeError("no fonts")
 
-    monkeypatch.setattr(plots, "png", broken)
+    monkeypatch.setattr(drawing, "png", broken)
     merge(config_for(llama, {}), tmp_path / "out")
     assert "![" not in (tmp_path / "out" / "README.md").read_text()
     assert "no fonts" in caplog.text

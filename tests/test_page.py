@@ -313,9 +313,10 @@ def test_towers_and_decoders_have_pictures_of_their_own(tmp_path):
 
 
 def test_text_in_names_is_text(tmp_path):
-    rows = [row | {"model": "<script>alert(1)</script> & co"} for row in rows_of(2, 1)]
+    rows = [row | {"model": "<script>alert(1)</script> & $co"} for row in rows_of(2, 1, ('a"><script>b', "$x$"))]
     page = render.write(tmp_path / "page", "<b>bold</b>", report_of(rows), None, None).read_text()
     assert "<script" not in page and "<b>bold" not in page and "&lt;script&gt;" in page
+    assert "$x$" in page and "$co" in page
 
 
 @pytest.mark.skipif(browser.CHROMIUM is None, reason="there is no Chromium here")

@@ -39,10 +39,10 @@ def draw_ranks(report: dict[str, Any], folder: str) -> str | None:
     if not can_draw():
         return None
     try:
-        from mergekit_pave.page import plots
+        from mergekit_pave.page import drawing, heatmaps
 
         grid = grids(report["purified"], lambda row: row["kept"] / row["components"])[0]
-        Path(folder, PICTURE_NAME).write_bytes(plots.png(plots.ranks(grid)))
+        Path(folder, PICTURE_NAME).write_bytes(drawing.png(heatmaps.ranks(grid)))
     except Exception as error:  # whatever is wrong with a drawing library, the merge before it is done and good
         LOG.warning("the model card gets no picture, because it could not be drawn: %s", error)
         return None

@@ -17,7 +17,8 @@ from markupsafe import Markup, escape
 
 from mergekit_pave import card
 from mergekit_pave.errors import PaveError
-from mergekit_pave.page import plots
+from mergekit_pave.page import curves, heatmaps, overlaps
+from mergekit_pave.page.drawing import Plot, png, svg
 from mergekit_pave.page.measure import Interference
 from mergekit_pave.page.measured import Measured, Overlap
 from mergekit_pave.page.places import grids, short_models
@@ -37,7 +38,7 @@ class _Section:
     key: str
     heading: str
     text: str
-    plots: list[plots.Plot] = field(default_factory=list)
+    plots: list[Plot] = field(default_factory=list)
     table: Table | None = None
 
 
@@ -56,7 +57,7 @@ def write(folder: Path, name: str, report: dict[str, Any], measured: Measured | 
         PaveError: there is a file in the way that is none of ours, or the folder cannot be written.
     """
     sections = _sections(report, measured)
-    files = {f"{plot.name}.png": plots.png(plot) for section in sections for plot in section.plots}
+    files = {f"{plot.name}.png": png(plot) for section in sections for plot in section.plots}
     files[PAGE_NAME] = _html(name, report, measured, config, sections).encode()
     check(folder, files)
     try:
@@ -95,7 +96,7 @@ def _replace(path: Path, content: bytes) -> None:
 def _sections(report: dict[str, Any], measured: Measured | None) -> list[_Section]:
     rows, models = report["purified"], list(report["models"])
 
-    def every(draw, number) -> list[plots.Plot]:
+    def every(draw, number) -> list[Plot]:
         found = grids(rows, number)
         return [draw(grid, len(found) > 1) for grid in found]
 
@@ -104,33 +105,33 @@ def _sections(report: dict[str, Any], measured: Measured | None) -> list[_Sectio
             "kept",
             "Kept rank",
             _allocation(report),
-            every(plots.ranks, lambda row: row["kept"] / row["components"]),
+            every(heatmaps.ranks, lambda row: row["kept"] / row["components"]),
         ),
-        _Section("energy", "Energy dropped", "", every(plots.energies, lambda row: row["energy_dropped"])),
+        _Section("energy", "Energy dropped", "", every(heatmaps.energies, lambda row: row["energy_dropped"])),
     ]
     if any(row["change_norm"] for row in rows):
         sections.append(
-            _Section("removed", "Removed part beside the change", "", every(plots.removed, _ratio), _most_removed(rows))
+            _Section("removed", "Removed part beside the change", "", every(heatmaps.removed, _ratio), _most_removed(rows))
         )
     if measured is None:
         return sections
     if measured.overlaps:
         sections.append(
-            _Section("interference", "Interference", _interference(measured.overlaps), plots.overlaps(measured.overlaps))
+            _Section("interference", "Interference", _interference(measured.overlaps), overlaps.overlaps(measured.overlaps))
         )
     if measured.spectra:
         kept = {(row["model"], row["output"], row.get("expert")): row["kept"] for row in rows}
-        drawn = plots.spectra(measured.spectra, kept, models)
+        drawn = curves.spectra(measured.spectra, kept, models)
         sections.append(_Section("spectra", "Spectra", drawn[0].caption, drawn))
     if measured.inputs:
         text = "" if all("expert" not in row for row in rows) else "Of experts, the one that saw most tokens is shown."
-        sections.append(_Section("covariances", "Covariances", text, plots.covariances(measured.inputs, models)))
+        sections.append(_Section("covariances", "Covariances", text, curves.covariances(measured.inputs, models)))
     return sections
 
 
-def _interference(overlaps: list[Overlap]) -> str:
-    cosines = [plots.mean(overlaps, when, Interference.cosines) for when in ("before", "after")]
-    conflicts = [100 * plots.mean(overlaps, when, Interference.sign_conflicts) for when in ("before", "after")]
+def _interference(found: list[Overlap]) -> str:
+    cosines = [overlaps.mean(found, when, Interference.cosines) for when in ("before", "after")]
+    conflicts = [100 * overlaps.mean(found, when, Interference.sign_conflicts) for when in ("before", "after")]
     return (
         "Over all purified weights, the mean cosine between the task vectors of two models goes from {:.3f} to {:.3f}, and the "
         "share of elements with opposite signs from {:.1f} % to {:.1f} %.".format(*cosines, *conflicts)
@@ -195,7 +196,7 @@ def _html(name: str, report: dict[str, Any], measured: Measured | None, config: 
         config=config,
         commands=card.commands(report),
         table=_table,
-        svg=plots.svg,
+        svg=svg,
     )
 
 
