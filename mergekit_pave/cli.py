@@ -20,6 +20,9 @@ from mergekit_pave import cache as caches
 from mergekit_pave import plugin, preview, versions
 from mergekit_pave.calibration.estimate import readable
 from mergekit_pave.errors import PaveError
+from mergekit_pave.page.measured import measure
+from mergekit_pave.page.picture import require_matplotlib
+from mergekit_pave.report import read_report
 
 _PROBE = """
 import mergekit.merge
@@ -67,6 +70,41 @@ def plan(config_file: str, as_json: bool, merge_options: MergeOptions) -> None:
     samples = plugin.sample_removal(planned, merge_options)
     found = preview.preview(planned, merge_options.device, samples)
     click.echo(json.dumps(found, indent=1) if as_json else preview.as_text(found))
+
+
+@main.command("report", cls=PrettyPrintHelp)
+@click.argument("source", metavar="OUT_OR_CONFIG", type=click.Path(exists=True, path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Folder for index.html and its pictures. Default: pave_report, in OUT or beside CONFIG.",
+)
+@add_merge_options
+def write_report(source: Path, output: Path | None, merge_options: MergeOptions) -> None:
+    """Show what purification did, or would do, as a page with plots (needs mergekit-pave[report]).
+
+    For OUT, the folder of a finished merge, the page is drawn from its pave_report.json alone, anywhere and in seconds:
+    ranks, energy, and the removed part beside the change.
+
+    For CONFIG (such as OUT/mergekit_config.yml) the page shows interference between the task vectors before and after, spectra
+    and covariances, too. Weights are read as in a merge, but nothing is merged, and nothing is measured anew: the caches must
+    be full, after the merge or `mergekit-pave calibrate CONFIG`.
+    """
+    merge_options.apply_global_options()
+    require_matplotlib()
+    from mergekit_pave.page import render  # needs matplotlib
+
+    folder = output or (source if source.is_dir() else source.parent) / "pave_report"
+    render.check(folder)
+    if source.is_dir():
+        report, measured, config = read_report(str(source)), None, source / "mergekit_config.yml"
+    else:
+        report, measured = measure(plugin.plan_merge(_read_config(str(source)), merge_options), merge_options)
+        config = source
+    name = (source if source.is_dir() else source.with_suffix("")).resolve().name
+    text = config.read_text(encoding="utf-8") if config.is_file() else None
+    click.echo(f"written to {render.write(folder, name, report, measured, text)}")
 
 
 def _read_config(path: str) -> MergeConfiguration:

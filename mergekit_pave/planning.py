@@ -103,6 +103,8 @@ class PlannedWeight:
         output: the name of the tensor that it is merged into.
         drop: components that each of its matrices would lose on its own; allocation moves them between models.
         cached: its decomposition is in the cache.
+        covariances: the folder of the model's covariances, where they are in the cache.
+        regularization: λ.
     """
 
     model: ModelReference
@@ -111,6 +113,8 @@ class PlannedWeight:
     layer: Linear
     drop: int
     cached: bool
+    covariances: str
+    regularization: float | RelativeRegularization
 
 
 @dataclass
@@ -654,7 +658,19 @@ def _add_tensor(
         min_tokens = config.least_tokens(choice.model, choice.linear.experts)
         needed = {"folder": str(folder), "count": cap, "min_tokens": min_tokens}
         cached = has_tail(folder, cap, min_tokens)
-        plan.weights.append(PlannedWeight(choice.model, choice.tensor, planned.name, choice.linear, choice.share, cached))
+        regularization = config.setting(choice.model, "regularization")
+        plan.weights.append(
+            PlannedWeight(
+                model=choice.model,
+                tensor=choice.tensor,
+                output=planned.name,
+                layer=choice.linear,
+                drop=choice.share,
+                cached=cached,
+                covariances=source.calibration.folder,
+                regularization=regularization,
+            )
+        )
         tails.append(LoadTail(model=choice.model, tensor=choice.tensor, **needed))
         if not cached:
             decomposition = DecomposeWeight(
@@ -663,7 +679,7 @@ def _add_tensor(
                 weight=load_stored(gather, choice.model),
                 calibration=source.calibration,
                 layer=choice.linear,
-                regularization=config.setting(choice.model, "regularization"),
+                regularization=regularization,
                 **needed,
             )
             plan.decompositions.append(decomposition)
@@ -710,6 +726,7 @@ def _header(
         "models": {
             str(model): {
                 "data": source.data,
+                "covariance": source.entry.covariance,
                 "settings": _resolved(source.entry, block),
                 "calibration": config.calibration_of(model).model_dump() if source.entry.data else None,
                 "samples": source.samples,
@@ -718,6 +735,7 @@ def _header(
             }
             for model, source in sources.items()
         },
+        "not_purified": [str(entry.model) for entry in config.models if not entry.purify],
         "tensors": len(tensors),
     }
 

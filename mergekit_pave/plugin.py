@@ -40,6 +40,8 @@ from mergekit_pave.calibration.layers import describe
 from mergekit_pave.calibration.run import Runtime
 from mergekit_pave.card import with_section
 from mergekit_pave.errors import PaveError
+from mergekit_pave.licence import common_licence
+from mergekit_pave.page.picture import draw_ranks
 from mergekit_pave.planning import (
     Checkpoint,
     ClosedForm,
@@ -232,7 +234,11 @@ def _with_card(generate_card):
     @functools.wraps(generate_card)
     def wrapper(config, *args, **kwargs):
         card = generate_card(config, *args, **kwargs)
-        return card if config.pave is None else with_section(card, read_report(config.pave._out_path))
+        if config.pave is None:
+            return card
+        report = read_report(config.pave._out_path)
+        licence = common_licence(config.referenced_models(), LoaderCache().hf_cache_dir)
+        return with_section(card, report, licence=licence, picture=draw_ranks(report, config.pave._out_path))
 
     return wrapper
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from mergekit_pave.errors import PaveError
 
 REPORT_NAME = "pave_report.json"
 FEW_TOKENS = "an expert that saw too few calibration tokens"
@@ -15,12 +18,33 @@ NEVER_CALLED = "never called during calibration"
 
 
 def read_report(out_path: str) -> dict[str, Any]:
-    """The report of a merged model."""
-    return json.loads(Path(out_path, REPORT_NAME).read_text())
+    """The report of a merged model.
+
+    Raises:
+        PaveError: the folder has none, or a damaged one.
+    """
+    path = Path(out_path, REPORT_NAME)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise PaveError(f"{out_path} has no {REPORT_NAME}, so it is not the output of a merge with a `pave:` block") from error
+    except (OSError, ValueError) as error:
+        raise PaveError(f"{path} cannot be read: {error}") from error
+
+
+def complete(header: dict[str, Any], stats: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+    """The report, from its header and, per purified weight, the model and what was done (see `PurificationStats`)."""
+    report = copy.deepcopy(header)
+    report["purified"] = []
+    for model, done in stats:
+        report["purified"] += done["rows"]
+        report["models"][model]["left_as_they_are"] |= done["left"]
+    report["warnings"] += warnings(report)
+    return report
 
 
 def by_model(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Per model: tensors purified, mean share of rank kept, tokens seen, and the removed part beside the change."""
+    """Per model: tensors purified, mean shares of rank and energy, tokens seen, and the removed part beside the change."""
     rows = defaultdict(list)
     for row in report["purified"]:
         rows[row["model"]].append(row)
@@ -32,6 +56,7 @@ def by_model(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
         result[model] = {
             "tensors": len({row["output"] for row in of_model}),
             "mean_kept": sum(row["kept"] / row["components"] for row in of_model) / len(of_model),
+            "mean_energy": sum(row["energy_dropped"] for row in of_model) / len(of_model),
             "mean_rank": sum(row["kept"] for row in of_model) / len(of_model),
             "tokens": max(row["tokens"] for row in of_model),
             "removed_norm": removed,

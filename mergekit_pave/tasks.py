@@ -50,6 +50,7 @@ from mergekit_pave.report import (
     FEW_TOKENS,
     NEVER_CALLED,
     REPORT_NAME,
+    complete,
     left_experts,
     never_called,
     regmean_summary,
@@ -435,17 +436,13 @@ class WriteReport(Task[None]):
         return True
 
     def execute(self, **stats: dict[str, Any]) -> None:
-        report = json.loads(self.header)
-        report["purified"] = [row for i in range(len(self.stats)) for row in stats[str(i)]["rows"]]
-        for i, task in enumerate(self.stats):
-            report["models"][str(task.model)]["left_as_they_are"] |= stats[str(i)]["left"]
+        done = ((str(task.model), stats[str(i)]) for i, task in enumerate(self.stats))
+        report = complete(json.loads(self.header), done)
         if "regmean" in report:
-            done = [stats[f"closed{i}"] for i in range(len(self.closed_forms))]
-            report["regmean"]["closed_form"] = [one["row"] for one in done if one["row"]]
-            for one in done:
+            merged = [stats[f"closed{i}"] for i in range(len(self.closed_forms))]
+            report["regmean"]["closed_form"] = [one["row"] for one in merged if one["row"]]
+            for one in merged:
                 report["regmean"]["as_task_arithmetic"] |= one["left"]
-        found = warnings(report)
-        report["warnings"] += found
         folder = Path(self.out_path)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / REPORT_NAME).write_text(json.dumps(report, indent=1) + "\n")
@@ -456,5 +453,5 @@ class WriteReport(Task[None]):
                 LOG.info(regmean_summary(report["regmean"]))
             for line in left_experts(report) + never_called(report):
                 LOG.info(line)
-            for warning in found:
+            for warning in warnings(report):
                 LOG.warning(warning)

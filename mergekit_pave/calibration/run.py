@@ -279,6 +279,10 @@ class StoredCovariances:
         """How many tokens the layer saw."""
         return self._manifest["layers"].get(layer, {"tokens": 0})["tokens"]
 
+    def file(self, layer: str) -> str:
+        """The file of a layer that has seen tokens, which it shares with layers that see the same input."""
+        return self._manifest["layers"][layer]["file"]
+
     def load(self, layer: str) -> Covariance:
         """The covariance of the input of a layer that has seen tokens."""
         entry = self._manifest["layers"][layer]

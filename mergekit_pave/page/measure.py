@@ -1,0 +1,113 @@
+"""What the page tells of spectra, covariances and interference: functions on tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.linalg
+import torch
+from scipy.sparse.linalg import LinearOperator, eigsh
+from torch import Tensor
+
+from mergekit_pave.covariance import Covariance
+
+
+def spectrum(weight: Tensor, covariance: Covariance, shift: float) -> np.ndarray:
+    """All singular values of W (C + shift * I), descending, (min(d_out, d_in),) float64.
+
+    Args:
+        weight: W, (d_out, d_in), any float dtype.
+        covariance: of the layer's input, width d_in, on the weight's device.
+        shift: the regularisation added to C's diagonal.
+    """
+    weight = weight.double()
+    if weight.shape[0] > weight.shape[1]:
+        weight = torch.linalg.qr(weight, mode="r").R  # W = Q R and R C have the same singular values
+    return torch.linalg.svdvals(covariance.multiply(weight, shift)).cpu().numpy()
+
+
+def effective_rank(covariance: Covariance) -> float:
+    """(Σ λ)² / Σ λ² of C's eigenvalues λ, the participation ratio: n if n of them are equal and the others zero."""
+    moment = _smaller_moment(covariance)
+    return (moment.trace().square() / moment.square().sum()).item()
+
+
+def condition(covariance: Covariance, shift: float) -> float:
+    """The largest eigenvalue of C + shift * I over the smallest, for shift > 0."""
+    moment = _smaller_moment(covariance).cpu().numpy() / covariance.tokens
+    largest = _largest_eigenvalue(lambda x: moment @ x, len(moment)) + shift
+    smallest = shift
+    if covariance.tokens >= covariance.dim:  # otherwise C is singular
+        moment[np.diag_indices_from(moment)] += shift
+        factor = scipy.linalg.cho_factor(moment, overwrite_a=True, check_finite=False)
+        smallest = 1 / _largest_eigenvalue(lambda x: scipy.linalg.cho_solve(factor, x, check_finite=False), len(moment))
+    return largest / smallest
+
+
+def _smaller_moment(covariance: Covariance) -> Tensor:
+    """X^T X or X X^T, float64, whichever is smaller: they have the same eigenvalues but for zeros."""
+    if covariance.rows is not None and covariance.tokens < covariance.dim:
+        rows = covariance.rows.double()
+        return rows @ rows.mT
+    return covariance.unscaled()
+
+
+def _largest_eigenvalue(apply, size: int) -> float:
+    """Of a positive definite (size, size) operator."""
+    if size < 3:  # too small for Lanczos
+        return float(np.linalg.eigvalsh(apply(np.eye(size)))[-1])
+    operator = LinearOperator((size, size), matvec=apply, dtype=np.float64)
+    start = np.random.default_rng(0).standard_normal(size)
+    return float(eigsh(operator, k=1, which="LA", v0=start, tol=1e-6, return_eigenvectors=False)[0])
+
+
+@dataclass(frozen=True)
+class Interference:
+    """How the task vectors of M models lie to each other, in one tensor or, added up, in several.
+
+    Attributes:
+        products: inner products, (M, M) float64.
+        conflicts: elements in which two of them have opposite signs, (M, M).
+        size: the number of elements.
+    """
+
+    products: np.ndarray
+    conflicts: np.ndarray
+    size: int
+
+    def __add__(self, other: Interference) -> Interference:
+        return Interference(self.products + other.products, self.conflicts + other.conflicts, self.size + other.size)
+
+    def cosines(self) -> np.ndarray:
+        """The cosine of each two task vectors, (M, M); 0 where one of them is zero."""
+        norms = np.sqrt(self.products.diagonal())
+        scale = np.outer(norms, norms)
+        return np.divide(self.products, scale, out=np.zeros_like(scale), where=scale > 0)
+
+    def sign_conflicts(self) -> np.ndarray:
+        """The share of elements in which each two of them have opposite signs, (M, M); about a half if they are unrelated."""
+        return self.conflicts / self.size
+
+
+_BLOCK = 1 << 20  # elements: counts of so many are exact in float32
+
+
+def interference(vectors: Sequence[Tensor]) -> Interference:
+    """Of task vectors of the same shape, one a model."""
+    flat = [vector.reshape(-1) for vector in vectors]
+    products = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=flat[0].device)
+    conflicts = torch.zeros_like(products)
+    for start in range(0, flat[0].numel(), _BLOCK):
+        block = torch.stack([vector[start : start + _BLOCK].float() for vector in flat])  # (M, block)
+        products += block.double() @ block.double().mT
+        up, down = (block > 0).float(), (block < 0).float()
+        opposite = (up @ down.mT).double()
+        conflicts += opposite + opposite.mT
+    return Interference(products.cpu().numpy(), conflicts.cpu().numpy(), flat[0].numel())
+
+
+def pair_mean(matrix: np.ndarray) -> float:
+    """Mean over the pairs of different models of a symmetric (M, M) matrix, M > 1."""
+    return float(matrix[np.triu_indices(len(matrix), 1)].mean())

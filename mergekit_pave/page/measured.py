@@ -1,0 +1,278 @@
+"""What the page tells beyond `pave_report.json`, measured on the models of a planned merge and their covariances.
+
+Weights are streamed by mergekit's executor, as in a merge. Nothing is calibrated or decomposed: the caches must be full.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+import tqdm
+from mergekit.graph import Executor, Task
+from mergekit.io.tasks import LoadTensor
+from mergekit.options import MergeOptions
+from torch import Tensor
+
+from mergekit_pave.cache import Artefact
+from mergekit_pave.calibration.layers import Linear
+from mergekit_pave.calibration.run import StoredCovariances
+from mergekit_pave.config import RelativeRegularization
+from mergekit_pave.covariance import Covariance
+from mergekit_pave.errors import PaveError
+from mergekit_pave.page.measure import Interference, condition, effective_rank, interference, spectrum
+from mergekit_pave.page.places import place, spread
+from mergekit_pave.planning import Plan, PlannedWeight
+from mergekit_pave.report import complete
+from mergekit_pave.tasks import GatherPurified, load_stored
+
+# Layers that are looked at closely: few enough to be read, and no more than a machine does in minutes.
+SPECTRA, COVARIANCES = 3, 16
+_OPERATIONS = 1e13
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Singular values of W C_s of one matrix.
+
+    Attributes:
+        model: whose.
+        output: the tensor that the weight is merged into.
+        expert: its number; of a mixture the expert that saw most tokens.
+        values: descending, over the largest; without the covariance only those in the cached tail.
+        components: how many there are.
+    """
+
+    model: str
+    output: str
+    expert: Optional[int]
+    values: np.ndarray
+    components: int
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The covariance of what one or several layers of a model see.
+
+    Attributes:
+        model: whose.
+        outputs: the tensors that the weights of these layers are merged into.
+        tokens: seen.
+        width: of the input.
+        effective_rank: the participation ratio of C's eigenvalues.
+        condition: of C + λI.
+    """
+
+    model: str
+    outputs: list[str]
+    tokens: int
+    width: int
+    effective_rank: float
+    condition: float
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How the task vectors that are merged into one tensor interfere, as they were and purified."""
+
+    output: str
+    models: list[str]
+    before: Interference
+    after: Interference
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Everything beyond the report.
+
+    Attributes:
+        spectra: of a few layers.
+        inputs: of some layers; none of a model whose covariances are not in the cache.
+        overlaps: of every purified tensor; none without a base model, or of a model that is merged with no other.
+    """
+
+    spectra: list[Spectrum]
+    inputs: list[Inputs]
+    overlaps: list[Overlap]
+
+
+def measure(plan: Plan, options: MergeOptions) -> tuple[dict[str, Any], Measured]:
+    """The report that a merge would write, and what else the page shows. Reads every weight that is purified once.
+
+    Raises:
+        PaveError: the caches lack something.
+    """
+    if plan.decompositions:
+        raise PaveError(
+            f"{len(plan.decompositions)} of {len(plan.stats)} decompositions are not in the cache, and a report measures none. "
+            "Fill it with `mergekit-pave calibrate` or a merge, or give the folder of a finished merge"
+        )
+    tasks = [*plan.stats, *_spectra(plan), *_overlaps(plan)]
+    executor = Executor(tasks, math_device=options.device, storage_device=options.device if options.low_cpu_memory else "cpu")
+    values = dict(executor.run(quiet=options.quiet, desc="Measuring"))
+    stats = [(str(task.model), values[task]) for task in plan.stats]
+    found = [values[task] for task in tasks[len(plan.stats) :]]
+    measured = Measured(
+        spectra=[value for value in found if isinstance(value, Spectrum)],
+        inputs=_inputs(plan, options.quiet),
+        overlaps=[value for value in found if isinstance(value, Overlap)],
+    )
+    return complete(plan.header, stats), measured
+
+
+class _MeasureSpectrum(Task[Optional[Spectrum]]):
+    """The spectrum of one matrix; from the cached tail where there is no covariance."""
+
+    weight: LoadTensor
+    tail: Task
+    output: str
+    layer: Linear
+    covariances: Optional[str]
+    regularization: float | RelativeRegularization
+
+    def __hash__(self) -> int:
+        return hash((_MeasureSpectrum, str(self.weight.model), self.output))
+
+    def arguments(self) -> dict[str, Task]:
+        return {"weight": self.weight, "tail": self.tail}
+
+    def group_label(self) -> Optional[str]:
+        return self.weight.group_label()
+
+    def uses_accelerator(self) -> bool:
+        return True
+
+    def execute(self, weight: Tensor, tail: dict[str, Any]) -> Optional[Spectrum]:
+        slices = tail["slices"]
+        if not slices:  # experts, none of which saw enough tokens
+            return None
+        busiest = max(range(len(slices)), key=lambda i: slices[i]["tokens"])
+        expert, largest = slices[busiest]["expert"], slices[busiest]["largest"] or 1.0
+        if self.covariances:
+            number = 0 if expert is None else self.layer.experts.index(expert)
+            covariance = StoredCovariances(Artefact(Path(self.covariances))).load(self.layer.layers[number])
+            matrix = weight[number] if weight.dim() == 3 else weight
+            matrix = matrix.mT if self.layer.transposed else matrix
+            values = spectrum(matrix, covariance.to(weight.device), _shift(self.regularization, covariance))
+        else:
+            values = tail["values"][busiest].flip(0).cpu().numpy()
+        return Spectrum(str(self.weight.model), self.output, expert, values / largest, min(self.layer.shape))
+
+
+def _shift(regularization: float | RelativeRegularization, covariance: Covariance) -> float:
+    if isinstance(regularization, RelativeRegularization):
+        return regularization.relative * covariance.mean_diagonal()
+    return regularization
+
+
+class _MeasureOverlap(Task[Optional[Overlap]]):
+    """The interference in one merged tensor."""
+
+    output: str
+    base: LoadTensor
+    gather: GatherPurified
+
+    def __hash__(self) -> int:
+        return hash((_MeasureOverlap, self.output))
+
+    def arguments(self) -> dict[str, Task]:
+        tasks, purified = {"base": self.base}, dict(self.gather.purified.items())
+        for model in self.gather.weight_info:
+            if model != self.base.model:
+                tasks[f"before {model}"] = stored = load_stored(self.gather, model)
+                tasks[f"after {model}"] = purified.get(model, stored)
+        return tasks
+
+    def group_label(self) -> Optional[str]:
+        return self.base.group_label()
+
+    def uses_accelerator(self) -> bool:
+        return True
+
+    def execute(self, base: Tensor, **weights: Optional[Tensor]) -> Optional[Overlap]:
+        models = [
+            key.removeprefix("before ") for key, weight in weights.items() if key.startswith("before") and weight is not None
+        ]
+        if len(models) < 2:
+            return None
+        before, after = (
+            interference([weights[f"{when} {model}"].float() - base.float() for model in models]) for when in ("before", "after")
+        )
+        return Overlap(self.output, models, before, after)
+
+
+def _overlaps(plan: Plan) -> list[_MeasureOverlap]:
+    tasks = []
+    for gather in plan.gathers.values():
+        purify = next(iter(gather.purified.values())).purify
+        if purify.base is not None:
+            tasks.append(_MeasureOverlap(output=purify.allocation.output, base=purify.base, gather=gather))
+    return tasks
+
+
+def _spectra(plan: Plan) -> list[_MeasureSpectrum]:
+    """Of the first, the middle and the last layer of each stack, or of as many as are affordable."""
+    purify = {(task.model, task.purify.allocation.output): task.purify for task in plan.stats}
+    tasks = []
+    for weight in _chosen(plan.weights, SPECTRA, _cost_of_spectrum):
+        task = purify[weight.model, weight.output]
+        tasks.append(
+            _MeasureSpectrum(
+                weight=task.weight,
+                tail=task.tail,
+                output=weight.output,
+                layer=weight.layer,
+                covariances=weight.covariances if Artefact(Path(weight.covariances)).manifest() else None,
+                regularization=weight.regularization,
+            )
+        )
+    return tasks
+
+
+def _cost_of_spectrum(weight: PlannedWeight) -> float:
+    smaller, d_in = min(weight.layer.shape), weight.layer.shape[1]
+    return 2 * smaller * d_in**2 + 4 * smaller**3
+
+
+def _inputs(plan: Plan, quiet: bool) -> list[Inputs]:
+    """The covariances of some layers; those of experts by the one that saw most tokens."""
+    shared: dict[tuple[str, str, str], list[PlannedWeight]] = defaultdict(list)  # by model, folder and layer
+    known: dict[str, StoredCovariances] = {}
+    for weight in _chosen(plan.weights, COVARIANCES, lambda weight: float(weight.layer.shape[1]) ** 3):
+        folder = weight.covariances
+        if folder not in known:
+            if Artefact(Path(folder)).manifest() is None:
+                continue
+            known[folder] = StoredCovariances(Artefact(Path(folder)))
+        layer = max(weight.layer.layers, key=known[folder].tokens)
+        if known[folder].tokens(layer):
+            shared[str(weight.model), folder, known[folder].file(layer)].append(weight)
+    found = []
+    for (model, folder, _), weights in tqdm.tqdm(shared.items(), desc="Measuring covariances", disable=quiet):
+        layer = max(weights[0].layer.layers, key=known[folder].tokens)
+        covariance = known[folder].load(layer)
+        found.append(
+            Inputs(
+                model=model,
+                outputs=[weight.output for weight in weights],
+                tokens=covariance.tokens,
+                width=covariance.dim,
+                effective_rank=effective_rank(covariance),
+                condition=condition(covariance, _shift(weights[0].regularization, covariance)),
+            )
+        )
+    return found
+
+
+def _chosen(weights: list[PlannedWeight], most: int, cost: Callable[[PlannedWeight], float]) -> list[PlannedWeight]:
+    """The weights in a few layers of each stack."""
+    costs: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
+    for weight in weights:
+        where = place(weight.output)
+        costs[where.stack][where.layer] += cost(weight)
+    layers = {stack: spread(of_stack, most, _OPERATIONS) for stack, of_stack in costs.items()}
+    return [weight for weight in weights if (where := place(weight.output)).layer in layers[where.stack]]

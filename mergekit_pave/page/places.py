@@ -1,0 +1,102 @@
+"""Where in a model a tensor lies, told by its name: its stack of layers, its layer, its projection."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+_EXPERT = re.compile(r"(experts?)\.\d+(?=\.)")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies.
+
+    Attributes:
+        stack: what is numbered: `model.layers`, `encoder.block`, `visual.blocks`; "" of a tensor outside of all layers.
+        layer: its number there.
+        projection: the rest of the name, without `.weight` and with a star for the number of an expert.
+    """
+
+    stack: str
+    layer: int
+    projection: str
+
+
+def place(tensor: str) -> Place:
+    """The place of a tensor."""
+    name = tensor.removesuffix(".weight")
+    found = _LAYER.search(name)
+    if not found:
+        return Place("", 0, name)
+    return Place(name[: found.start()], int(found.group(1)), _EXPERT.sub(r"\1.*", name[found.end() :]))
+
+
+def short(names: Iterable[str], separator: str = ".") -> dict[str, str]:
+    """Each name by as few of its last parts as tell all of them apart."""
+    names = list(dict.fromkeys(names))
+    deepest = max((name.count(separator) for name in names), default=0) + 1
+    for parts in range(1, deepest + 1):
+        cut = {name: separator.join(name.split(separator)[-parts:]) for name in names}
+        if len(set(cut.values())) == len(names):
+            return cut
+    return {name: name for name in names}
+
+
+def short_models(names: Iterable[str]) -> dict[str, str]:
+    """Models without the folders or the account before their names, where that tells them apart."""
+    names = list(dict.fromkeys(names))
+    cut = short((name.rstrip("/") for name in names), "/")
+    return {name: cut[name.rstrip("/")] for name in names} if len(cut) == len(names) else {name: name for name in names}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One number for each projection and layer of each model, of one stack.
+
+    Attributes:
+        stack: its name.
+        projections: the rows.
+        layers: the columns.
+        values: by model (projections, layers), NaN where a model has none.
+    """
+
+    stack: str
+    projections: list[str]
+    layers: list[int]
+    values: dict[str, np.ndarray]
+
+
+def grids(rows: list[dict], number: Callable[[dict], float | None]) -> list[Grid]:
+    """A number of every row of the report as a grid a stack, experts averaged; the stack with most rows first."""
+    stacks: dict[str, list[tuple[Place, dict]]] = {}
+    for row in rows:
+        where = place(row["output"])
+        stacks.setdefault(where.stack, []).append((where, row))
+    found = []
+    for stack, members in sorted(stacks.items(), key=lambda item: -len(item[1])):
+        projections = list(dict.fromkeys(where.projection for where, _ in members))
+        layers = sorted({where.layer for where, _ in members})
+        lines = {projection: i for i, projection in enumerate(projections)}
+        columns = {layer: i for i, layer in enumerate(layers)}
+        sums = {row["model"]: np.zeros((2, len(projections), len(layers))) for row in rows}
+        for where, row in members:
+            if (value := number(row)) is not None:
+                sums[row["model"]][:, lines[where.projection], columns[where.layer]] += value, 1
+        with np.errstate(invalid="ignore"):
+            found.append(Grid(stack, projections, layers, {model: total / count for model, (total, count) in sums.items()}))
+    return found
+
+
+def spread(costs: Mapping[int, float], most: int, budget: float) -> list[int]:
+    """Layers that lie evenly between the first and the last: as many as the budget allows, at least one, at most `most`."""
+    layers = sorted(costs)
+    for count in range(min(most, len(layers)), 1, -1):
+        chosen = [layers[i] for i in np.linspace(0, len(layers) - 1, count).round().astype(int)]
+        if sum(costs[layer] for layer in chosen) <= budget:
+            return chosen
+    return [layers[len(layers) // 2]]

@@ -1,0 +1,249 @@
+"""The model card: what its PAVE section tells, its picture, and metadata that the Hub takes."""
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import browser
+import pytest
+import yaml
+from click.testing import CliRunner
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.utils import validate_repo_id
+from markdown_it import MarkdownIt
+from mergekit.card import generate_card
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from merging import config_for, entries, merge
+from PIL import Image
+from test_page import report_of, rows_of
+
+import mergekit_pave
+from mergekit_pave.cache import entries as cached
+from mergekit_pave.card import section, with_section
+from mergekit_pave.cli import main
+from mergekit_pave.licence import common_licence
+
+
+def hub_card(*models: str, base: str = "someone/base") -> str:
+    """mergekit's own card for models that are not on this machine."""
+    config = {"merge_method": "task_arithmetic", "base_model": base, "dtype": "float32"}
+    config["models"] = [{"model": model, "parameters": {"weight": 0.5}} for model in models]
+    return generate_card(MergeConfiguration.model_validate(config), yaml.safe_dump(config), "merged")
+
+
+def check_metadata(text: str) -> ModelCardData:
+    """What the Hub asks of metadata, as far as it can be judged here; its own check is a request to it.
+
+    The client parses the block with the very pattern that the Hub uses, refuses what is no mapping, and turns it into
+    `ModelCardData`. Beyond that: the types and values that the Hub's documentation of a model card gives, and names that
+    its own rule for names lets pass.
+    """
+    block = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
+    assert block and isinstance(yaml.safe_load(block[1]), dict)
+    card = ModelCard(text)
+    assert ModelCard(str(card)).data.to_dict() == card.data.to_dict() == yaml.safe_load(block[1])
+    data = card.data
+    assert data.library_name == "transformers"
+    assert len(data.tags) == len(set(data.tags)) and all(isinstance(tag, str) for tag in data.tags)
+    assert {"mergekit", "merge", "pave"} <= set(data.tags)
+    for names in (data.base_model, data.datasets):
+        assert names is None or (isinstance(names, list) and names and len(names) == len(set(names)))
+        for name in names or ():
+            validate_repo_id(name)
+    assert data.get("base_model_relation") == ("merge" if data.base_model else None)
+    assert data.license is None or isinstance(data.license, str)
+    return data
+
+
+def test_metadata_of_a_merge_from_the_hub():
+    text = with_section(hub_card("someone/math", "other/code"), report_of(rows_of(2, 2)), licence={"license": "llama2"})
+    data = check_metadata(text)
+    assert set(data.base_model) == {"someone/base", "someone/math", "other/code"}
+    assert data.base_model_relation == "merge"
+    assert data.datasets == ["someone/texts"]
+    assert data.license == "llama2"
+
+
+def test_adapters_are_listed_once_and_paths_not_at_all():
+    text = with_section(hub_card("someone/base+other/lora", "./here", base="someone/base"), report_of(rows_of(2, 2)))
+    assert set(check_metadata(text).base_model) == {"someone/base", "other/lora"}
+    text = with_section(hub_card("./there", "./here", base="../base"), report_of(rows_of(2, 2)))
+    assert check_metadata(text).base_model is None
+    assert "base_model:" not in text.split("---")[1]
+
+
+def test_data_files_of_other_machines_are_no_data_sets(tmp_path):
+    report = report_of(rows_of(2, 1))
+    report["models"]["someone/model-0"]["data"] = [
+        {"path": "data/math.jsonl", "split": "train"},
+        {"path": "C:\\data\\math", "split": "train"},
+        {"path": "json", "data_files": {"train": ["/home/me/a.jsonl", "b.jsonl"]}, "split": "train"},
+        {"path": "a/folder/deep/below", "split": "train"},
+    ]
+    text = with_section(hub_card("someone/math"), report)
+    assert check_metadata(text).datasets is None
+    assert "math.jsonl / train" in text and "a.jsonl, b.jsonl / train" in text and "/home/me" not in text
+
+
+def test_section_of_a_merge(llama, tmp_path):
+    """Data, ranks by projection, the picture, what was not purified, and how to make it again."""
+    models = [*entries(llama, 2), {"model": str(llama.tuned[2]), "purify": False}]
+    models[0]["rank_ratio"] = 0.75
+    merge(config_for(llama, {"models": models}, models=3), tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    check_metadata(text)
+    told = text.split("### PAVE")[1]
+    assert f"| {llama.tuned[2]} | not purified |" in told
+    assert "For " + str(llama.tuned[0]) + ": `rank_ratio` 0.75" in told
+    assert "](pave_ranks.png)" in told
+    with Image.open(tmp_path / "out" / "pave_ranks.png") as picture:
+        assert picture.width > 1000
+    for projection in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
+        assert re.search(rf"^\| {projection} \| (48|24) \| [\d.]+.* \| [\d.]+.* \|$", told, re.MULTILINE), projection
+    command = re.search(r"pip install (.*)", told)[1].split()
+    assert f"mergekit-pave=={mergekit_pave.__version__}" in command
+    assert all(re.fullmatch(r"[a-z-]+==[\d.]+", package) for package in command)
+    assert "mergekit-yaml config.yml" in told
+    assert "Left as they are in each model: 7 not the weight of a linear layer; 2 vocabulary." in told
+
+
+def test_ranks_are_those_of_the_report():
+    rows = [row | {"kept": 100 + i % 3, "components": 128} for i, row in enumerate(rows_of(3, 1))]
+    told = section(report_of(rows))
+    of_projection = [row["kept"] for row in rows if "q_proj" in row["tensor"]]
+    mean = sum(of_projection) / 3
+    least, most = min(of_projection), max(of_projection)
+    shown = f"{mean:.1f} ({least} to {most})" if least < most else str(least)
+    assert f"| q_proj | 128 | {shown} |" in told
+
+
+def test_without_matplotlib_there_is_no_picture_and_no_link(llama, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    merge(config_for(llama, {}), tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "### PAVE" in text and "![" not in text
+    assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_fail_the_merge(llama, tmp_path, monkeypatch, caplog):
+    from mergekit_pave.page import drawing
+
+    def broken(*_):
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr(drawing, "png", broken)
+    merge(config_for(llama, {}), tmp_path / "out")
+    assert "![" not in (tmp_path / "out" / "README.md").read_text()
+    assert "no fonts" in caplog.text
+
+
+def test_published_covariances_are_named(llama, tmp_path, cache):
+    merge(config_for(llama, {}), tmp_path / "first")
+    key = next(
+        e.key for e in cached(cache) if e.kind == "covariance" and e.artefacts[0].manifest()["model"] == str(llama.tuned[0])
+    )
+    done = CliRunner().invoke(main, ["cache", "export", key, str(tmp_path / "published")])
+    assert done.exit_code == 0, done.output
+    first, second = entries(llama)
+    models = [{"model": first["model"], "covariance": str(tmp_path / "published")}, second]
+    merge(config_for(llama, {"models": models}), tmp_path / "out")
+    told = (tmp_path / "out" / "README.md").read_text().split("### PAVE")[1]
+    assert "data0.jsonl / train (covariances from published)" in told
+    assert told.count("covariances from") == 1
+
+
+# --- The licence -----------------------------------------------------------------------------------------------------
+
+
+def folder_with(path: Path, metadata: dict | None) -> ModelReference:
+    path.mkdir()
+    if metadata is not None:
+        (path / "README.md").write_text(f"---\n{yaml.safe_dump(metadata)}---\n# A model\n")
+    return ModelReference.model_validate(str(path))
+
+
+MIT, APACHE = {"license": "mit"}, {"license": "apache-2.0"}
+NAMED = {"license": "other", "license_name": "gemma", "license_link": "https://ai.google.dev/gemma/terms"}
+
+
+@pytest.mark.parametrize(
+    "cards, wanted",
+    [
+        ([MIT, MIT | {"tags": ["x"]}], MIT),
+        ([MIT, APACHE], {}),
+        ([MIT, {}], {}),
+        ([MIT, None], {}),
+        ([NAMED, NAMED], NAMED),
+        ([NAMED, NAMED | {"license_name": "llama"}], {}),
+        ([{"license": "other"}] * 2, {}),
+        ([NAMED | {"license_link": "LICENSE"}] * 2, {}),
+        ([{"license": ["mit", "gpl"]}] * 2, {}),
+    ],
+)
+def test_licence_only_where_all_agree(tmp_path, cards, wanted):
+    models = [folder_with(tmp_path / str(i), metadata) for i, metadata in enumerate(cards)]
+    assert common_licence(models, None) == wanted
+
+
+def test_a_card_that_cannot_be_read_is_no_licence(tmp_path):
+    model = folder_with(tmp_path / "a", MIT)
+    (tmp_path / "a" / "README.md").write_text("---\nlicense: [\n---\n")
+    assert common_licence([model], None) == {}
+    (tmp_path / "a" / "README.md").write_bytes(b"\xff\xfe\x00")
+    assert common_licence([model], None) == {}
+
+
+def test_licences_of_the_hub_come_from_the_local_cache(tmp_path):
+    """Of the revision that is merged, and of the adapter, too. Where a card is not there, nothing is asked."""
+    for name, revision, licence in (("base", "a" * 40, MIT), ("lora", "b" * 40, MIT), ("base", "c" * 40, APACHE)):
+        stored = tmp_path / f"models--someone--{name}"
+        snapshot = stored / "snapshots" / revision
+        snapshot.mkdir(parents=True)
+        (snapshot / "README.md").write_text(f"---\n{yaml.safe_dump(licence)}---\n")
+        (stored / "refs").mkdir(exist_ok=True)
+        (stored / "refs" / ("v2" if licence is APACHE else "main")).write_text(revision)
+
+    def licence(*names: str) -> dict:
+        return common_licence(map(ModelReference.model_validate, names), str(tmp_path))
+
+    assert licence("someone/base", "someone/base+someone/lora") == MIT
+    assert licence("someone/base@v2") == APACHE
+    assert licence("someone/base@v2+someone/lora") == {}
+    assert licence("someone/base", "someone/else") == {}
+
+
+def test_licence_of_a_merge(llama, tmp_path):
+    config = config_for(llama, {})
+    for i, model in enumerate((llama.base, *llama.tuned[:2])):
+        shutil.copytree(model, tmp_path / str(i))
+        (tmp_path / str(i) / "README.md").write_text("---\nlicense: llama2\n---\n")
+    config["base_model"] = str(tmp_path / "0")
+    for i in range(2):
+        config["models"][i]["model"] = config["pave"]["models"][i]["model"] = str(tmp_path / str(i + 1))
+    merge(config, tmp_path / "out")
+    assert check_metadata((tmp_path / "out" / "README.md").read_text()).license == "llama2"
+    (tmp_path / "2" / "README.md").unlink()
+    merge(config, tmp_path / "again")
+    assert check_metadata((tmp_path / "again" / "README.md").read_text()).license is None
+
+
+# --- As a page -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(browser.CHROMIUM is None, reason="there is no Chromium here")
+def test_the_card_renders(llama, tmp_path):
+    merge(config_for(llama, {}), tmp_path / "out")
+    text = ModelCard.load(tmp_path / "out" / "README.md").text
+    body = MarkdownIt("commonmark").enable("table").render(text)
+    (tmp_path / "out" / "card.html").write_text(f'<!doctype html><meta charset="utf-8"><link rel="icon" href="data:,">{body}')
+    with browser.chromium() as tab:
+        tab.open(tmp_path / "out" / "card.html")
+        assert tab.problems == []
+        assert tab.evaluate("document.querySelectorAll('table').length") == 4
+        assert tab.evaluate("document.images[0].naturalWidth") > 1000
+        # Every row of a table has as many cells as its head.
+        assert tab.evaluate(
+            "[...document.querySelectorAll('table')].every(t => [...t.rows].every(r => r.cells.length == t.rows[0].cells.length))"
+        )
