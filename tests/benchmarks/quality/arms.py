@@ -50,7 +50,12 @@ METHODS = {
     "dare_linear": Arm("dare_linear", scaled(0.15, 0.25, 0.35, 0.5, 0.7, weight=1.0, density=dense(0.5))),
     "della": Arm("della", scaled(0.6, 1.0, 1.4, 1.9, 2.5, weight=1.0, density=dense(0.5))),
     "model_stock": Arm("model_stock", ({"filter_wise": False}, {"filter_wise": True})),
+    "tsv": Arm("tsv", scaled(0.6, 0.8, 1.0, 1.2, 1.4)),
+    "regmean, covariance 0": Arm("regmean", scaled(0.8, 1.0, 1.2, 1.4, 1.6, covariance=0.0)),
+    "regmean, covariance 0.5": Arm("regmean", scaled(0.8, 1.0, 1.2, 1.4, 1.6, covariance=0.5), pave={}, purify=False),
+    "regmean, covariance 1": Arm("regmean", scaled(0.8, 1.0, 1.2, 1.4, 1.6, covariance=1.0), pave={}, purify=False),
 }
+FIRST, SWEPT, CLOSED = "task_arithmetic", ("task_arithmetic", "ties"), "regmean, covariance 0.5"
 
 
 def rows(models: int, counts: tuple[int, ...], quick: bool) -> list[Row]:
@@ -60,36 +65,31 @@ def rows(models: int, counts: tuple[int, ...], quick: bool) -> list[Row]:
         models: how many fine-tunes there are.
         counts: numbers of models to merge at once besides.
     """
-    methods = {name: replace(arm, models=models) for name, arm in METHODS.items()}
-    swept = ["task_arithmetic", "ties"]
-    ratios = (CONTROL_RATIO, MAIN_RATIO) if quick else RATIOS
+    chosen = (*SWEPT, "tsv", CLOSED) if quick else tuple(METHODS)
+    methods = {name: replace(METHODS[name], models=models) for name in chosen}
     found = []
 
     def add(section: str, label: str, arm: Arm, reference: Arm | None, ratio: float | None = None) -> None:
         found.append(Row(section, label, arm, reference, ratio))
 
+    section = f"Methods, against {FIRST}"
     for name, arm in methods.items():
-        if not quick or name in swept:
-            against = None if name == swept[0] else methods[swept[0]]
-            add(f"Methods, against {swept[0]}", name, arm, against)
-    for name in swept if quick else methods:
-        for target in TARGETS:
-            label = f"{name}, `target: {target}`"
-            add(
-                f"Purified, rank_ratio {MAIN_RATIO}, against plain",
-                label,
-                purified(methods[name], MAIN_RATIO, target),
-                methods[name],
-            )
+        add(section, name, arm, None if name == FIRST else methods[FIRST])
 
-    for name in swept:
-        plain = methods[name]
+    section = f"Purified, rank_ratio {MAIN_RATIO}, against the same method without"
+    for name in SWEPT if quick else chosen:
         for target in TARGETS:
-            for ratio in ratios:
+            add(section, f"{name}, `target: {target}`", purified(methods[name], MAIN_RATIO, target), methods[name])
+
+    section = "Rank ratio, against the same method without"
+    for name in SWEPT:
+        for target in TARGETS:
+            for ratio in RATIOS[::2] if quick else RATIOS:
                 label = f"{name}, `target: {target}`, rank_ratio {ratio}"
-                add("Rank ratio, against plain", label, purified(plain, ratio, target), plain, ratio)
+                add(section, label, purified(methods[name], ratio, target), methods[name], ratio)
 
-    plain = methods[swept[0]]
+    section = f"Controls and settings, {FIRST}, rank_ratio {CONTROL_RATIO}, against no purification"
+    plain = methods[FIRST]
     for target in TARGETS:
         own = purified(plain, CONTROL_RATIO, target)
         varied = {
@@ -97,27 +97,35 @@ def rows(models: int, counts: tuple[int, ...], quick: bool) -> list[Row]:
             "C = I": replace(own, pave=own.pave | {"regularization": 1e9}),
             "random directions": replace(own, data="rotated"),
             "another task's data": replace(own, data="other"),
-            "uniform allocation": replace(own, pave=own.pave | {"allocation": "uniform"}),
-            "regularization 0.1, absolute": replace(own, pave=own.pave | {"regularization": 0.1}),
-            "regularization 0.1, relative": replace(own, pave=own.pave | {"regularization": {"relative": 0.1}}),
-        } | {f"{count} samples": replace(own, samples=count) for count in SAMPLES}
+        }
+        if target == "weights" and not quick:
+            varied["uniform allocation"] = replace(own, pave=own.pave | {"allocation": "uniform"})
+            varied["regularization 0.1, absolute"] = replace(own, pave=own.pave | {"regularization": 0.1})
+            varied["regularization 0.1, relative"] = replace(own, pave=own.pave | {"regularization": {"relative": 0.1}})
+            varied |= {f"{count} samples": replace(own, samples=count) for count in SAMPLES}
         for label, arm in varied.items():
-            add(
-                f"Controls and settings, {swept[0]}, rank_ratio {CONTROL_RATIO}, against plain",
-                f"`target: {target}`, {label}",
-                arm,
-                plain,
-            )
+            add(section, f"`target: {target}`, {label}", arm, plain)
+
+    if quick:
+        return found
+    section = f"What {CLOSED}, is given, against {FIRST}"
+    closed = methods[CLOSED]
+    varied = {"another task's data": replace(closed, data="other")}
+    varied |= {f"{count} samples": replace(closed, samples=count) for count in SAMPLES}
+    for label, arm in varied.items():
+        add(section, label, arm, plain)
 
     for count in counts:
-        for name in swept:
-            plain = replace(methods[name], models=count)
-            add("Fewer models at once, against plain", f"{count} models, {name}", plain, None)
+        section = f"{count} models at once, against {FIRST}"
+        fewer = {name: replace(methods[name], models=count) for name in (*SWEPT, "tsv", CLOSED)}
+        for name, arm in fewer.items():
+            add(section, name, arm, None if name == FIRST else fewer[FIRST])
+        section = f"{count} models at once, rank_ratio {MAIN_RATIO}, against the same method without"
+        for name in SWEPT:
             for target in TARGETS:
-                label = f"{count} models, {name}, `target: {target}`"
-                add("Fewer models at once, against plain", label, purified(plain, MAIN_RATIO, target), plain)
+                add(section, f"{name}, `target: {target}`", purified(fewer[name], MAIN_RATIO, target), fewer[name])
     return found
 
 
 def purified(plain: Arm, ratio: float, target: str) -> Arm:
-    return replace(plain, pave={"rank_ratio": ratio, "target": target})
+    return replace(plain, pave={"rank_ratio": ratio, "target": target}, purify=True)

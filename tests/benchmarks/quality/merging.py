@@ -53,6 +53,7 @@ class Arm:
         method: of mergekit.
         settings: parameters of the method, each of which is tried.
         pave: the `pave:` block, without models and data; None for a merge without one.
+        purify: false where the block is there only for its covariances.
         data: what the block is given: samples of each model's own task, of the next one, or covariances whose
             eigenvectors are replaced by random ones.
         samples: calibration samples for each model.
@@ -62,6 +63,7 @@ class Arm:
     method: str
     settings: tuple[dict[str, Any], ...]
     pave: dict[str, Any] | None = None
+    purify: bool = True
     data: Literal["own", "other", "rotated"] = "own"
     samples: int = 128
     models: int = 8
@@ -162,7 +164,7 @@ class Laboratory:
                 group = tasks[start : start + arm.models]
                 out = self._merge(arm, setting, seed, group)
                 scores |= self.family.score(out, seed, part, group)
-                if arm.pave is not None:
+                if arm.pave is not None and arm.purify:
                     removed += [row["removed_norm"] / row["change_norm"] for row in by_model(read_report(str(out))).values()]
             return {"scores": scores, "removed": sum(removed) / len(removed) if removed else None}
 
@@ -206,7 +208,7 @@ class Laboratory:
             given = {"covariance": str(self._rotated(seed, task))}
             if data != "rotated":
                 given = {"data": {"path": str(self.family.calibration(source)), "text": "text"}}
-            entries.append({"model": str(self.family.tuned(seed, task)), **given})
+            entries.append({"model": str(self.family.tuned(seed, task)), **given, **({} if arm.purify else {"purify": False})})
         calibration = {"samples": arm.samples, "max_length": self.family.max_length, "seed": seed}
         return arm.pave | {"cache_dir": str(self._cache(seed)), "calibration": calibration, "models": entries}
 

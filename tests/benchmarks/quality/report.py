@@ -8,13 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from arms import Row
-from merging import Laboratory, MissingResult, Outcome
+from merging import Arm, Laboratory, MissingResult, Outcome
 
 
-def known(outcome: Callable[[], Outcome]) -> Outcome | None:
+def known(measure: Callable[..., Outcome], *arguments: Arm) -> Outcome | None:
     """None for what has not been run, or not with every seed."""
     try:
-        return outcome()
+        return measure(*arguments)
     except MissingResult:
         return None
 
@@ -36,7 +36,7 @@ def _family(laboratory: Laboratory, rows: list[Row]) -> list[str]:
             lines.append(f"- {name}: {outcome.mean:.1f} ({shown})")
     section = None
     for row in rows:
-        outcome = known(lambda row=row: laboratory.outcome(row.arm))
+        outcome = known(laboratory.outcome, row.arm)
         if not outcome:
             continue
         if row.section != section:
@@ -48,7 +48,7 @@ def _family(laboratory: Laboratory, rows: list[Row]) -> list[str]:
                 "| | score | difference | removed / change | best setting |",
                 "|---|---|---|---|---|",
             ]
-        reference = known(lambda row=row: laboratory.outcome(row.reference)) if row.reference else None
+        reference = known(laboratory.outcome, row.reference) if row.reference else None
         against = "{:+.2f} ± {:.2f}".format(*outcome.against(reference)) if reference else ""
         removed = "" if outcome.removed is None else f"{outcome.removed:.2g}"
         setting = ", ".join(f"{key} {value}" for key, value in outcome.setting.items())
@@ -64,7 +64,7 @@ def plot(laboratories: dict[Laboratory, list[Row]], path: Path) -> None:
     for axis, (laboratory, rows) in zip(axes[0], laboratories.items()):
         lines: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
         for row in rows:
-            outcome = known(lambda row=row: laboratory.outcome(row.arm)) if row.ratio else None
+            outcome = known(laboratory.outcome, row.arm) if row.ratio else None
             if outcome:
                 point = (100 * (1 - row.ratio), *outcome.against(laboratory.outcome(row.reference)))
                 lines.setdefault((row.arm.method, row.arm.pave["target"]), []).append(point)
