@@ -1,49 +1,53 @@
-"""How the plugin gets into mergekit: a watch for its configuration module.
+"""How the plugin gets into mergekit: a watch for its configuration module, and for its merge methods.
 
-PyTorch calls `install` at the end of every `import torch` (entry point group `torch.backends`). By then mergekit's
-configuration may not be imported yet (a finder waits for it), may be half-way through its own import, which is what has
+PyTorch calls `install` at the end of every `import torch` (entry point group `torch.backends`). By then each of these modules
+may not be imported yet (a finder waits for it), may be half-way through its own import, which is what has
 imported torch (its first use from outside is waited for), or may be there. Nothing here may import anything
 heavy, and `install` may not raise: it would break `import torch` itself.
 """
 
+import importlib
 import importlib.abc
 import sys
 import types
 
-_TARGET = "mergekit.config"
+# By module of mergekit: a name that it has once it is complete, and the module of ours that then adds to it.
+_TARGETS = {
+    "mergekit.config": ("ConfigReader", "mergekit_pave._field"),
+    "mergekit.merge_methods": ("__all__", "mergekit_pave._methods"),
+}
 
 
 def install() -> None:
-    """Put the finder in place, and see to a configuration that is loaded already. Idempotent."""
+    """Put the finder in place, and see to modules that are loaded already. Idempotent."""
     if any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
     sys.meta_path.insert(0, _Finder())
-    module = sys.modules.get(_TARGET)
-    if hasattr(module, "ConfigReader"):
-        _add_field()
-    elif module is not None:
-        module.__class__ = _HalfLoaded
+    for target, (last, _) in _TARGETS.items():
+        module = sys.modules.get(target)
+        if hasattr(module, last):
+            _add_to(target)
+        elif module is not None:
+            module.__class__ = _HalfLoaded
 
 
-def _add_field() -> None:
-    from mergekit_pave import _field
-
-    _field.add()
+def _add_to(target: str) -> None:
+    importlib.import_module(_TARGETS[target][1]).add()
 
 
 class _HalfLoaded(types.ModuleType):
-    """mergekit's configuration until somebody asks it for something and it has all there is to have."""
+    """A module of mergekit until somebody asks it for something and it has all there is to have."""
 
     def __getattribute__(self, name: str):
-        if not name.startswith("__") and "ConfigReader" in self.__dict__:
+        if not name.startswith("__") and _TARGETS[self.__name__][0] in self.__dict__:
             self.__class__ = types.ModuleType
-            _add_field()
+            _add_to(self.__name__)
         return types.ModuleType.__getattribute__(self, name)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, fullname, path=None, target=None):
-        if fullname != _TARGET:
+        if fullname not in _TARGETS:
             return None
         # Ask the finders behind this one for the real module, whatever they are.
         for finder in sys.meta_path:
@@ -58,7 +62,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _Loader(importlib.abc.Loader):
-    """The module's own loader, after which the field is added."""
+    """The module's own loader, after which ours is added."""
 
     def __init__(self, loader):
         self._loader = loader
@@ -69,4 +73,4 @@ class _Loader(importlib.abc.Loader):
     def exec_module(self, module):
         module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
-        _add_field()
+        _add_to(module.__name__)

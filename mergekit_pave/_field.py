@@ -29,7 +29,9 @@ def add() -> None:
     if not hasattr(module, "ConfigReader") or "pave" in module.MergeConfiguration.model_fields:
         return
     annotation = _annotation()
-    module.MergeConfiguration.__pydantic_fields__["pave"] = FieldInfo.from_annotated_attribute(annotation, None)
+    field = FieldInfo.from_annotated_attribute(annotation, None)
+    field.validate_default = True  # merge methods of ours have to be heard of without a block, too
+    module.MergeConfiguration.__pydantic_fields__["pave"] = field
     module.MergeConfiguration.model_rebuild(force=True)
     module.ConfigReader.model_rebuild(force=True)  # it embeds the schema of the other
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 
-from mergekit_pave.report import REPORT_NAME, by_model
+from mergekit_pave.report import REPORT_NAME, by_model, regmean_reasons
 
 PAPER = "https://arxiv.org/abs/2510.14697"
 
@@ -24,6 +24,8 @@ def with_section(text: str, report: dict) -> str:
 
 def section(report: dict) -> str:
     """The section's Markdown."""
+    if not report["purified"]:
+        return "\n".join(["### PAVE", "", *_regmean(report)]) + "\n"
     settings = report["settings"]
     outputs = len({row["output"] for row in report["purified"]})
     lines = [
@@ -59,7 +61,34 @@ def section(report: dict) -> str:
             ratio,
         )
         lines.append(f"| {' | '.join(map(str, cells))} |")
+    if "regmean" in report:
+        lines += ["", *_regmean(report)]
     return "\n".join(lines) + "\n"
+
+
+def _regmean(report: dict) -> list[str]:
+    """What `merge_method: regmean` did, and on which data where no table of purified tensors tells it."""
+    done = report["regmean"]
+    lines = [
+        f"The weights of {len(done['closed_form'])} of {report['tensors']} tensors were merged in closed form (`regmean` of "
+        f"mergekit-pave {report['versions']['mergekit-pave']}). `{REPORT_NAME}` lists them.",
+        "",
+        "| parameter | value |",
+        "|---|---|",
+    ]
+    for key, symbol in (("covariance", " (α)"), ("lambda", " (λ)"), ("reduce_off_diagonal", "")):
+        values = sorted({row[key] for row in done["closed_form"]})
+        told = " to ".join(f"{value:g}" for value in dict.fromkeys((values[0], values[-1]))) if values else "-"
+        lines.append(f"| `{key}`{symbol} | {told} |")
+    if reasons := regmean_reasons(done):
+        lines += ["", f"Merged as `task_arithmetic` does, by reason: {reasons}."]
+    measured = {model: source for model, source in report["models"].items() if model not in by_model(report)}
+    if measured:
+        lines += ["", "| model | calibration data | samples | tokens |", "|---|---|---|---|"]
+    for model, source in measured.items():
+        data = _escape(", ".join(map(_describe, source["data"])))
+        lines.append(f"| {_escape(model)} | {data} | {source['samples']} | {source['tokens']} |")
+    return lines
 
 
 def _overrides(report: dict) -> list[str]:

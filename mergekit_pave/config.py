@@ -205,28 +205,41 @@ class PaveConfig(_Block):
             seen.add(entry.model)
         return self
 
+    def listed(self, model: ModelReference) -> PaveModel | None:
+        """The model's entry, or None when there is none."""
+        return next((entry for entry in self.models if entry.model == model), None)
+
     def entry(self, model: ModelReference) -> PaveModel | None:
         """The model's entry, or None when it is not to be purified."""
-        return next((entry for entry in self.models if entry.model == model and entry.purify), None)
+        listed = self.listed(model)
+        return listed if listed and listed.purify else None
 
     def setting(self, model: ModelReference, key: str) -> Any:
         """A setting of one model: its own value if it has one, else that of the block."""
-        own = getattr(self.entry(model), key)
+        own = getattr(self.listed(model), key)
         return getattr(self, key) if own is None else own
+
+    def least_tokens(self, model: ModelReference, experts: tuple[int, ...]) -> int:
+        """How many tokens a model's layer must have seen: one that has experts at least `min_tokens` in each."""
+        return self.calibration_of(model).min_tokens if experts else 0
 
     def calibration_of(self, model: ModelReference) -> Calibration:
         """The calibration settings of one model, every one of them set."""
-        scopes = (DEFAULT_CALIBRATION, self.calibration, self.entry(model).calibration)
+        scopes = (DEFAULT_CALIBRATION, self.calibration, self.listed(model).calibration)
         return Calibration(**{k: v for scope in scopes for k, v in scope.model_dump(exclude_none=True).items()})
 
 
 def parse(value: Any, handler, info) -> PaveConfig | None:
     """Validate the block as a field of mergekit's configuration, against the merge around it.
 
+    Without a block nothing happens, unless the merge method is one that is planned here.
+
     Raises:
         PaveError: naming each key or model that is wrong. Not a `ValidationError`: this one is for people.
     """
     if value is None:
+        if info.data.get("merge_method") == "regmean":
+            _register("use another merge_method")
         return None
     if isinstance(value, dict) and isinstance(value.get("block"), _Shielded):
         value = value["block"].with_models(value["models"])
@@ -236,11 +249,7 @@ def parse(value: Any, handler, info) -> PaveConfig | None:
         raise PaveError("\n".join(_describe(value, error))) from None
     if not {"modules", "slices", "models", "base_model"} <= info.data.keys():
         return config  # the rest of the config is wrong, which mergekit will tell
-    try:
-        from mergekit_pave.plugin import register
-    except ImportError as error:
-        raise PaveError(f"mergekit-pave cannot be loaded ({error}); install it anew, or remove the `pave:` block") from error
-    register()  # from here on mergekit has to honour the block
+    _register("remove the `pave:` block")
     base = info.data.get("base_model")
     merged = set(_merged_models(info.data, base))
     for entry in config.models:
@@ -256,6 +265,15 @@ def parse(value: Any, handler, info) -> PaveConfig | None:
             "or `purify: false` to merge it as it is"
         )
     return config
+
+
+def _register(otherwise: str) -> None:
+    """From here on mergekit has to honour the block, and to plan what is merged in closed form."""
+    try:
+        from mergekit_pave.plugin import register
+    except ImportError as error:
+        raise PaveError(f"mergekit-pave cannot be loaded ({error}); install it anew, or {otherwise}") from error
+    register()
 
 
 def _merged_models(scope: dict[str, Any], base: ModelReference | None) -> Iterator[ModelReference]:

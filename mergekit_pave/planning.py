@@ -39,6 +39,7 @@ from mergekit_pave.tasks import (
     GatherPurified,
     GivenCovariance,
     LoadTail,
+    Measured,
     PurificationStats,
     PurifiedTensor,
     PurifyTensor,
@@ -61,6 +62,7 @@ class PlannedTensor:
         models: the models in the order of the config.
         base: the base model of this tensor.
         t: its place in its slice, for gradients.
+        data_share: how much of regmean's metric is to be C, if that is the merge method.
     """
 
     name: str
@@ -68,6 +70,7 @@ class PlannedTensor:
     models: tuple[ModelReference, ...]
     base: Optional[ModelReference]
     t: float
+    data_share: Optional[float] = None
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,7 @@ class Plan:
         decompositions: the tasks that fill the cache of subspaces.
         stats: the tasks that make the rows of the report.
         header: the report without its rows.
+        closed_forms: what regmean merges in closed form, by place.
     """
 
     weights: list[PlannedWeight] = field(default_factory=list)
@@ -129,6 +133,15 @@ class Plan:
     decompositions: list[DecomposeWeight] = field(default_factory=list)
     stats: list[PurificationStats] = field(default_factory=list)
     header: dict[str, Any] = field(default_factory=dict)
+    closed_forms: dict[int, ClosedForm] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ClosedForm:
+    """How regmean merges one weight of a linear layer: see `MergeByRegMean`."""
+
+    layer: Linear
+    measured: tuple[Measured, ...]
 
 
 @dataclass(frozen=True)
@@ -148,35 +161,126 @@ def make_plan(config: PaveConfig, tensors: list[PlannedTensor], environment: Env
         PaveError: anything in the block that does not fit the models or the data.
     """
     models = {model: None for planned in tensors for model in planned.models if config.entry(model)}
+    regmean = any(planned.data_share is not None for planned in tensors)
     if missed := [entry.model for entry in config.models if entry.purify and entry.model not in models]:
         raise PaveError(f"pave.models: mergekit takes no tensor of {missed[0]}, so it cannot be purified; remove its entry")
-    if not models:
+    if not models and not regmean:
         raise PaveError("pave.models: every model has `purify: false`, so nothing would be purified; remove the block instead")
     sources = {model: _Source(config, model, environment) for model in models}
-    _check_complete(tensors, sources, environment)
-    chosen, reasons = _select(config, tensors, sources)
+    for model in _with_data(config, tensors):
+        if model not in sources:
+            sources[model] = _Source(config, model, environment)
+    if sources:
+        _check_complete(tensors, sources, environment)
+    chosen, reasons = _select(config, tensors, {model: sources[model] for model in models})
     purified = {choice.model for choices in chosen.values() for choice in choices}
-    if idle := [model for model in models if model not in purified]:
+    idle = [model for model in models if model not in purified]
+    if idle and not regmean:
         told = "; ".join(f"{count} {reason}" for reason, count in collections.Counter(reasons[idle[0]].values()).items())
         raise PaveError(
             f"pave: no tensor of {idle[0]} would be purified ({told}). Widen rank_ratio, include or exclude, "
             "or give the model `purify: false`"
         )
-    for model in models:
-        layers = (choice.linear for choices in chosen.values() for choice in choices if choice.model == model)
-        sources[model].prepare(tuple(dict.fromkeys(layers)))
-        _leave_never_called(model, sources[model].calibration, chosen, reasons[model])
+    layers, left = _closed_form_layers(tensors, sources, environment)
+    needed = _needed(tensors, layers, sources)
+    for model, source in list(sources.items()):
+        wanted = [choice.linear for choices in chosen.values() for choice in choices if choice.model == model]
+        wanted += needed.get(model, {}).values()
+        if not wanted:  # nothing of it is purified, and no covariance of it is asked for
+            del sources[model]
+            continue
+        source.prepare(tuple(dict.fromkeys(wanted)))
+        _leave_never_called(model, source.calibration, chosen, reasons.setdefault(model, {}))
 
     plan = Plan()
     for place, choices in chosen.items():
         if choices:
             _add_tensor(plan, config, tensors[place], place, choices, sources)
     plan.decompositions = list(dict.fromkeys(plan.decompositions))
-    plan.calibrations = list(dict.fromkeys(decomposition.calibration for decomposition in plan.decompositions))
-    LOG.info("PAVE: %d of %d weights are in the cache", len(plan.stats) - len(plan.decompositions), len(plan.stats))
+    plan.calibrations = [decomposition.calibration for decomposition in plan.decompositions]
+    plan.calibrations += [sources[model].calibration for model in needed]
+    plan.calibrations = list(dict.fromkeys(plan.calibrations))
+    for place, layer in layers.items():
+        measured = (
+            Measured(model, of[place], sources[model].calibration, config.least_tokens(model, of[place].experts))
+            for model, of in needed.items()
+            if place in of
+        )
+        plan.closed_forms[place] = ClosedForm(layer, tuple(measured))
+    if plan.stats:
+        LOG.info("PAVE: %d of %d weights are in the cache", len(plan.stats) - len(plan.decompositions), len(plan.stats))
     _preflight(plan.calibrations)
     plan.header = _header(config, tensors, sources, reasons)
+    if regmean:
+        plan.header["regmean"] = {"as_task_arithmetic": left}
     return plan
+
+
+def plan_without_data(tensors: list[PlannedTensor], environment: Environment) -> dict[int, ClosedForm]:
+    """What regmean merges in closed form where there is no `pave:` block.
+
+    Raises:
+        PaveError: it needs covariances.
+    """
+    layers, left = _closed_form_layers(tensors, {}, environment)
+    _needed(tensors, layers, {})
+    LOG.info("regmean: %d tensors are merged in closed form, %d as task_arithmetic does", len(layers), len(left))
+    return {place: ClosedForm(layer, ()) for place, layer in layers.items()}
+
+
+def _with_data(config: PaveConfig, tensors: list[PlannedTensor]) -> list[ModelReference]:
+    """The models whose covariances regmean may need, whether they are purified or not."""
+    merged = (model for planned in tensors if planned.data_share for model in planned.models if model != planned.base)
+    entries = ((model, config.listed(model)) for model in dict.fromkeys(merged))
+    return [model for model, entry in entries if entry and (entry.data or entry.covariance)]
+
+
+def _closed_form_layers(
+    tensors: list[PlannedTensor], sources: dict[ModelReference, _Source], environment: Environment
+) -> tuple[dict[int, Linear], dict[str, str]]:
+    """The layers whose weights regmean merges in closed form, by place, and why it does not merge the other tensors so."""
+    layers, left = {}, {}
+    known = {model: source.architecture for model, source in sources.items()}
+    for place, planned in enumerate(tensors):
+        if planned.data_share is None:
+            continue
+        model = next(model for model in planned.models if model != planned.base)
+        if model not in known:
+            trust = environment.runtime.trust_remote_code
+            known[model] = describe(model.config(trust_remote_code=trust), environment.checkpoint(model).folder, trust)
+        layer, reason = _linear(known[model], planned.gather.weight_info[model] if planned.gather else None)
+        if layer:
+            layers[place] = layer
+        else:
+            left[planned.name] = reason
+    return layers, left
+
+
+def _needed(
+    tensors: list[PlannedTensor], layers: dict[int, Linear], sources: dict[ModelReference, _Source]
+) -> dict[ModelReference, dict[int, Linear]]:
+    """The layers of each model whose covariances are part of regmean's metric, by place.
+
+    Raises:
+        PaveError: nothing says what to measure a model with.
+    """
+    needed: dict[ModelReference, dict[int, Linear]] = {}
+    for place in layers:
+        planned = tensors[place]
+        for model in planned.models if planned.data_share else ():
+            if model == planned.base:
+                continue
+            if model not in sources:
+                raise PaveError(
+                    f"regmean: {planned.name} is merged with `covariance: {planned.data_share:g}`, so what its layer sees in "
+                    f"{model} has to be measured. Add a `pave:` block with `data` (or a `covariance`) for it, and beside that "
+                    "`purify: false` if it shall not be purified; or set `covariance: 0` under parameters, which needs no data"
+                )
+            linear, _ = _linear(sources[model].architecture, planned.gather.weight_info[model])
+            if linear is None or linear.stored_shape != layers[place].stored_shape:
+                raise PaveError(f"regmean: {planned.name} is not the weight of the same linear layer in {model} as in the others")
+            needed.setdefault(model, {})[place] = linear
+    return needed
 
 
 def _leave_never_called(
@@ -219,7 +323,7 @@ class _Source:
         self._pave = config
         self._environment = environment
         self.model = model
-        self.entry = config.entry(model)
+        self.entry = config.listed(model)
         checkpoint = environment.checkpoint(model)
         self.folder, self._shards = checkpoint.folder, list(checkpoint.files.values())
         self._config = model.config(trust_remote_code=environment.runtime.trust_remote_code)
@@ -517,7 +621,7 @@ def _add_tensor(
     for choice, cap in zip(choices, caps):
         source = sources[choice.model]
         folder = source.tail_folder(choice.tensor)
-        min_tokens = config.calibration_of(choice.model).min_tokens if choice.linear.experts else 0
+        min_tokens = config.least_tokens(choice.model, choice.linear.experts)
         needed = {"folder": str(folder), "count": cap, "min_tokens": min_tokens}
         cached = has_tail(folder, cap, min_tokens)
         plan.weights.append(PlannedWeight(choice.model, choice.tensor, planned.name, choice.linear, choice.share, cached))

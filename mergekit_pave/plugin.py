@@ -3,11 +3,11 @@
 - `MergePlanner.plan_tensor` notes where in its slice a tensor lies (gradients need it, and the plan forgets it), and
   plans every tensor that all of its inputs have.
 - `MergePlanner._plan` gets an architecture whose tensors go by the names that the checkpoints have for them, and swaps the
-  gather tasks of purified tensors.
+  gather tasks of purified tensors, and all merge tasks of `regmean`.
 - `MergePlanner.plan_to_disk` adds the task that writes the report, and sees to it that `generate_card`, which
   `mergekit.merge` will call when the merge is done, appends to the card.
 
-Without a `pave:` block each of these hands on to mergekit's own code and does nothing else.
+Without a `pave:` block each of these hands on to mergekit's own code and does nothing else, unless the method is `regmean`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor
 from mergekit.io.tasks import GatherTensors, LoaderCache
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 
@@ -35,9 +36,18 @@ from mergekit_pave.calibration.layers import describe
 from mergekit_pave.calibration.run import Runtime
 from mergekit_pave.card import with_section
 from mergekit_pave.errors import PaveError
-from mergekit_pave.planning import Checkpoint, Environment, Plan, PlannedTensor, make_plan
+from mergekit_pave.planning import (
+    Checkpoint,
+    ClosedForm,
+    Environment,
+    Plan,
+    PlannedTensor,
+    make_plan,
+    plan_without_data,
+)
+from mergekit_pave.regmean import RegMean, check_baseless, data_share
 from mergekit_pave.report import read_report
-from mergekit_pave.tasks import WriteReport
+from mergekit_pave.tasks import MergeByRegMean, RegMeanStats, WriteReport
 
 
 def register() -> None:
@@ -55,7 +65,7 @@ def register() -> None:
 def _noting_position(plan_tensor):
     @functools.wraps(plan_tensor)
     def wrapper(self, *args, **kwargs):
-        if self.config.pave is None:
+        if not _is_ours(self):
             return plan_tensor(self, *args, **kwargs)
         bound = inspect.signature(plan_tensor).bind(self, *args, **kwargs).arguments
         weights, models, reader = bound["weights_in"], bound["models"], bound["cfg_reader"]
@@ -74,7 +84,7 @@ def _noting_position(plan_tensor):
 def _with_purification(plan):
     @functools.wraps(plan)
     def wrapper(self):
-        if self.config.pave is None:
+        if not _is_ours(self):
             return plan(self)
         self.arch_info = _with_stored_names(self)
         plan(self)
@@ -86,15 +96,42 @@ def _with_purification(plan):
                 models=task.model_order,
                 base=task.base_model,
                 t=t,
+                data_share=_data_share(task) if _is_regmean(self) else None,
             )
             for (weight, task), t in zip(self._tensors, self._pave_positions, strict=True)
         ]
-        self._pave_plan = make_plan(self.config.pave, tensors, _environment(self))
-        for place, gather in self._pave_plan.gathers.items():
-            weight, task = self._tensors[place]
-            self._tensors[place] = weight, task.model_copy(update={"gather_tensors": gather})
+        if self.config.pave is None:
+            closed_forms = plan_without_data(tensors, _environment(self))
+        else:
+            self._pave_plan = make_plan(self.config.pave, tensors, _environment(self))
+            for place, gather in self._pave_plan.gathers.items():
+                weight, task = self._tensors[place]
+                self._tensors[place] = weight, task.model_copy(update={"gather_tensors": gather})
+            closed_forms = self._pave_plan.closed_forms
+        if _is_regmean(self):
+            for place, (weight, task) in enumerate(self._tensors):
+                self._tensors[place] = weight, _by_regmean(task, closed_forms.get(place))
 
     return wrapper
+
+
+def _is_ours(planner: MergePlanner) -> bool:
+    return planner.config.pave is not None or _is_regmean(planner)
+
+
+def _is_regmean(planner: MergePlanner) -> bool:
+    return isinstance(planner._method, RegMean)
+
+
+def _data_share(task: ExecuteMergeMethodTask) -> float:
+    return data_share(task.parameters["covariance"], task.base_model is not None)
+
+
+def _by_regmean(task: ExecuteMergeMethodTask, form: ClosedForm | None) -> MergeByRegMean:
+    """The task that merges in closed form, or as task_arithmetic does."""
+    check_baseless(_data_share(task) if form else 1.0, task.parameters["lambda"], task.base_model is not None)
+    own = {"layer": form and form.layer, "measured": form.measured if form else ()}
+    return MergeByRegMean(**{name: getattr(task, name) for name in type(task).model_fields}, **own)
 
 
 def _with_stored_names(planner: MergePlanner) -> ModelArchitecture:
@@ -111,12 +148,13 @@ def _with_stored_names(planner: MergePlanner) -> ModelArchitecture:
     infos = [info for d in definitions for info in (*d.pre_weights, *d.layer_templates.weights, *d.post_weights)]
     known = {name for info in infos for name in (info.name, *(info.aliases or ()), *(info.tied_names or ()))}
     stored = {_template(name): name for model in config.referenced_models() for name in sorted(_checkpoint(model).files)}
-    purified = next(filter(config.pave.entry, config.referenced_models()), None)
-    if purified is None or not infos or stored.keys() <= known:
+    models = sorted(config.referenced_models(), key=str)
+    one = models[0] if _is_regmean(planner) else next(filter(config.pave.entry, models), None)
+    if one is None or not infos or stored.keys() <= known:
         return architecture
 
     trust = planner.options.trust_remote_code
-    described = describe(purified.config(trust_remote_code=trust), _checkpoint(purified).folder, trust)
+    described = describe(one.config(trust_remote_code=trust), _checkpoint(one).folder, trust)
     other: dict[str, list[str]] = {}  # names of the same tensor
     parts: dict[str, list[str]] = {}  # names of tensors that make it up
     for template in sorted(stored.keys() - known):
@@ -168,7 +206,10 @@ def _with_report(plan_to_disk):
         tasks = plan_to_disk(self, out_path)
         if self.config.pave is not None:
             plan = self._pave_plan
-            tasks.append(WriteReport(out_path=out_path, header=json.dumps(plan.header), stats=tuple(plan.stats)))
+            merges = (task for _, task in self._tensors if isinstance(task, MergeByRegMean) and task.layer)
+            closed = tuple(RegMeanStats(merge=task) for task in merges)
+            header = json.dumps(plan.header)
+            tasks.append(WriteReport(out_path=out_path, header=header, stats=tuple(plan.stats), closed_forms=closed))
             self.config.pave._out_path = out_path
             merge = sys.modules.get("mergekit.merge")
             if merge is not None and not hasattr(merge.generate_card, "__wrapped__"):

@@ -12,6 +12,7 @@ import torch
 from mergekit_pave.calibration.estimate import readable
 from mergekit_pave.calibration.layers import Linear, inference_dtype
 from mergekit_pave.planning import Plan
+from mergekit_pave.report import regmean_reasons
 from mergekit_pave.tasks import CalibrateModel
 
 
@@ -55,7 +56,10 @@ def preview(plan: Plan, device: str) -> dict[str, Any]:
                 "seconds": sum(_operations(weight.layer, source["tokens"]) for weight in missing) / exact,
             },
         }
-    return {"tensors": plan.header["tensors"], "device": device, "models": models}
+    found = {"tensors": plan.header["tensors"], "device": device, "models": models}
+    if regmean := plan.header.get("regmean"):
+        found["regmean"] = {"closed_form": len(plan.closed_forms)} | regmean
+    return found
 
 
 def _speed(dtype: torch.dtype, device: str) -> float:
@@ -82,6 +86,9 @@ def as_text(preview: dict[str, Any]) -> str:
     """The preview for people."""
     outputs = {row["output"] for model in preview["models"].values() for row in model["purified"]}
     lines = [f"{len(outputs)} of {preview['tensors']} tensors will be purified."]
+    if "regmean" in preview:
+        others = regmean_reasons(preview["regmean"])
+        lines.append(f"{preview['regmean']['closed_form']} will be merged in closed form; as task_arithmetic does: {others}.")
     for name, model in preview["models"].items():
         data = ", ".join(" / ".join(filter(None, (d["path"], d.get("name"), d["split"]))) for d in model["data"])
         lines += ["", name, f"  data           {data}: {model['samples']} samples, {model['tokens']} tokens count"]

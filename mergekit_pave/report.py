@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,19 @@ def summary(report: dict[str, Any]) -> str:
             part += f", removed {sums['removed_norm'] / sums['change_norm']:.2g} x its change"
         parts.append(part)
     return f"PAVE purified {outputs} of {report['tensors']} tensors: {'; '.join(parts)}"
+
+
+def regmean_reasons(done: dict[str, Any]) -> str:
+    """How many tensors, or experts, regmean has merged as task_arithmetic does, by reason."""
+    counts = Counter(re.sub(r" \(.*", "", reason) for reason in done["as_task_arithmetic"].values())
+    return ", ".join(f"{count} {reason}" for reason, count in counts.items())
+
+
+def regmean_summary(done: dict[str, Any]) -> str:
+    """One line for the log."""
+    told = f"regmean merged {len(done['closed_form'])} tensors in closed form"
+    others = regmean_reasons(done)
+    return f"{told}; as task_arithmetic does: {others}" if others else told
 
 
 def left_experts(report: dict[str, Any]) -> list[str]:

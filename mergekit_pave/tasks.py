@@ -6,6 +6,10 @@ For each output tensor and each model that is purified in it:
     LoadTensor --------^  (or LoadTail) -+    (all models)          |
                                                                     +--> PurificationStats --> WriteReport
 
+A merge by `regmean` has its own task in the place of mergekit's, which waits for the calibrations, too:
+
+    CalibrateModel, GatherTensors (or GatherPurified) --> MergeByRegMean --> RegMeanStats --> WriteReport
+
 mergekit's executor runs them like its own: it streams, moves tensors to the accelerator and frees them. Values that
 travel between tasks are therefore plain dicts of tensors and numbers. A covariance is no such value: it is read where
 it is used, so that only one at a time is in memory, however many models there are.
@@ -15,6 +19,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
@@ -22,6 +27,7 @@ import torch
 from mergekit.common import ImmutableMap, ModelReference, dtype_from_name
 from mergekit.graph import Task
 from mergekit.io.tasks import GatherTensors, LoadTensor
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from torch import Tensor
 
 from mergekit_pave.allocation import allocate_ranks
@@ -32,7 +38,17 @@ from mergekit_pave.calibration.run import StoredCovariances, calibrate
 from mergekit_pave.config import RelativeRegularization
 from mergekit_pave.covariance import Covariance
 from mergekit_pave.errors import PaveError
-from mergekit_pave.report import FEW_TOKENS, NEVER_CALLED, REPORT_NAME, left_experts, never_called, summary, warnings
+from mergekit_pave.regmean import Layer, data_share, matrices
+from mergekit_pave.report import (
+    FEW_TOKENS,
+    NEVER_CALLED,
+    REPORT_NAME,
+    left_experts,
+    never_called,
+    regmean_summary,
+    summary,
+    warnings,
+)
 from mergekit_pave.subspace import Tail, drop_components, tail_components
 
 LOG = logging.getLogger(__name__)
@@ -163,11 +179,10 @@ class DecomposeWeight(_TensorTask):
             )
         if not weight.isfinite().all():
             raise PaveError(f"{self.model}: {self.tensor} has values that are not finite")
-        matrices = _matrices(weight, self.layer.transposed)
         known = StoredCovariances(Artefact(Path(covariances)))
         tails, slices, left = [], [], {}
         experts = self.layer.experts or (None,)
-        for matrix, layer, expert in zip(matrices, self.layer.layers, experts, strict=True):
+        for matrix, layer, expert in zip(matrices(weight, self.layer.transposed), self.layer.layers, experts, strict=True):
             if known.tokens(layer) < max(1, self.min_tokens):
                 left["" if expert is None else str(expert)] = known.tokens(layer)
                 continue
@@ -195,12 +210,6 @@ class DecomposeWeight(_TensorTask):
                 "set an absolute pave.regularization or exclude the layer"
             )
         return tail_components(weight, covariance, shift, self.count)
-
-
-def _matrices(weight: Tensor, transposed: bool) -> Tensor:
-    """A weight as the matrices that it holds: (1 or the number of experts, d_out, d_in), a view."""
-    matrices = weight if weight.dim() == 3 else weight[None]
-    return matrices.mT if transposed else matrices
 
 
 class LoadTail(_TensorTask):
@@ -297,22 +306,22 @@ class PurifyTensor(_TensorTask):
         if self.target == "task_vector" and base is None:
             raise PaveError(f"{self.model}: {self.tensor} is not in the base model; put it under pave.exclude")
         dtype = dtype_from_name(self.dtype) or weight.dtype
-        matrices = _matrices(weight, self.transposed)
-        bases = None if base is None else _matrices(base, self.transposed)
+        own = matrices(weight, self.transposed)
+        bases = None if base is None else matrices(base, self.transposed)
         # What has no tail stays as it is: an expert with too few tokens, a layer that was never called.
-        every = len(tail["slices"]) == len(matrices)
+        every = len(tail["slices"]) == len(own)
         result = torch.empty_like(weight, dtype=dtype) if every else weight.to(dtype, copy=True)
         stats = []
         for place, (known, drop) in enumerate(zip(tail["slices"], allocation[self.position], strict=True)):
             i = known["expert"] if weight.dim() == 3 else 0
             removed, change = drop_components(
-                matrices[i],
+                own[i],
                 tail["directions"][place, :, :drop],
                 None if bases is None else bases[i],
                 target=self.target,
-                out=_matrices(result, self.transposed)[i],
+                out=matrices(result, self.transposed)[i],
             )
-            components = min(matrices[i].shape)
+            components = min(own[i].shape)
             stats.append(
                 {
                     "tensor": self.tensor,
@@ -400,18 +409,113 @@ def load_stored(gather: GatherTensors, model: ModelReference) -> LoadTensor:
     )
 
 
+@dataclass(frozen=True)
+class Measured:
+    """One model's side of a weight that is merged in closed form with covariances."""
+
+    model: ModelReference
+    layer: Linear
+    calibration: CalibrateModel | GivenCovariance
+    min_tokens: int
+
+
+class MergeByRegMean(ExecuteMergeMethodTask):
+    """mergekit's task for an output tensor, which also tells `regmean` what layer the tensor is the weight of.
+
+    Attributes:
+        layer: the layer, or None of a tensor that is merged as task_arithmetic does.
+        measured: the models, where their covariances are part of the metric.
+    """
+
+    layer: Optional[Linear]
+    measured: tuple[Measured, ...]
+
+    def __hash__(self) -> int:
+        return hash((MergeByRegMean, self.output_weight.name))
+
+    def arguments(self) -> dict[str, Task]:
+        return super().arguments() | {str(i): one.calibration for i, one in enumerate(self.measured)}
+
+    def execute(self, tensors: dict[ModelReference, Tensor], **folders: str) -> Optional[Tensor]:
+        for model, tensor in tensors.items() if self.layer else ():
+            if tensor.shape != self.layer.stored_shape:
+                raise PaveError(
+                    f"{model}: {self.output_weight.name} is a tensor of shape {tuple(tensor.shape)}, but the layer "
+                    f"{self.layer.module} of the architecture has one of {self.layer.stored_shape}; regmean cannot merge it"
+                )
+        known = self._known()
+        layers = {one.model: one.layer.layers for one in self.measured}
+        layer = self.layer and Layer(
+            transposed=self.layer.transposed,
+            measured=tuple(reason is None for reason in self._lacking(known)) if self.measured else None,
+            covariance=lambda model, i: known[model].load(layers[model][i]),
+        )
+        told = ImmutableMap(data={**dict(self.parameters.items()), "layer": layer})
+        return ExecuteMergeMethodTask.execute(self.model_copy(update={"parameters": told}), tensors)
+
+    def _known(self) -> dict[ModelReference, StoredCovariances]:
+        return {one.model: StoredCovariances(Artefact(Path(one.calibration.folder))) for one in self.measured}
+
+    def _lacking(self, known: dict[ModelReference, StoredCovariances]) -> list[Optional[str]]:
+        """Of each matrix, why it cannot be merged with covariances: all models need one."""
+        reasons: list[Optional[str]] = [None] * len(self.layer.layers)
+        for one in self.measured:
+            for i, name in enumerate(one.layer.layers):
+                tokens = known[one.model].tokens(name)
+                if tokens < max(1, one.min_tokens) and reasons[i] is None:
+                    reasons[i] = f"{FEW_TOKENS} ({tokens}, {one.model})" if one.layer.experts else f"{NEVER_CALLED} ({one.model})"
+        return reasons
+
+    def left(self) -> dict[str, str]:
+        """The matrices of a linear layer that are merged as task_arithmetic does, and why; calibration has to be done."""
+        name, stacked = self.output_weight.name, self.layer.stacked
+        found = enumerate(self._lacking(self._known()))
+        return {f"{name}[{self.layer.experts[i]}]" if stacked else name: reason for i, reason in found if reason}
+
+
+class RegMeanStats(Task[dict]):
+    """How one weight of a linear layer was merged. Value: {row: that of the report, or None, left: {matrix: why}}."""
+
+    merge: MergeByRegMean
+
+    def __hash__(self) -> int:
+        return hash((RegMeanStats, self.merge))
+
+    def arguments(self) -> dict[str, Task]:
+        return {"merged": self.merge}
+
+    def group_label(self) -> Optional[str]:
+        return self.merge.group_label()
+
+    def priority(self) -> int:
+        # At once, so that the tensor is not kept for it.
+        return 100
+
+    def execute(self, merged: Optional[Tensor]) -> dict[str, Any]:
+        parameters, left = self.merge.parameters, self.merge.left()
+        row = {
+            "tensor": self.merge.output_weight.name,
+            "covariance": data_share(parameters["covariance"], self.merge.base_model is not None),
+            "lambda": parameters["lambda"],
+            "reduce_off_diagonal": parameters["reduce_off_diagonal"],
+        }
+        return {"row": row if len(left) < len(self.merge.layer.layers) else None, "left": left}
+
+
 class WriteReport(Task[None]):
     """Write pave_report.json beside the merged model, and say in one line what was purified."""
 
     out_path: str
     header: str
     stats: tuple[PurificationStats, ...]
+    closed_forms: tuple[RegMeanStats, ...]
 
     def __hash__(self) -> int:
         return hash((WriteReport, self.out_path))
 
     def arguments(self) -> dict[str, Task]:
-        return {str(i): task for i, task in enumerate(self.stats)}
+        closed = {f"closed{i}": task for i, task in enumerate(self.closed_forms)}
+        return {str(i): task for i, task in enumerate(self.stats)} | closed
 
     def main_thread_only(self) -> bool:
         return True
@@ -421,10 +525,18 @@ class WriteReport(Task[None]):
         report["purified"] = [row for i in range(len(self.stats)) for row in stats[str(i)]["rows"]]
         for i, task in enumerate(self.stats):
             report["models"][str(task.model)]["left_as_they_are"] |= stats[str(i)]["left"]
+        if "regmean" in report:
+            done = [stats[f"closed{i}"] for i in range(len(self.closed_forms))]
+            report["regmean"]["closed_form"] = [one["row"] for one in done if one["row"]]
+            for one in done:
+                report["regmean"]["as_task_arithmetic"] |= one["left"]
         folder = Path(self.out_path)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / REPORT_NAME).write_text(json.dumps(report, indent=1) + "\n")
-        LOG.info(summary(report))
+        if report["purified"]:
+            LOG.info(summary(report))
+        if "regmean" in report:
+            LOG.info(regmean_summary(report["regmean"]))
         for line in left_experts(report) + never_called(report):
             LOG.info(line)
         for warning in warnings(report):

@@ -59,7 +59,7 @@ def purify(kind, base, models, sources, ratios, *, allocation="spectral", regula
     targets = target if isinstance(target, list) else [target] * count
     lengths = max_length if isinstance(max_length, list) else [max_length] * count
     plain, stored_base = [weights(m) for m in models], weights(base)
-    seen = [_layer_inputs(kind, m, s, length) for m, s, length in zip(models, sources, lengths)]
+    seen = [layer_inputs(kind, m, s, length) for m, s, length in zip(models, sources, lengths)]
     results = [{} for _ in models]
     for tensor in stored_base:
         who = [i for i in range(count) if tensor.removesuffix(".weight") in seen[i] and ratios(i, tensor) is not None]
@@ -117,7 +117,7 @@ def _allocate(spectra: list[list[float]], shares: list[int], allocation: str) ->
 
 
 @cache
-def _layer_inputs(kind: str, folder: Path, source: tuple, max_length: int) -> dict[str, torch.Tensor]:
+def layer_inputs(kind: str, folder: Path, source: tuple, max_length: int) -> dict[str, torch.Tensor]:
     """All inputs (tokens, width) of every linear layer of the backbone, by module."""
     model = getattr(transformers, KINDS[kind].model).from_pretrained(folder, dtype=torch.float64).eval()
     kept: dict[str, list[torch.Tensor]] = {}

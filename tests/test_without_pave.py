@@ -133,3 +133,50 @@ def test_importing_the_package_after_mergekit(llama, tmp_path):
     assert (tmp_path / "out" / "README.md").read_text().count("### PAVE") == 1
     # Without a config source mergekit writes what `to_yaml` gives.
     assert "pave:" in (tmp_path / "out" / "mergekit_config.yml").read_text()
+
+
+@pytest.mark.parametrize("first", ["merge_methods", "merge_methods.registry", "plan", "config"])
+def test_merge_methods_are_there_whatever_is_imported_first(first):
+    done = python(
+        f"import mergekit.{first}; from mergekit import merge_methods as m;"
+        "print([m.get(name).spec.name for name in ('regmean', 'tsv')], type(m).__name__)"
+    )
+    assert done.stdout.strip() == "['regmean', 'tsv'] module", done.stderr
+
+
+@pytest.mark.parametrize("error", ["ModuleNotFoundError(name)", "AttributeError('another mergekit')"])
+def test_merge_methods_that_cannot_be_loaded_touch_nobody(error):
+    """mergekit's own ones are there, and ours are unknown."""
+    code = f"""
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name == 'mergekit_pave.regmean':
+            raise {error}
+sys.meta_path.insert(0, Blocker())
+from mergekit import merge_methods
+print(merge_methods.get('ties').spec.name)
+merge_methods.get('regmean')
+"""
+    done = python(code)
+    assert done.stdout.strip() == "ties"
+    assert done.stderr.splitlines()[-1] == "RuntimeError: Unimplemented merge method regmean"
+
+
+def test_a_method_of_the_same_name_stays():
+    """Another package's, or a later mergekit's: it is merged with as ever."""
+    code = """
+import sys
+sys.modules['mergekit_pave._methods'] = type(sys)('held back')
+sys.modules['mergekit_pave._methods'].add = lambda: None
+from mergekit import merge_methods
+other = merge_methods.merge_method(merge_methods.get('linear').implementation, name='regmean')
+merge_methods.register(other)
+del sys.modules['mergekit_pave._methods']
+import mergekit_pave._methods
+mergekit_pave._methods.add()
+mergekit_pave._methods.add()
+print(merge_methods.get('regmean') is other, [m.spec.name for m in merge_methods.registered_methods()].count('tsv'))
+"""
+    done = python(code)
+    assert done.stdout.strip() == "True 1", done.stderr

@@ -1,0 +1,28 @@
+"""The merge methods that this package adds to mergekit's registry."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import version
+
+
+def add() -> None:
+    """Register them. Idempotent, and does nothing while mergekit's merge methods are still being loaded.
+
+    Whatever is wrong with this installation must not break mergekit for those who use its own methods, so it shows
+    as a method that mergekit does not know.
+    """
+    module = sys.modules.get("mergekit.merge_methods")
+    if not hasattr(module, "__all__"):
+        return
+    try:
+        from mergekit_pave._field import SUPPORTED
+        from mergekit_pave.regmean import RegMean
+        from mergekit_pave.tsv import Tsv
+
+        known = {method.spec.name for method in module.registered_methods()}
+        for method in (RegMean(), Tsv()):
+            if version("mergekit") in SUPPORTED and method.spec.name not in known:
+                module.register(method)
+    except Exception:
+        return

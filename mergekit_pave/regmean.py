@@ -1,0 +1,247 @@
+"""`merge_method: regmean`: the weights of linear layers merged in closed form, with a metric for each model.
+
+With the changes D_i = W_i - W_base, the second moments C_i of the layer's inputs and the weights w_i,
+
+    W = W_base + lambda (sum w_i D_i M_i) (sum w_i M_i + e I)^-1,    M_i = a C_i / tr(C_i) + (1 - a) D_i^T D_i / ||D_i||^2
+
+minimises sum w_i tr((D - D_i) M_i (D - D_i)^T) + e ||D||^2 over D, and goes lambda times as far. At a = 1 this is RegMean (Jin
+et al., arXiv 2212.09849): the outputs on each model's own inputs change least. At a = 0 it is the closed form of
+WUDI-Merging's objective (Cheng et al., arXiv 2503.08099), which needs no data.
+
+Sums and the solution are float64. e is `RIDGE` times the mean of the diagonal of sum w_i M_i: directions in which no
+model has anything to say keep W_base. Without a base model the weighted mean of the W_i stands in for it, which
+changes nothing but what becomes of these directions (in RegMean's own form they would be lost).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Optional
+
+import torch
+from mergekit.merge_methods.base import (
+    BasePolicy,
+    GroupMergeMethod,
+    InputContract,
+    MergeMethodSpec,
+    ParameterScope,
+    ParameterSpec,
+    TensorGroup,
+)
+from pydantic import AfterValidator
+from torch import Tensor
+
+from mergekit_pave.covariance import Covariance
+from mergekit_pave.errors import PaveError
+
+# Far above what rounding does to the smallest eigenvalues of a sum of rank-deficient metrics, far below those that matter.
+RIDGE = 1e-6
+
+
+def metric(change: Tensor, covariance: Covariance | None, share: float, off_diagonal: float = 1.0) -> Tensor:
+    """M = a C / tr(C) + (1 - a) D^T D / ||D||^2, (d_in, d_in) float64. A part whose norm is zero counts as zero.
+
+    Args:
+        change: D, (d_out, d_in) float64.
+        covariance: of the layer's inputs, on the same device; not needed for a = 0.
+        share: a, from 0 to 1.
+        off_diagonal: what the elements of C off its diagonal are multiplied by (RegMean's reduction), 0 < x <= 1.
+    """
+    result = change.new_zeros(change.shape[1], change.shape[1])
+    if share > 0:
+        moment = covariance.unscaled()  # N C: the trace takes N out
+        diagonal = moment.diagonal()
+        scale = share / diagonal.sum().item() if diagonal.sum() > 0 else 0.0
+        result.add_(moment, alpha=scale * off_diagonal)
+        result.diagonal().copy_(diagonal).mul_(scale)
+    if share < 1:
+        square = change.square().sum().item()
+        if square > 0:
+            result.addmm_(change.mT, change, alpha=(1 - share) / square)
+    return result
+
+
+def merge_changes(terms: Iterable[tuple[float, Tensor, Tensor]]) -> Tensor:
+    """(sum w_i D_i M_i) (sum w_i M_i + e I)^-1, (d_out, d_in) float64; zero where all metrics are.
+
+    Args:
+        terms: of each model w_i >= 0, D_i (d_out, d_in) and M_i (d_in, d_in), float64. They are taken one at a time, so that
+            no two metrics have to be in memory at once.
+    """
+    mixed = total = None
+    for weight, change, own in terms:
+        if total is None:
+            mixed, total = torch.zeros_like(change), torch.zeros_like(own)
+        mixed.addmm_(change, own, alpha=weight)
+        total.add_(own, alpha=weight)
+    shift = RIDGE * total.diagonal().mean().item()
+    if shift == 0:
+        return mixed
+    total.diagonal().add_(shift)
+    factor, failed = torch.linalg.cholesky_ex(total)
+    # In a sum of semidefinite metrics no square of a pivot lies below the shift. Where one does, rounding in the covariances has
+    # made the sum indefinite, and what is smaller than its most negative eigenvalue is noise: so it is shifted by as much.
+    if not failed and factor.diagonal().square().min() > shift / 2:
+        return torch.cholesky_solve(mixed.mT, factor).mT
+    values, vectors = torch.linalg.eigh(total)
+    noise = (shift - values[0]).clamp(min=0)
+    return (mixed @ vectors / (values + 2 * noise)) @ vectors.mT
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What regmean has to know of a tensor that is the weight of a linear layer, or of a stack of experts.
+
+    Attributes:
+        transposed: matrices are stored as (d_in, d_out).
+        measured: of each matrix whether all models have its covariance; None where none is needed.
+        covariance: that of a model for one of the matrices, by the model's id and the matrix's number.
+    """
+
+    transposed: bool = False
+    measured: tuple[bool, ...] | None = None
+    covariance: Callable[[Hashable, int], Covariance] | None = None
+
+
+def matrices(weight: Tensor, transposed: bool) -> Tensor:
+    """A weight as the matrices that it holds: (1 or the number of experts, d_out, d_in), a view."""
+    stacked = weight if weight.dim() == 3 else weight[None]
+    return stacked.mT if transposed else stacked
+
+
+def data_share(covariance: float | None, has_base: bool) -> float:
+    """a, where the parameter `covariance` has its default: half with a base model, all of it without."""
+    return covariance if covariance is not None else (0.5 if has_base else 1.0)
+
+
+def check_baseless(share: float, scale: float, has_base: bool) -> None:
+    """Refuse what has no meaning without a base model.
+
+    Raises:
+        PaveError: there is no base model, but a metric or a lambda that is about changes from one.
+    """
+    if not has_base and share < 1:
+        raise PaveError(
+            f"regmean: `covariance: {share:g}` weighs by what fine-tuning has changed, for which it needs a base_model; give the "
+            "merge one, or set `covariance: 1`"
+        )
+    if not has_base and scale != 1:
+        raise PaveError(f"regmean: `lambda: {scale:g}` scales the change from a base_model; give the merge one, or leave it out")
+
+
+def _within(name: str, what: str, fits: Callable[[float], bool]) -> AfterValidator:
+    def check(value: float | None) -> float | None:
+        if value is not None and not fits(value):
+            raise PaveError(f"regmean: `{name}` must be {what}, not {value:g}")
+        return value
+
+    return AfterValidator(check)
+
+
+_FINITE = float("inf")
+
+
+class RegMean(GroupMergeMethod):
+    """The method as mergekit knows it. Tensors that are no linear layer's weights are merged as task_arithmetic does."""
+
+    spec = MergeMethodSpec(
+        name="regmean",
+        pretty_name="RegMean",
+        reference_url="https://arxiv.org/abs/2212.09849",
+        contract=InputContract(base=BasePolicy.OPTIONAL, min_non_base=1),
+        parameters=(
+            ParameterSpec(
+                "weight",
+                Annotated[Optional[float], _within("weight", "a number from 0 on", lambda x: 0 <= x < _FINITE)],
+                ParameterScope.NON_BASE,
+                default=None,
+            ),
+            ParameterSpec(
+                "lambda",
+                Annotated[float, _within("lambda", "a finite number", lambda x: -_FINITE < x < _FINITE)],
+                ParameterScope.SHARED,
+                default=1.0,
+            ),
+            ParameterSpec(
+                "covariance",
+                Annotated[Optional[float], _within("covariance", "a share from 0 to 1", lambda x: 0 <= x <= 1)],
+                ParameterScope.SHARED,
+                default=None,
+            ),
+            ParameterSpec(
+                "reduce_off_diagonal",
+                Annotated[float, _within("reduce_off_diagonal", "a factor, 0 < x <= 1", lambda x: 0 < x <= 1)],
+                ParameterScope.SHARED,
+                default=1.0,
+            ),
+        ),
+    )
+
+    def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
+        """Merge one tensor.
+
+        A planned merge adds the parameter `layer`, the `Layer` of a linear layer's weight and None of any other tensor. Where it
+        is missing (`merge_state_dicts`, `mergekit-pytorch`) there are no covariances, and every matrix is taken for the weight of
+        an `nn.Linear`: one of GPT-2's `Conv1D` would have to be given transposed.
+
+        Raises:
+            PaveError: covariances are asked for where there are none, or the tensors do not fit.
+        """
+        models = group.non_base
+        # By default the others come out as their mean; a common factor is nothing to the closed form.
+        weights = [1 / len(models) if weight is None else weight for weight in parameters["weight"].values_for(models)]
+        scale, has_base = parameters["lambda"], group.base is not None
+        share = data_share(parameters["covariance"], has_base)
+        if not has_base and sum(weights) == 0:
+            raise PaveError(f"regmean: every model's weight is 0 for {group.metadata.name}, and there is no base_model")
+        tensor = models[0].tensor
+        if "layer" in parameters:
+            layer = parameters["layer"]
+        elif share > 0:
+            raise PaveError(
+                "regmean: covariances are measured by a merge with a `pave:` block only (mergekit-yaml, run_merge); set "
+                "`covariance: 0`, which needs none"
+            )
+        else:
+            layer = Layer() if looks_like_matrices(group, 2) else None
+        check_baseless(share if layer else 1.0, scale, has_base)
+        if layer is None:
+            return task_arithmetic(group, weights, scale)
+        views = [matrices(model.tensor, layer.transposed) for model in models]
+        base = matrices(group.base.tensor, layer.transposed) if has_base else None
+        measured = (True,) * len(views[0]) if share == 0 else layer.measured
+        result = torch.empty_like(tensor) if all(measured) else task_arithmetic(group, weights, scale).clone()
+        for i, out in enumerate(matrices(result, layer.transposed)):
+            if not measured[i]:
+                continue
+            # Where fine-tuning starts from, (d_out, d_in).
+            start = base[i].double() if has_base else sum(w * view[i].double() for w, view in zip(weights, views)) / sum(weights)
+
+            def terms(i: int = i, start: Tensor = start) -> Iterator[tuple[float, Tensor, Tensor]]:
+                for model, view, weight in zip(models, views, weights):
+                    change = view[i].double() - start
+                    if not change.isfinite().all():
+                        raise PaveError(f"regmean: {group.metadata.name} of {model.id}, or of the base, is not finite")
+                    covariance = layer.covariance(model.id, i).to(change.device) if share > 0 else None
+                    yield weight, change, metric(change, covariance, share, parameters["reduce_off_diagonal"])
+
+            out.copy_(start + scale * merge_changes(terms()))
+        return result
+
+
+def looks_like_matrices(group: TensorGroup, dims: int) -> bool:
+    """Whether a tensor of so many dimensions holds matrices, as far as one can tell without the model."""
+    name = group.metadata.name or ""
+    tensor = group.entries[0].tensor
+    return tensor.dim() == dims and group.metadata.vocabulary_axis is None and not name.endswith("bias")
+
+
+def task_arithmetic(group: TensorGroup, weights: list[float], scale: float) -> Tensor:
+    """What mergekit's own task_arithmetic makes of a tensor, or its `linear` where there is no base model."""
+    from mergekit import merge_methods
+
+    shares = {model.id: weight for model, weight in zip(group.non_base, weights)}
+    if group.base is None:
+        return merge_methods.get("linear")((group,), parameters={"weight": shares})[0]
+    return merge_methods.get("task_arithmetic")((group,), parameters={"weight": shares, "lambda": scale})[0]
