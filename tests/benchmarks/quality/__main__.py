@@ -9,12 +9,12 @@
 Two families are merged. The encoder is all-MiniLM-L6-v2 (Apache-2.0, 22 million parameters), fine-tuned on eight text
 classification tasks; the decoder is a small Llama that is trained here and fine-tuned on four kinds of text. All texts
 come from the packages above. Train, calibration, validation and test parts share no document. Every arm has as many
-settings of its merge method to choose from; the one that is best on the validation parts is judged on the test parts.
-A seed is that of the fine-tunes, of the drawing of calibration samples and of methods that draw at random. Errors are
-standard errors of differences that are paired over tasks and seeds.
+settings of its merge method to choose from. The one that is best on the validation parts, with the first seed, is judged
+on the test parts with all seeds. A seed is that of the fine-tunes, of the drawing of calibration samples and of methods
+that draw at random. Errors are standard errors of differences that are paired over tasks and seeds.
 
 Everything is kept under `quality-out/`: a run that was stopped goes on where it was. Results are in `results.jsonl`, the
-table in `table.md`, the plot in `quality.svg`.
+table in `table.md`, the plot in `quality.svg`. Remove the folder after a change to the benchmark or to what it measures.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ VOCABULARY = 2048
 LENGTH = 128  # tokens of a window
 BATCH = 8
 ROWS = 640  # calibration texts
-WINDOWS = {"test": 96, "validation": 32}
+WINDOWS = {"test": 96, "validation": 48}
 BASE_RATE, TUNE_RATE = 3e-3, 1e-3
 
 

@@ -16,7 +16,7 @@ from texts import Task, classification_tasks, installed
 from torch import Tensor
 from transformers import AutoTokenizer, BertModel
 
-SIZES = {"test": 192, "validation": 48, "calibration": 640, "train": 960}
+SIZES = {"test": 192, "validation": 96, "calibration": 640, "train": 1280}
 LENGTH = 32  # tokens of a text, at most
 BATCH = 16
 RATE, HEAD_RATE = 2e-4, 1e-2
