@@ -55,6 +55,8 @@ METHODS = {
     "regmean, covariance 1": Arm("regmean", scaled(0.8, 1.0, 1.2, 1.4, 1.6, covariance=1.0), pave={}, purify=False),
 }
 FIRST, SWEPT, CLOSED = "task_arithmetic", ("task_arithmetic", "ties"), "regmean, covariance 0.5"
+METHODS_SECTION = f"Methods, against {FIRST}"
+PURIFIED_SECTION = f"Purified, rank_ratio {MAIN_RATIO}, against the same method without"
 UNPURIFIED = ("regmean, covariance 0", "regmean, covariance 1")  # one of the three is enough
 
 
@@ -74,14 +76,12 @@ def rows(models: int, counts: tuple[int, ...], quick: bool) -> list[Row]:
     def add(section: str, label: str, arm: Arm, reference: Arm | None, ratio: float | None = None) -> None:
         found.append(Row(section, label, arm, reference, ratio))
 
-    section = f"Methods, against {FIRST}"
     for name, arm in methods.items():
-        add(section, name, arm, None if name == FIRST else methods[FIRST])
+        add(METHODS_SECTION, name, arm, None if name == FIRST else methods[FIRST])
 
-    section = f"Purified, rank_ratio {MAIN_RATIO}, against the same method without"
     for name in chosen:
         for target in TARGETS if name not in UNPURIFIED else ():
-            add(section, f"{name}, `target: {target}`", purified(methods[name], MAIN_RATIO, target), methods[name])
+            add(PURIFIED_SECTION, f"{name}, `target: {target}`", purified(methods[name], MAIN_RATIO, target), methods[name])
 
     section = "Rank ratio, against the same method without"
     for name in SWEPT[:1] if quick else SWEPT:
