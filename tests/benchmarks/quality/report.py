@@ -57,7 +57,8 @@ def _family(laboratory: Laboratory, rows: list[Row]) -> list[str]:
         reference = known(laboratory.outcome, row.reference) if row.reference else None
         against = "{:+.2f} ± {:.2f}".format(*outcome.against(reference)) if reference else ""
         removed = "" if outcome.removed is None else f"{outcome.removed:.2g}"
-        setting = ", ".join(f"{key} {value}" for key, value in outcome.setting.items())
+        varied = (key for key in outcome.setting if any(other[key] != outcome.setting[key] for other in row.arm.settings))
+        setting = ", ".join(f"{key} {outcome.setting[key]}" for key in varied)
         lines.append(f"| {row.label} | {outcome.mean:.1f} | {against} | {removed} | {setting} |")
     return [*lines, ""]
 
