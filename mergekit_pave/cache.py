@@ -8,6 +8,7 @@ is a hash of everything that determines the content, so nothing in it ever becom
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -27,7 +28,7 @@ from mergekit_pave.errors import PaveError
 
 MANIFEST = "manifest.json"
 # Part of every key: raise it when the same inputs would lead to other numbers or other files.
-FORMAT = 4
+FORMAT = 5
 
 
 def cache_root(configured: str | None) -> Path:
@@ -246,6 +247,13 @@ def copy(source: Path, target: Path) -> None:
 
 
 def _sha256(path: Path) -> str:
+    """A file's hash, taken once as long as the file is left alone."""
+    stat = path.stat()
+    return _hash_of(path, stat.st_ino, stat.st_mtime_ns, stat.st_size)
+
+
+@functools.cache
+def _hash_of(path: Path, *_: int) -> str:
     sha = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 22):

@@ -49,6 +49,8 @@ def calibrate(config_file: str, merge_options: MergeOptions) -> None:
     done = len(plan.decompositions)
     if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
         click.echo(f"{len(plan.stats)} weights ready: {done} decomposed now, {len(plan.stats) - done} were in the cache.")
+        if measured := sum(bool(form.measured) for form in plan.closed_forms.values()):
+            click.echo(f"Covariances for {measured} tensors that regmean merges are in the cache.")
 
 
 @main.command(cls=PrettyPrintHelp)
@@ -56,9 +58,14 @@ def calibrate(config_file: str, merge_options: MergeOptions) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Every tensor, for scripts.")
 @add_merge_options
 def plan(config_file: str, as_json: bool, merge_options: MergeOptions) -> None:
-    """Tell what merging CONFIG_FILE would purify, what not and why, and what that would cost; no weights are read."""
+    """Tell what merging CONFIG_FILE would purify, what not and why, and what that would cost.
+
+    No weights are read, but for a few of each model where everything is in the cache, to tell how large the removed part is.
+    """
     merge_options.apply_global_options()
-    found = preview.preview(plugin.plan_merge(_read_config(config_file), merge_options), merge_options.device)
+    planned = plugin.plan_merge(_read_config(config_file), merge_options)
+    samples = plugin.sample_removal(planned, merge_options)
+    found = preview.preview(planned, merge_options.device, samples)
     click.echo(json.dumps(found, indent=1) if as_json else preview.as_text(found))
 
 

@@ -125,6 +125,7 @@ class Plan:
         stats: the tasks that make the rows of the report.
         header: the report without its rows.
         closed_forms: what regmean merges in closed form, by place.
+        warnings: what should make a user look twice before any work is done.
     """
 
     weights: list[PlannedWeight] = field(default_factory=list)
@@ -133,6 +134,7 @@ class Plan:
     decompositions: list[DecomposeWeight] = field(default_factory=list)
     stats: list[PurificationStats] = field(default_factory=list)
     header: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
     closed_forms: dict[int, ClosedForm] = field(default_factory=dict)
 
 
@@ -192,7 +194,7 @@ def make_plan(config: PaveConfig, tensors: list[PlannedTensor], environment: Env
         source.prepare(tuple(dict.fromkeys(wanted)))
         _leave_never_called(model, source.calibration, chosen, reasons.setdefault(model, {}))
 
-    plan = Plan()
+    plan = Plan(warnings=_warnings(sources))
     for place, choices in chosen.items():
         if choices:
             _add_tensor(plan, config, tensors[place], place, choices, sources)
@@ -210,7 +212,7 @@ def make_plan(config: PaveConfig, tensors: list[PlannedTensor], environment: Env
     if plan.stats:
         LOG.info("PAVE: %d of %d weights are in the cache", len(plan.stats) - len(plan.decompositions), len(plan.stats))
     _preflight(plan.calibrations)
-    plan.header = _header(config, tensors, sources, reasons)
+    plan.header = _header(config, tensors, sources, reasons) | {"warnings": plan.warnings}
     if regmean:
         plan.header["regmean"] = {"as_task_arithmetic": left}
     return plan
@@ -281,6 +283,27 @@ def _needed(
                 raise PaveError(f"regmean: {planned.name} is not the weight of the same linear layer in {model} as in the others")
             needed.setdefault(model, {})[place] = linear
     return needed
+
+
+def _warnings(sources: dict[ModelReference, _Source]) -> list[str]:
+    """What the samples alone give away: that they are few, or the same for two models."""
+    found = []
+    for model, source in sources.items():
+        widest = max(linear.shape[1] for linear in source.architecture.linears.values())
+        if source.tokens < widest:
+            found.append(
+                f"{model}: {source.tokens} calibration tokens for layers that are up to {widest} wide; directions that no token "
+                f"shows are told apart by the weights alone. Several times {widest} tokens make the result steadier: raise "
+                "calibration.samples or max_tokens"
+            )
+    for (model, source), (other, beside) in itertools.combinations(sources.items(), 2):
+        shared, smaller = len(source.contents & beside.contents), min(len(source.contents), len(beside.contents))
+        if 2 * shared > smaller:
+            found.append(
+                f"{model} and {other}: {shared} of {smaller} calibration samples are the same, so what one model's task needs "
+                "cannot be told from what the other's does; give each model samples of its own task"
+            )
+    return found
 
 
 def _leave_never_called(
@@ -356,15 +379,6 @@ class _Source:
         regularization = self._pave.setting(self.model, "regularization")
         described = regularization.model_dump() if isinstance(regularization, RelativeRegularization) else regularization
         self._tails = root / "subspace" / cache.digest("subspace", key, described)
-        widest = max(linear.shape[1] for linear in self.architecture.linears.values())
-        if self.tokens < widest:
-            LOG.warning(
-                "%s: %d calibration tokens for layers that are up to %d wide; directions that no token shows are told "
-                "apart by the weights alone. More samples make the result steadier",
-                self.model,
-                self.tokens,
-                widest,
-            )
 
     def _use_data(self, root: Path) -> str:
         settings = self._pave.calibration_of(self.model)
@@ -379,6 +393,7 @@ class _Source:
                 f"{self.architecture.vocabulary}; the tokenizer beside it belongs to another model"
             )
         self.samples = len(encoded)
+        self.contents = {sample.content for sample in samples if sample.problem is None}
         self.tokens = sum(sample.tokens for sample in encoded)
         self.data = [data.model_dump(mode="json", exclude_defaults=True) | {"split": data.split} for data in self.entry.sources]
         key = covariance_key(self._identity(), encoded)
@@ -421,6 +436,7 @@ class _Source:
                 f"{unknown[0]}; use `data` instead"
             )
         self.samples, self.tokens, self.data = manifest["samples"], manifest["tokens"], manifest["data"]
+        self.contents = set()  # nobody knows
         self.calibration = GivenCovariance(folder=str(folder), **self._wanted)
         return cache.digest(manifest["files"], self._identity())
 

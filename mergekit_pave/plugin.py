@@ -17,6 +17,7 @@ import inspect
 import json
 import logging
 import sys
+from typing import Any
 
 from mergekit.architecture import ModelArchitecture, WeightInfo, get_architecture_info
 from mergekit.architecture.auto import RE_LAYER_INDEX
@@ -47,7 +48,9 @@ from mergekit_pave.planning import (
 )
 from mergekit_pave.regmean import RegMean, check_baseless, data_share
 from mergekit_pave.report import read_report
-from mergekit_pave.tasks import MergeByRegMean, RegMeanStats, WriteReport
+from mergekit_pave.tasks import MergeByRegMean, PurificationStats, RegMeanStats, WriteReport
+
+LOG = logging.getLogger(__name__)
 
 
 def register() -> None:
@@ -206,6 +209,7 @@ def _with_report(plan_to_disk):
         tasks = plan_to_disk(self, out_path)
         if self.config.pave is not None:
             plan = self._pave_plan
+            _warn(plan)
             merges = (task for _, task in self._tensors if isinstance(task, MergeByRegMean) and task.layer)
             closed = tuple(RegMeanStats(merge=task) for task in merges)
             header = json.dumps(plan.header)
@@ -217,6 +221,11 @@ def _with_report(plan_to_disk):
         return tasks
 
     return wrapper
+
+
+def _warn(plan: Plan) -> None:
+    for warning in plan.warnings:
+        LOG.warning(warning)
 
 
 def _with_card(generate_card):
@@ -286,11 +295,28 @@ def plan_merge(config: MergeConfiguration, options: MergeOptions) -> Plan:
     return planner._pave_plan
 
 
+def sample_removal(plan: Plan, options: MergeOptions, count: int = 4) -> dict[str, list[dict[str, Any]]]:
+    """Rows of the report, for a few weights of each model all of whose decompositions are in the cache.
+
+    These weights are read, and purified for nothing: so a plan can say how large the removed part is.
+    """
+    of_model: dict[str, list[PurificationStats]] = {}
+    for task, weight in zip(plan.stats, plan.weights, strict=True):
+        if all(cached.cached for cached in plan.weights if cached.output == weight.output):
+            of_model.setdefault(str(task.model), []).append(task)
+    chosen = [task for tasks in of_model.values() for task in tasks[:: -(-len(tasks) // count)]]
+    rows: dict[str, list[dict[str, Any]]] = {model: [] for model in of_model}
+    for task, stats in Executor(chosen, math_device=options.device, storage_device="cpu").run(quiet=True):
+        rows[str(task.model)] += stats["rows"]
+    return rows
+
+
 def fill_caches(config: MergeConfiguration, options: MergeOptions) -> Plan:
     """Calibrate and decompose whatever the caches lack for a merge, in as many processes as were started."""
     distributed.start()
     options = options.model_copy(update={"device": distributed.local_device(options.device)})
     plan = plan_merge(config, options)
+    _warn(plan)
     # In one order everywhere, which an executor does not promise: processes wait for each other in every block.
     for calibration in plan.calibrations:
         calibration.execute()

@@ -1,4 +1,4 @@
-"""What a merge with a `pave:` block would do and cost, for people and as JSON, without reading weights."""
+"""What a merge with a `pave:` block would do and cost, for people and as JSON."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ import torch
 from mergekit_pave.calibration.estimate import readable
 from mergekit_pave.calibration.layers import Linear, inference_dtype
 from mergekit_pave.planning import Plan
-from mergekit_pave.report import regmean_reasons
+from mergekit_pave.report import by_model, regmean_reasons, warnings
 from mergekit_pave.tasks import CalibrateModel
 
 
-def preview(plan: Plan, device: str) -> dict[str, Any]:
+def preview(plan: Plan, device: str, samples: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Per model what will be purified, what not and why, what is cached, and what is still to be done.
+
+    Args:
+        samples: rows of the report for a few weights of each model, where they can be had; see `sample_removal`.
 
     Seconds are operations over the speed of this machine, measured on the spot. Like all of the estimate they are rather
     too high: which layers share an input, and so one sum, shows only when the model runs.
@@ -55,11 +58,26 @@ def preview(plan: Plan, device: str) -> dict[str, Any]:
                 "weights": len(missing),
                 "seconds": sum(_operations(weight.layer, source["tokens"]) for weight in missing) / exact,
             },
+            "removed": _removed(samples.get(model, [])),
         }
-    found = {"tensors": plan.header["tensors"], "device": device, "models": models}
-    if regmean := plan.header.get("regmean"):
-        found["regmean"] = {"closed_form": len(plan.closed_forms)} | regmean
-    return found
+    found = warnings({"models": {}, "purified": [row for rows in samples.values() for row in rows]})
+    regmean = plan.header.get("regmean")
+    return {
+        "tensors": plan.header["tensors"],
+        "device": device,
+        "models": models,
+        **({"regmean": {"closed_form": len(plan.closed_forms)} | regmean} if regmean else {}),
+        "warnings": plan.warnings + found,
+    }
+
+
+def _removed(rows: list[dict[str, Any]]) -> dict[str, float] | None:
+    """How large the removed part of some weights is beside what fine-tuning changed in them."""
+    for sums in by_model({"purified": rows}).values():
+        if sums["change_norm"]:
+            weights = len({row["tensor"] for row in rows})
+            return {"share_of_change": sums["removed_norm"] / sums["change_norm"], "weights": weights}
+    return None
 
 
 def _speed(dtype: torch.dtype, device: str) -> float:
@@ -104,7 +122,11 @@ def as_text(preview: dict[str, Any]) -> str:
         told = f"{len(model['purified']) - missing} of {len(model['purified'])} weights in the cache"
         if missing:
             told += f", {missing} to do: about {_duration(model['decomposition']['seconds'])}"
-        lines += [f"  decomposition  {told}", "  to be purified (components dropped before allocation moves them between models)"]
+        lines.append(f"  decomposition  {told}")
+        if removed := model["removed"]:
+            told = f"about {removed['share_of_change']:.2g} x what fine-tuning changed, by {removed['weights']} of the weights"
+            lines.append(f"  removed part   {told}")
+        lines += ["  to be purified (components dropped before allocation moves them between models)"]
         lines += [f"    {line}" for line in _grouped(model["purified"])]
         lines.append("  to be merged as they are")
         reasons = defaultdict(list)
@@ -114,6 +136,7 @@ def as_text(preview: dict[str, Any]) -> str:
             patterns = list(dict.fromkeys(_pattern(tensor) for tensor in tensors))
             more = f" and {len(patterns) - 3} more kinds" if len(patterns) > 3 else ""
             lines.append(f"    {len(tensors):5} {reason}: {', '.join(patterns[:3])}{more}")
+    lines += [f"\nWarning: {warning}." for warning in preview["warnings"]]
     return "\n".join(lines)
 
 

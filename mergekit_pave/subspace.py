@@ -231,39 +231,51 @@ def _random(rows: int, columns: int, like: Tensor, seed: int = 0) -> Tensor:
 _BLOCK = 1 << 19  # elements at a time: they stay in the processor's cache, and no float32 copy of W is ever made
 
 
-def drop_components(
-    weight: Tensor, directions: Tensor, base: Tensor | None = None, *, target: str = "weights", out: Tensor
-) -> tuple[float, float | None]:
-    """Write W' = W - U_t U_t^T W, or for the target `task_vector` W - U_t U_t^T (W - W_base).
+def coefficients(weight: Tensor, directions: Tensor, base: Tensor | None = None) -> Tensor:
+    """U_t^T W, or U_t^T (W - W_base), (k, d_in), for directions U_t (d_out, k); float32 unless the weight is more precise."""
+    precision = torch.promote_types(weight.dtype, torch.float32)
+    directions = directions.to(precision)
+    found = directions.new_zeros(directions.shape[1], weight.shape[1])
+    for rows in _blocks(weight):
+        part = weight[rows].to(precision)
+        found.addmm_(directions[rows].mT, part if base is None else part - base[rows].to(precision))
+    return found
 
-    Given the directions this is an ordinary product, and a warm merge spends its time here: so it is float32 unless
-    the weight is more precise.
+
+def drop_components(
+    weight: Tensor, directions: Tensor, removed: Tensor, base: Tensor | None = None, *, out: Tensor
+) -> tuple[float, float | None]:
+    """Write W' = W - U_t R, where R are the `coefficients` of W, or of W - W_base for the target `task_vector`.
+
+    Given these this is one thin product, and a warm merge spends its time here: so it is float32 unless the weight is more
+    precise, and W is read once.
 
     Args:
         weight: W, (d_out, d_in).
         directions: U_t, (d_out, k), orthonormal columns.
-        base: W_base, (d_out, d_in), if there is one; the target `task_vector` needs it.
+        removed: R, (k, d_in).
+        base: W_base, (d_out, d_in), if there is one.
         out: where W' goes, (d_out, d_in); it must not overlap with the others.
 
     Returns:
         The length of what was removed, ||W' - W||_F, and of the change, ||W - W_base||_F, or None.
     """
     precision = torch.promote_types(weight.dtype, torch.float32)
-    directions = directions.to(precision)
-    coefficients = directions.new_zeros(directions.shape[1], weight.shape[1])
+    directions, removed = directions.to(precision), removed.to(precision)
     change = directions.new_zeros((), dtype=torch.float64)  # squared
-    height = max(1, _BLOCK // weight.shape[1])
-    blocks = [slice(start, start + height) for start in range(0, len(weight), height)]
-    for rows in blocks:
+    for rows in _blocks(weight):
         part = weight[rows].to(precision)
-        changed = None if base is None else part - base[rows].to(precision)
         if base is not None:
-            change += _square(changed)
-        coefficients.addmm_(directions[rows].mT, part if target == "weights" else changed)
-    for rows in blocks:
-        out[rows] = torch.addmm(weight[rows].to(precision), directions[rows], coefficients, alpha=-1)
+            change += _square(part - base[rows].to(precision))
+        out[rows] = torch.addmm(part, directions[rows], removed, alpha=-1)
     # U_t is orthonormal, so what is removed is as long as its coefficients.
-    return _square(coefficients).sqrt().item(), None if base is None else change.sqrt().item()
+    return _square(removed).sqrt().item(), None if base is None else change.sqrt().item()
+
+
+def _blocks(weight: Tensor) -> list[slice]:
+    """The rows of a (d_out, d_in) weight, a few at a time."""
+    height = max(1, _BLOCK // weight.shape[1])
+    return [slice(start, start + height) for start in range(0, len(weight), height)]
 
 
 def _square(x: Tensor) -> Tensor:
@@ -290,5 +302,5 @@ def purify(weight: Tensor, covariance: Covariance, rank: int, *, shift: float) -
         return weight.clone()
     tail = tail_components(weight, covariance, shift, components - rank)
     purified = torch.empty_like(weight)
-    drop_components(weight.double(), tail.directions, out=purified)
+    drop_components(weight.double(), tail.directions, coefficients(weight.double(), tail.directions), out=purified)
     return purified

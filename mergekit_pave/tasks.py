@@ -17,9 +17,9 @@ it is used, so that only one at a time is in memory, however many models there a
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
@@ -49,7 +49,7 @@ from mergekit_pave.report import (
     summary,
     warnings,
 )
-from mergekit_pave.subspace import Tail, drop_components, tail_components
+from mergekit_pave.subspace import Tail, coefficients, drop_components, tail_components
 
 LOG = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class _CovarianceTask(Task[str]):
 
     Attributes:
         model: the model's name, for messages.
-        wanted: the layers that are to be purified.
+        wanted: the layers that are to be purified, or whose covariances `regmean` needs.
         size: the number of weights in all of the model's linear layers.
     """
 
@@ -180,7 +180,7 @@ class DecomposeWeight(_TensorTask):
         if not weight.isfinite().all():
             raise PaveError(f"{self.model}: {self.tensor} has values that are not finite")
         known = StoredCovariances(Artefact(Path(covariances)))
-        tails, slices, left = [], [], {}
+        tails, removed, slices, left = [], [], [], {}
         experts = self.layer.experts or (None,)
         for matrix, layer, expert in zip(matrices(weight, self.layer.transposed), self.layer.layers, experts, strict=True):
             if known.tokens(layer) < max(1, self.min_tokens):
@@ -188,17 +188,23 @@ class DecomposeWeight(_TensorTask):
                 continue
             covariance = known.load(layer).to(weight.device)
             tail = self._tail(matrix, covariance, layer)
-            tails.append(tail)
+            # float32 adds an error of about 1e-7 of ||W||, which is what storing W' in float32 costs, too.
+            tails.append(dataclasses.replace(tail, directions=tail.directions.float()))
+            removed.append(coefficients(matrix, tails[-1].directions))
             slices.append({"expert": expert, "largest": tail.largest, "energy": tail.energy, "tokens": covariance.tokens})
-        empty = torch.zeros(0, self.layer.shape[0], self.count, device=weight.device)
-        # float32 adds an error of about 1e-7 of ||W||, which is what storing W' in float32 costs, too.
-        directions = torch.stack([tail.directions.float() for tail in tails]) if tails else empty
-        values = torch.stack([tail.values for tail in tails]) if tails else empty[:, 0].double()
+        (d_out, d_in), like = self.layer.shape, {"device": weight.device}
+        tensors = {
+            "directions": torch.stack([tail.directions for tail in tails])
+            if tails
+            else torch.zeros(0, d_out, self.count, **like),
+            "coefficients": torch.stack(removed) if removed else torch.zeros(0, self.count, d_in, **like),
+            "values": torch.stack([tail.values for tail in tails]) if tails else torch.zeros(0, self.count, **like).double(),
+        }
         artefact = Artefact(Path(self.folder))
-        entry = artefact.write(_TAIL_FILE, {"directions": directions, "values": values})
+        entry = artefact.write(_TAIL_FILE, tensors)
         about = {"model": str(self.model), "tensor": self.tensor, "count": self.count, "min_tokens": self.min_tokens}
         artefact.complete({"files": {_TAIL_FILE: entry}, "slices": slices, "left": left, **about})
-        return {"directions": directions, "values": values, "slices": slices, "left": left}
+        return {**tensors, "slices": slices, "left": left}
 
     def _tail(self, weight: Tensor, covariance: Covariance, layer: str) -> Tail:
         shift = self.regularization
@@ -215,8 +221,9 @@ class DecomposeWeight(_TensorTask):
 class LoadTail(_TensorTask):
     """The tails of the matrices of one weight from the cache: of one matrix, or of all experts that saw enough tokens.
 
-    Value: {directions: (tails, d_out, at least count), values: (tails, at least count), ascending, slices: what else is
-    known of each: [{expert, largest, energy, tokens}], left: {expert, or "": the tokens it saw, which are too few}}.
+    Value: {directions: U_t, (tails, d_out, at least count), coefficients: U_t^T W, (tails, at least count, d_in), values:
+    (tails, at least count), ascending, slices: what else is known of each: [{expert, largest, energy, tokens}], left:
+    {expert, or "": the tokens it saw, which are too few}}.
     """
 
     folder: str
@@ -314,13 +321,11 @@ class PurifyTensor(_TensorTask):
         stats = []
         for place, (known, drop) in enumerate(zip(tail["slices"], allocation[self.position], strict=True)):
             i = known["expert"] if weight.dim() == 3 else 0
-            removed, change = drop_components(
-                own[i],
-                tail["directions"][place, :, :drop],
-                None if bases is None else bases[i],
-                target=self.target,
-                out=matrices(result, self.transposed)[i],
-            )
+            directions, of_base = tail["directions"][place, :, :drop], None if bases is None else bases[i]
+            known_along = tail["coefficients"][place, :drop]
+            along = known_along if self.target == "weights" else coefficients(own[i], directions, of_base)
+            out = matrices(result, self.transposed)[i]
+            removed, change = drop_components(own[i], directions, along, of_base, out=out)
             components = min(own[i].shape)
             stats.append(
                 {
@@ -409,7 +414,7 @@ def load_stored(gather: GatherTensors, model: ModelReference) -> LoadTensor:
     )
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Measured:
     """One model's side of a weight that is merged in closed form with covariances."""
 
@@ -530,6 +535,8 @@ class WriteReport(Task[None]):
             report["regmean"]["closed_form"] = [one["row"] for one in done if one["row"]]
             for one in done:
                 report["regmean"]["as_task_arithmetic"] |= one["left"]
+        found = warnings(report)
+        report["warnings"] += found
         folder = Path(self.out_path)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / REPORT_NAME).write_text(json.dumps(report, indent=1) + "\n")
@@ -539,5 +546,5 @@ class WriteReport(Task[None]):
             LOG.info(regmean_summary(report["regmean"]))
         for line in left_experts(report) + never_called(report):
             LOG.info(line)
-        for warning in warnings(report):
+        for warning in found:
             LOG.warning(warning)

@@ -8,8 +8,8 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
-from merging import config_for, forget_checkpoints, merge, write_config
-from models import model_config
+from merging import config_for, entries, forget_checkpoints, merge, write_config
+from models import model_config, read_rows, write_rows
 
 from mergekit_pave.cli import main
 
@@ -57,6 +57,40 @@ def test_for_people(llama, tmp_path, cache):
     assert "0 of 18 weights in the cache, 18 to do" in told
     merge(config, tmp_path / "out")
     assert "18 of 18 weights in the cache" in plan(config, tmp_path)
+
+
+def test_how_large_the_removed_part_is_once_the_caches_tell(llama, tmp_path, cache):
+    config = config_for(llama, {"rank_ratio": 0.8})
+    assert all(found["removed"] is None for found in json.loads(plan(config, tmp_path, "--json"))["models"].values())
+    merge(config, tmp_path / "out")
+    found = json.loads(plan(config, tmp_path, "--json"))
+    report = json.loads((tmp_path / "out" / "pave_report.json").read_text())
+    for model, of_model in found["models"].items():
+        ratios = [row["removed_norm"] / row["change_norm"] for row in report["purified"] if row["model"] == model]
+        assert of_model["removed"]["weights"] == 4
+        assert min(ratios) <= of_model["removed"]["share_of_change"] <= max(ratios)
+    assert all(any(f"{model}: the removed part is" in warning for warning in found["warnings"]) for model in found["models"])
+    text = plan(config, tmp_path)
+    assert "x what fine-tuning changed, by 4 of the weights" in text and "Warning: " in text
+
+
+def test_few_tokens_and_shared_samples_are_told_beforehand(llama, tmp_path, cache, caplog):
+    """Two models with the same texts, of another file and in another order, are found; those with texts of their own are not."""
+    rows = read_rows(llama.data[0])
+    again = write_rows(tmp_path / "again.jsonl", rows[::-1][:30])
+    shared = [entry | {"data": {"path": str(path)}} for entry, path in zip(entries(llama), (llama.data[0], again))]
+    config = config_for(llama, {"models": shared, "calibration": {"max_tokens": 100}})
+    found = json.loads(plan(config, tmp_path, "--json"))["warnings"]
+    assert [warning for warning in found if "30 of 30 calibration samples are the same" in warning]
+    assert sum("100 calibration tokens for layers that are up to 112 wide" in warning for warning in found) == 2
+    with caplog.at_level("WARNING", logger="mergekit_pave"):
+        merge(config, tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "pave_report.json").read_text())
+    assert report["warnings"][: len(found)] == found
+    assert all(caplog.text.count(warning) == 1 for warning in report["warnings"])
+
+    own = json.loads(plan(config_for(llama, {}, models=3), tmp_path, "--json"))["warnings"]
+    assert not [warning for warning in own if "the same" in warning]
 
 
 def test_seventy_billion_parameters(llama, tmp_path, cache):

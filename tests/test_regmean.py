@@ -12,9 +12,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 from mergekit.merge_methods import merge_state_dicts
+from mergekit.scripts import merge_raw_pytorch
 from merging import command, config_for, entries, forget_checkpoints, invoke, invoke_multi, merge, write_config
 from models import Family
 from reference import layer_inputs, purify, weights
+from safetensors.torch import save_file
 from test_experts import family_of, median_tokens, of_expert, seen_in  # noqa: F401
 
 from mergekit_pave import Covariance, PaveError, regmean
@@ -135,6 +137,17 @@ def test_rounding_in_covariances_does_not_blow_up(monkeypatch):
     assert naive.norm() > 5 * exact.norm()
 
 
+@pytest.mark.parametrize("below", [0.3, 0.6, 0.99, 3.0])
+def test_a_sum_that_is_barely_indefinite(below):
+    """An eigenvalue that rounding has pushed below zero, by less than the ridge or by more: a Cholesky factor may well exist."""
+    metric = torch.eye(10, dtype=torch.float64)
+    metric[9, 9] = -below * RIDGE * 0.9
+    change = torch.ones(3, 10, dtype=torch.float64)
+    found = regmean.merge_changes([(1.0, change, metric)])
+    assert torch.allclose(found[:, :9], change[:, :9], atol=1e-5)
+    assert found[:, 9].abs().max() <= 1.0
+
+
 def test_a_model_that_has_not_changed():
     changes, inputs = draw(300)
     changes[1].zero_()
@@ -190,6 +203,20 @@ def test_state_dicts_without_data(shares_of_models):
     plain = merge_state_dicts(given, "task_arithmetic", base="base", parameters={"weight": dict(enumerate(known)), "lambda": 1.3})
     for name in ("norm.weight", "conv.weight", "steps"):
         assert torch.equal(found[name], plain[name]), name
+
+
+def test_mergekits_command_for_any_tensors(tmp_path):
+    """`mergekit-pytorch`, which knows no architectures either."""
+    base, models = state_dicts()
+    for i, model in enumerate((base, *models)):
+        save_file(model, tmp_path / f"{i}.safetensors")
+    config = {"merge_method": "regmean", "base_model": str(tmp_path / "0.safetensors"), "parameters": {"covariance": 0}}
+    config["models"] = [{"model": str(tmp_path / f"{i}.safetensors")} for i in (1, 2, 3)]
+    done = CliRunner().invoke(merge_raw_pytorch.main, [str(write_config(config, tmp_path / "c.yml")), str(tmp_path / "out")])
+    assert done.exit_code == 0, (done.output, done.exception)
+    written = weights(tmp_path / "out")
+    direct = merge_state_dicts([base, *models], "regmean", base=0, parameters={"covariance": 0})
+    assert all(torch.equal(written[name], tensor) for name, tensor in direct.items())
 
 
 def test_precision_of_the_output():
@@ -533,7 +560,8 @@ def test_plan_tells_it_beforehand(llama, tmp_path, cache):
     found = json.loads(CliRunner().invoke(main, ["plan", str(config), "--json"]).stdout)["regmean"]
     assert found["closed_form"] == 21 and found["as_task_arithmetic"]["lm_head.weight"] == "vocabulary"
     forget_checkpoints()
-    assert CliRunner().invoke(main, ["calibrate", str(config)]).exit_code == 0
+    done = CliRunner().invoke(main, ["calibrate", str(config)])
+    assert done.exit_code == 0 and "Covariances for 21 tensors that regmean merges are in the cache." in done.stdout
     assert len(list((cache / "covariance").rglob("manifest.json"))) == 2
 
 

@@ -7,17 +7,18 @@ import pytest
 import torch
 
 from mergekit_pave.covariance import Covariance
+from mergekit_pave.subspace import coefficients, purify, tail_components
 from mergekit_pave.subspace import drop_components as drop_components_into
-from mergekit_pave.subspace import purify, tail_components
 
 SHAPES = {"wide": (96, 240), "square": (160, 160), "tall": (240, 96), "one-row": (1, 64), "one-column": (64, 1), "thin": (3, 200)}
 TOKENS = {"few": 40, "many": 1000}
 
 
-def drop_components(weight: torch.Tensor, *arguments, dtype: torch.dtype | None = None, **options) -> tuple:
+def drop_components(weight: torch.Tensor, directions: torch.Tensor, base=None, target="weights", dtype=None) -> tuple:
     """(W', what was removed, what was changed), W' in the precision in which it is computed unless told otherwise."""
     out = torch.empty_like(weight, dtype=dtype or torch.promote_types(weight.dtype, torch.float32))
-    return out, *drop_components_into(weight, *arguments, out=out, **options)
+    removed = coefficients(weight, directions, base if target == "task_vector" else None)
+    return out, *drop_components_into(weight, directions, removed, base, out=out)
 
 
 def inputs(tokens: int, width: int, seed: int = 0) -> torch.Tensor:

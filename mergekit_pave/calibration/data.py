@@ -34,6 +34,12 @@ class Sample:
     image: Any = None
     problem: str | None = None
 
+    @property
+    def content(self) -> int:
+        """A hash that samples with the same content share, wherever they come from."""
+        shown = (self.text, self.text_pair, self.target, self.messages, self.tools)
+        return hash((json.dumps(shown, default=str), self.image and self.image.tobytes()))
+
 
 def load_samples(sources: list[Data], calibration: Calibration, model: str) -> list[Sample]:
     """Read the data sets of a model and pick samples from them, evenly.

@@ -23,7 +23,7 @@ import torch
 
 from mergekit_pave.allocation import allocate_ranks, fair_share, most_dropped
 from mergekit_pave.covariance import SecondMoment
-from mergekit_pave.subspace import drop_components, tail_components
+from mergekit_pave.subspace import coefficients, drop_components, tail_components
 
 SHAPES = ["2048x2048", "8192x2048", "2048x8192", "4096x4096"]
 DIFFERENT_TOKENS = 8192
@@ -119,7 +119,8 @@ def ours(weight: torch.Tensor, batches: list[torch.Tensor], ratio: float, collec
         tail = tail_components(weight, covariance, shift, most_dropped(min(weight.shape), share))
         (dropped,) = allocate_ranks([(tail.values / tail.largest).tolist()], [share], [share])
         purified = torch.empty_like(weight, dtype=torch.float32)
-        drop_components(weight, tail.directions[:, :dropped], out=purified)
+        directions = tail.directions[:, :dropped]
+        drop_components(weight, directions, coefficients(weight, directions), out=purified)
     return purified
 
 

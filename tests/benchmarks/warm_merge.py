@@ -2,6 +2,7 @@
 
     python tests/benchmarks/warm_merge.py            # two models of 2.2 GB and their base: 10 GB of disk, about 15 minutes
     python tests/benchmarks/warm_merge.py --quick    # 0.2 GB each
+    python tests/benchmarks/warm_merge.py --cpu-time # seconds of one thread's CPU time: good on a machine that does other things
 
 The caches are filled by a run in which random orthonormal directions stand in for the decomposition: as a warm merge only
 reads and applies them, their values do not matter, and an honest decomposition would take most of an hour.
@@ -82,7 +83,7 @@ def write_configs(place: Path, count: int, method: str) -> tuple[Path, Path]:
 
 
 def command(arguments: list[str], place: Path) -> tuple[float, float]:
-    """Seconds and peak resident GB of a command."""
+    """Seconds, of CPU time where there is one thread, and peak resident GB of a command."""
     shutil.rmtree(place / "out", ignore_errors=True)
     with (place / "log").open("w") as log:
         start = time.perf_counter()
@@ -91,6 +92,8 @@ def command(arguments: list[str], place: Path) -> tuple[float, float]:
         seconds = time.perf_counter() - start
     if status:
         sys.exit((place / "log").read_text())
+    if os.environ.get("OMP_NUM_THREADS") == "1":
+        seconds = usage.ru_utime + usage.ru_stime
     return seconds, usage.ru_maxrss * 1024 / 1e9
 
 
@@ -110,6 +113,7 @@ def compare(place: Path, count: int, method: str, repeats: int, label: str) -> N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--cpu-time", action="store_true")
     parser.add_argument("--methods", nargs="+", default=["task_arithmetic", "ties"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--place", help="where the checkpoints go; default: the system's temporary folder")
@@ -120,6 +124,8 @@ def main() -> None:
         fill(options.fill, options.out)
         return
 
+    if options.cpu_time:
+        os.environ["OMP_NUM_THREADS"] = "1"
     print(f"{'':34}|{'seconds':^22}|{'peak GB':^22}|")
     print(f"{'merge':34}|{'plain':>7}{'pave':>7}{'ratio':>7} |{'plain':>7}{'pave':>7}{'ratio':>7} | each run")
     with tempfile.TemporaryDirectory(dir=options.place) as place:
