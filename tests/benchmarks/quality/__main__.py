@@ -20,23 +20,21 @@ table in `table.md`, the plot in `quality.svg`. Remove the folder after a change
 from __future__ import annotations
 
 import argparse
-import logging
+import itertools
 import os
+import sys
 import time
+from concurrent.futures import Executor, as_completed
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import texts
-import transformers
-from arms import rows
-from decoder import Decoder
-from encoder import Encoder
-from merging import Laboratory
+import workers
+from arms import Row, rows
 from report import plot, table
 
 ROOT = Path(__file__).resolve().parents[3]
-SEEDS = (0, 1, 2)
 
 
 def main() -> None:
@@ -46,42 +44,55 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "quality-out")
     options = parser.parse_args()
     texts.require_packages()
-    transformers.utils.logging.disable_progress_bar()
-    logging.disable(logging.WARNING)  # what a block warns of is what is measured here
-
-    folder = options.out / ("quick" if options.quick else "full")
+    folder = (options.out / ("quick" if options.quick else "full")).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    seeds = SEEDS[:1] if options.quick else SEEDS
-    encoder = Encoder(folder / "encoder", epochs=1 if options.quick else 2)
-    decoder = Decoder(folder / "decoder", base_steps=60 if options.quick else 320, steps=30 if options.quick else 60)
-    laboratories = {
-        Laboratory(decoder, folder, seeds, run=not options.table): rows(4, (), options.quick),
-        Laboratory(encoder, folder, seeds, run=not options.table): rows(8, () if options.quick else (2, 4), options.quick),
+    wanted = {
+        "decoder": rows(4, details=False, quick=options.quick),
+        "encoder": rows(8, (2, 4), details=not options.quick, quick=options.quick),
     }
+    failed = False
     if not options.table:
-        run(laboratories, seeds)
-    result = table(laboratories)
+        with workers.workers(folder, options.quick) as pool:
+            failed = run(pool, wanted, workers.laboratories(folder, options.quick, run=False))
+    found = {laboratory: wanted[name] for name, laboratory in workers.laboratories(folder, options.quick, run=False).items()}
+    result = table(found)
     (folder / "table.md").write_text(result)
-    plot(laboratories, folder / "quality.svg")
+    plot(found, folder / "quality.svg")
     print(result)
+    sys.exit(failed)
 
 
-def run(laboratories: dict[Laboratory, list], seeds: tuple[int, ...]) -> None:
-    """Train and merge what is missing."""
+def run(pool: Executor, wanted: dict[str, list[Row]], laboratories: dict[str, workers.Laboratory]) -> bool:
+    """Train and merge what is missing. Whether an arm failed; the others are run all the same."""
     start = time.monotonic()
 
     def say(what: str) -> None:
         print(f"{time.monotonic() - start:6.0f} s  {what}", flush=True)
 
-    for laboratory in laboratories:
-        for seed in seeds:
-            say(f"training the {laboratory.family.name}'s fine-tunes, seed {seed}")
-            laboratory.family.prepare(seed)
-        say(f"base {laboratory.base().mean:.2f}, fine-tunes {laboratory.tuned().mean:.2f}")
-    for laboratory, wanted in laboratories.items():
-        for row in wanted:
-            outcome = laboratory.outcome(row.arm)
-            say(f"{laboratory.family.name}, {row.label}: {outcome.mean:.2f} with {outcome.setting}")
+    say("preparing texts and base models")
+    for name, done in [(name, pool.submit(workers.prepare, name)) for name in wanted]:
+        done.result()
+        say(f"{name} ready")
+    trained = {}
+    for name, laboratory in laboratories.items():
+        for seed, task in itertools.product(laboratory.seeds, laboratory.family.tasks):
+            trained[pool.submit(workers.fine_tune, name, seed, task)] = f"{name} {task}, seed {seed}: fine-tuned"
+    for done in as_completed(trained):
+        done.result()
+        say(trained[done])
+    jobs = {pool.submit(workers.unmerged, name): f"{name}: base and fine-tunes judged" for name in wanted}
+    seen: list[tuple[str, object]] = []
+    for pair in itertools.zip_longest(*([(name, row) for row in listed] for name, listed in wanted.items())):
+        for name, row in filter(None, pair):
+            if (name, row.arm) not in seen:
+                seen.append((name, row.arm))
+                jobs[pool.submit(workers.judge, name, row.arm)] = f"{name}: {row.section}: {row.label}"
+    failed = False
+    for count, done in enumerate(as_completed(jobs), 1):
+        error = done.exception()
+        failed |= error is not None
+        say(f"{count} of {len(jobs)}: {jobs[done]}{f': FAILED: {error!r}' if error else ''}")
+    return failed
 
 
 if __name__ == "__main__":

