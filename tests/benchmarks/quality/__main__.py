@@ -13,7 +13,8 @@ settings of its merge method to choose from. The one that is best on the validat
 on the test parts with all seeds. A seed is that of the fine-tunes, of the drawing of calibration samples and of methods
 that draw at random. Errors are standard errors of differences that are paired over tasks and seeds.
 
-Everything is kept under `quality-out/`: a run that was stopped goes on where it was. Results are in `results.jsonl`, the
+It runs in as many processes as torch would use threads (see OMP_NUM_THREADS), each with one. Everything is kept under
+`quality-out/`: a run that was stopped goes on where it was. Results are in `results.jsonl`, the
 table in `table.md`, the plot in `quality.svg`. Remove the folder after a change to the benchmark or to what it measures.
 """
 

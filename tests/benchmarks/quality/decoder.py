@@ -62,7 +62,7 @@ class Decoder:
                 text = self.texts[task]["calibration"]
                 size = len(text) // ROWS
                 path.write_text("".join(json.dumps({"text": text[i * size : (i + 1) * size]}) + "\n" for i in range(ROWS)))
-        if not (self.base / "config.json").exists():
+        if not (self.base / "model.safetensors").exists():
             make_tokenizer([parts["train"] for parts in self.texts.values()]).save_pretrained(self.base)
             # It has seen something of everything, but mostly Python: the fine-tunes have something left to learn.
             streams = [self._tokens[kind, "train"] for kind in self.texts]
@@ -73,7 +73,7 @@ class Decoder:
     def fine_tune(self, seed: int, task: str) -> None:
         """Train a model, unless it is there."""
         folder = self.tuned(seed, task)
-        if not (folder / "config.json").exists():
+        if not (folder / "model.safetensors").exists():
             model = LlamaForCausalLM.from_pretrained(self.base)
             train(model, [self._tokens[task, "train"]], self._steps, TUNE_RATE, seed)
             self._tokenizer.save_pretrained(folder)

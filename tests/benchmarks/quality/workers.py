@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -32,8 +31,8 @@ def laboratories(folder: Path, quick: bool, *, run: bool) -> dict[str, Laborator
 
 @contextmanager
 def workers(folder: Path, quick: bool) -> Iterator[ProcessPoolExecutor]:
-    """A pool whose processes can be given the functions below."""
-    count = len(os.sched_getaffinity(0))
+    """A pool whose processes can be given the functions below, as many as torch would have used threads."""
+    count = torch.get_num_threads()
     pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_start, initargs=(folder, quick))
     try:
         yield pool
