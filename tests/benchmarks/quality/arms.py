@@ -1,0 +1,134 @@
+"""Which arms are run, and which table they stand in.
+
+Every arm has four settings of its method to choose from (Model Stock has but two, and a quick run tries two).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from merging import Arm
+
+RATIOS = (0.75, 0.875, 0.9375, 0.97, 0.984, 0.998)
+FEWER_RATIOS = (0.75, 0.9375, 0.984, 0.998)  # for ties, whose merges take long
+MAIN_RATIO = 0.984
+CONTROL_RATIO = 0.9375  # enough is removed for a control to show
+SAMPLES = (8, 32, 128, 512)
+TARGETS = ("weights", "task_vector")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table: an arm, and the one that it is compared with.
+
+    Attributes:
+        ratio: rank_ratio, where the row is part of the sweep that is plotted.
+    """
+
+    section: str
+    label: str
+    arm: Arm
+    reference: Arm | None
+    ratio: float | None = None
+
+
+def scaled(*values: float, **parameters: Any) -> tuple[dict[str, Any], ...]:
+    return tuple({"lambda": value, **parameters} for value in values)
+
+
+def dense(value: float) -> list[dict[str, Any]]:
+    """A density for all but the encoder's embeddings: they are frozen, so thinning them out would only take time."""
+    return [{"filter": "word_embeddings", "value": 1.0}, {"value": value}]
+
+
+# Around the range of lambda in which each method's best value lies, with and without purification.
+METHODS = {
+    "task_arithmetic": Arm("task_arithmetic", scaled(0.2, 0.3, 0.45, 0.65, weight=1.0)),
+    "ties": Arm("ties", scaled(0.6, 1.0, 1.5, 2.2, weight=1.0, density=dense(0.3))),
+    "dare_ties": Arm("dare_ties", scaled(0.6, 1.0, 1.5, 2.2, weight=1.0, density=dense(0.5))),
+    "dare_linear": Arm("dare_linear", scaled(0.2, 0.3, 0.45, 0.65, weight=1.0, density=dense(0.5))),
+    "della": Arm("della", scaled(0.6, 1.0, 1.5, 2.2, weight=1.0, density=dense(0.5))),
+    "model_stock": Arm("model_stock", ({"filter_wise": False}, {"filter_wise": True})),
+    "tsv": Arm("tsv", scaled(0.7, 0.9, 1.1, 1.4)),
+    "regmean, covariance 0": Arm("regmean", scaled(0.8, 1.0, 1.2, 1.5, covariance=0.0)),
+    "regmean, covariance 0.5": Arm("regmean", scaled(0.8, 1.0, 1.2, 1.5, covariance=0.5), pave={}, purify=False),
+    "regmean, covariance 1": Arm("regmean", scaled(0.8, 1.0, 1.2, 1.5, covariance=1.0), pave={}, purify=False),
+}
+FIRST, SWEPT, CLOSED = "task_arithmetic", ("task_arithmetic", "ties"), "regmean, covariance 0.5"
+METHODS_SECTION = f"Methods, against {FIRST}"
+PURIFIED_SECTION = f"Purified, rank_ratio {MAIN_RATIO}, against the same method without"
+UNPURIFIED = ("tsv", "regmean, covariance 0", "regmean, covariance 1")  # slow, or too much like the one between them
+
+
+def rows(models: int, counts: tuple[int, ...] = (), *, details: bool, quick: bool) -> list[Row]:
+    """Every row, the most important ones first.
+
+    Args:
+        models: how many fine-tunes there are.
+        counts: numbers of models to merge at once besides.
+        details: whether all settings are varied, or only the most important ones.
+    """
+    chosen = (*SWEPT, "tsv", CLOSED) if quick else tuple(METHODS)
+    methods = {name: replace(METHODS[name], models=models) for name in chosen}
+    if quick:
+        methods = {name: replace(arm, settings=arm.settings[::2]) for name, arm in methods.items()}
+    found = []
+
+    def add(section: str, label: str, arm: Arm, reference: Arm | None, ratio: float | None = None) -> None:
+        found.append(Row(section, label, arm, reference, ratio))
+
+    for name, arm in methods.items():
+        add(METHODS_SECTION, name, arm, None if name == FIRST else methods[FIRST])
+
+    for name in chosen:
+        for target in TARGETS if name not in UNPURIFIED else ():
+            add(PURIFIED_SECTION, f"{name}, `target: {target}`", purified(methods[name], MAIN_RATIO, target), methods[name])
+
+    section = "Rank ratio, against the same method without"
+    for name in SWEPT[:1] if quick else SWEPT:
+        for target in TARGETS:
+            for ratio in RATIOS if name == FIRST and not quick else FEWER_RATIOS:
+                label = f"{name}, `target: {target}`, rank_ratio {ratio}"
+                add(section, label, purified(methods[name], ratio, target), methods[name], ratio)
+
+    section = f"Controls and settings, {FIRST}, rank_ratio {CONTROL_RATIO}, against no purification"
+    plain = methods[FIRST]
+    for target in TARGETS if details else TARGETS[:1]:
+        own = purified(plain, CONTROL_RATIO, target)
+        varied = {
+            "as above": own,
+            "C = I": replace(own, pave=own.pave | {"regularization": 1e9}),
+            "random directions": replace(own, data="rotated"),
+            "another task's data": replace(own, data="other"),
+        }
+        if target == "weights" and details:
+            varied["uniform allocation"] = replace(own, pave=own.pave | {"allocation": "uniform"})
+            varied["regularization 0.1, absolute"] = replace(own, pave=own.pave | {"regularization": 0.1})
+            varied["regularization 0.1, relative"] = replace(own, pave=own.pave | {"regularization": {"relative": 0.1}})
+            varied |= {f"{count} samples": replace(own, samples=count) for count in SAMPLES}
+        for label, arm in varied.items():
+            add(section, f"`target: {target}`, {label}", arm, plain)
+
+    if not details:
+        return found
+    section = f"What {CLOSED}, is given, against {FIRST}"
+    closed = methods[CLOSED]
+    varied = {"another task's data": replace(closed, data="other")}
+    varied |= {f"{count} samples": replace(closed, samples=count) for count in SAMPLES}
+    for label, arm in varied.items():
+        add(section, label, arm, plain)
+
+    for count in counts:
+        section = f"{count} models at once, against {FIRST}"
+        fewer = {name: replace(methods[name], models=count) for name in (*SWEPT, "tsv", CLOSED)}
+        for name, arm in fewer.items():
+            add(section, name, arm, None if name == FIRST else fewer[FIRST])
+        section = f"{count} models at once, rank_ratio {MAIN_RATIO}, against the same method without"
+        for target in TARGETS:
+            add(section, f"{FIRST}, `target: {target}`", purified(fewer[FIRST], MAIN_RATIO, target), fewer[FIRST])
+    return found
+
+
+def purified(plain: Arm, ratio: float, target: str) -> Arm:
+    return replace(plain, pave={"rank_ratio": ratio, "target": target}, purify=True)

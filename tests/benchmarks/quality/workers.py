@@ -1,0 +1,65 @@
+"""Training and merging in one process for each core: most of a merge cannot use more than one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+import transformers
+from decoder import Decoder
+from encoder import Encoder
+from merging import Arm, Family, Laboratory
+
+SEEDS = (0, 1, 2)
+
+_own: dict[str, Laboratory] = {}  # of this worker, by family
+
+
+def laboratories(folder: Path, quick: bool, *, run: bool) -> dict[str, Laboratory]:
+    """By family."""
+    families: list[Family] = [
+        Decoder(folder / "decoder", base_steps=60 if quick else 320, steps=30 if quick else 60),
+        Encoder(folder / "encoder", epochs=1 if quick else 2),
+    ]
+    return {family.name: Laboratory(family, folder, SEEDS[:1] if quick else SEEDS, run=run) for family in families}
+
+
+@contextmanager
+def workers(folder: Path, quick: bool) -> Iterator[ProcessPoolExecutor]:
+    """A pool whose processes can be given the functions below, as many as torch would have used threads."""
+    count = torch.get_num_threads()
+    pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_start, initargs=(folder, quick))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start(folder: Path, quick: bool) -> None:
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    logging.disable(logging.WARNING)  # what a block warns of is what is measured here
+    _own.update(laboratories(folder, quick, run=True))
+
+
+def prepare(family: str) -> None:
+    _own[family].family.prepare()
+
+
+def fine_tune(family: str, seed: int, task: str) -> None:
+    _own[family].family.fine_tune(seed, task)
+
+
+def unmerged(family: str) -> None:
+    """Judge the base model and the fine-tunes."""
+    _own[family].base()
+    _own[family].tuned()
+
+
+def judge(family: str, arm: Arm) -> None:
+    _own[family].outcome(arm)
