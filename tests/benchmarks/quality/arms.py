@@ -44,11 +44,11 @@ def dense(value: float) -> list[dict[str, Any]]:
 
 # Around the range of lambda in which each method's best value lies, with and without purification.
 METHODS = {
-    "task_arithmetic": Arm("task_arithmetic", scaled(0.2, 0.3, 0.45, 0.65, weight=1.0)),
-    "ties": Arm("ties", scaled(0.6, 1.0, 1.5, 2.2, weight=1.0, density=dense(0.3))),
-    "dare_ties": Arm("dare_ties", scaled(0.6, 1.0, 1.5, 2.2, weight=1.0, density=dense(0.5))),
-    "dare_linear": Arm("dare_linear", scaled(0.2, 0.3, 0.45, 0.65, weight=1.0, density=dense(0.5))),
-    "della": Arm("della", scaled(0.6, 1.0, 1.5, 2.2, weight=1.0, density=dense(0.5))),
+    "task_arithmetic": Arm("task_arithmetic", scaled(0.15, 0.3, 0.45, 0.65, weight=1.0)),
+    "ties": Arm("ties", scaled(0.35, 0.7, 1.1, 1.6, weight=1.0, density=dense(0.3))),
+    "dare_ties": Arm("dare_ties", scaled(0.35, 0.7, 1.1, 1.6, weight=1.0, density=dense(0.5))),
+    "dare_linear": Arm("dare_linear", scaled(0.15, 0.3, 0.45, 0.65, weight=1.0, density=dense(0.5))),
+    "della": Arm("della", scaled(0.35, 0.7, 1.1, 1.6, weight=1.0, density=dense(0.5))),
     "model_stock": Arm("model_stock", ({"filter_wise": False}, {"filter_wise": True})),
     "tsv": Arm("tsv", scaled(0.7, 0.9, 1.1, 1.4)),
     "regmean, covariance 0": Arm("regmean", scaled(0.8, 1.0, 1.2, 1.5, covariance=0.0)),
