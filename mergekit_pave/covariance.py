@@ -127,7 +127,8 @@ class SecondMoment:
 
     def _sum_pending(self) -> None:
         summed = self.tokens - self._pending
-        for rows in torch.cat(self._rows).split(self._CHUNK):
+        pending = self._rows[0] if len(self._rows) == 1 else torch.cat(self._rows)  # which copies even a single one
+        for rows in pending.split(self._CHUNK):
             least = torch.float64 if summed < self._EXACT else torch.float32
             add_upper_gram(self._gram, rows.to(torch.promote_types(rows.dtype, least)))
             summed += rows.shape[0]

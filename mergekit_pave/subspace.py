@@ -160,7 +160,7 @@ def _leading(
         return None
     basis, images, size = like.new_empty(limit, n), like.new_empty(limit, n), 0
     block = _orthonormal(_random(width, n, like))
-    enough, settled = max(count + 1, 2 * width), None
+    enough, settled, before = max(count + 1, 2 * width), None, None
     while size + len(block) <= limit:
         image = apply(block)
         if not image.isfinite().all():
@@ -189,6 +189,12 @@ def _leading(
             settled = values[:count]
             block = _orthonormal(torch.cat([block, _remove(_random(width, n, like, seed=size), basis[:size])]))
             enough = size + 3 * len(block)
+        elif settled is None:
+            # Residuals fall faster and faster. Where twice the present pace would not do, neither will that.
+            size_before, log_before = before or (size, 0.0)
+            before = size, (residual / allowed).log().item()
+            if log_before and size + (size - size_before) / 2 * before[1] / max(log_before - before[1], 1e-3) > limit:
+                return None
     return None
 
 
