@@ -49,9 +49,9 @@ def calibrate(config_file: str, merge_options: MergeOptions) -> None:
     """Fill the caches for CONFIG_FILE (a mergekit YAML with a `pave:` block) and merge nothing."""
     merge_options.apply_global_options()
     plan = plugin.fill_caches(_read_config(config_file), merge_options)
-    done = len(plan.decompositions)
+    done, weights = len(plan.decompositions), plan.decomposed
     if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
-        click.echo(f"{len(plan.stats)} weights ready: {done} decomposed now, {len(plan.stats) - done} were in the cache.")
+        click.echo(f"{weights} weights ready: {done} decomposed now, {weights - done} were in the cache.")
         if measured := sum(bool(form.measured) for form in plan.closed_forms.values()):
             click.echo(f"Covariances for {measured} tensors that regmean merges are in the cache.")
 
