@@ -358,6 +358,6 @@ def _decompose(tasks: list[DecomposeWeight], options: MergeOptions) -> None:
     else:
         executor = Executor(tasks, math_device=options.device, storage_device=storage)
     # Over several GPUs the executor yields nothing before all is done, and draws a bar that knows better.
-    with bar(len(tasks), "Decomposing", "weight", hidden=options.quiet or options.multi_gpu) as progress:
+    with bar(len(tasks), "Decomposing", "weights", hidden=options.quiet or options.multi_gpu) as progress:
         for _ in executor.run(quiet=options.quiet or not options.multi_gpu):
             progress.update()

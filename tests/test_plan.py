@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+import yaml
 from click.testing import CliRunner
 from merging import config_for, entries, forget_checkpoints, merge, write_config
 from models import model_config, read_rows, write_rows
@@ -92,6 +93,31 @@ def test_few_tokens_and_shared_samples_are_told_beforehand(llama, tmp_path, cach
 
     own = json.loads(plan(config_for(llama, {}, models=3), tmp_path, "--json"))["warnings"]
     assert not [warning for warning in own if "the same" in warning]
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        (lambda c: c["models"][0].update(model="./nowhere"), "nowhere"),
+        (lambda c: c.pop("base_model"), "base input"),
+        (lambda c: c.update(Pave=c.pop("pave")), "unknown key 'Pave'; did you mean 'pave'?"),
+        (lambda c: c.update(merge_method="taskarithmetic"), "taskarithmetic"),
+    ],
+)
+def test_what_mergekit_says_against_a_config_is_a_line(llama, tmp_path, cache, change, told):
+    config = config_for(llama, {})
+    change(config)
+    forget_checkpoints()
+    result = CliRunner().invoke(main, ["plan", str(write_config(config, tmp_path / "plan.yml"))])
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result.exception
+    assert told in result.stderr and "Traceback" not in result.stderr
+
+
+def test_several_merges_in_one_file(llama, tmp_path, cache):
+    path = tmp_path / "steps.yml"
+    path.write_text(yaml.safe_dump_all([config_for(llama, {}), config_for(llama, {})]))
+    result = CliRunner().invoke(main, ["plan", str(path)])
+    assert result.exit_code == 1 and "mergekit-multi" in result.stderr
 
 
 def test_seventy_billion_parameters(llama, tmp_path, cache):

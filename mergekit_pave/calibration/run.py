@@ -188,7 +188,7 @@ def measure_in_lockstep(job: Job, runtime: Runtime, batch_size: int, apart: froz
     with (
         torch.no_grad(),
         observer.watching() as begin,
-        bar(blocks, f"Calibrating {job.name}", "block", runtime.quiet) as progress,
+        bar(blocks, f"Calibrating {job.name}", "blocks", runtime.quiet) as progress,
     ):
         start = time.monotonic()
         for block in run_in_lockstep(streamed, batches, run, begin):
@@ -238,7 +238,7 @@ def measure_model(
     with (
         torch.no_grad(),
         observer.watching() as begin,
-        bar(len(batches), f"Calibrating {name}", "batch", quiet) as progress,
+        bar(len(batches), f"Calibrating {name}", "batches", quiet) as progress,
     ):
         for batch in batches:
             batch = batch.to(device)
