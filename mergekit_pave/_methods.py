@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from importlib.metadata import version
 
-
 # Why they could not be registered, or None.
 problem: str | None = None
 

@@ -9,7 +9,8 @@
   a calibration for one of hundreds. It also adds the task that writes the report, and sees to it that `generate_card`, which
   `mergekit.merge` will call when the merge is done, appends to the card.
 
-Without a `pave:` block each of these hands on to mergekit's own code and does nothing else, unless the method is `regmean`.
+Without a `pave:` block each of these hands on to mergekit's own code and does nothing else, unless the method is `regmean`
+(`tsv` needs nothing of mergekit but its registry of methods).
 """
 
 from __future__ import annotations

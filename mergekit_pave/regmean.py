@@ -5,8 +5,8 @@ With the changes D_i = W_i - W_base, the second moments C_i of the layer's input
     W = W_base + lambda (sum w_i D_i M_i) (sum w_i M_i + e I)^-1,    M_i = a C_i / tr(C_i) + (1 - a) D_i^T D_i / ||D_i||^2
 
 minimises sum w_i tr((D - D_i) M_i (D - D_i)^T) + e ||D||^2 over D, and goes lambda times as far. At a = 1 this is RegMean (Jin
-et al., arXiv 2212.09849): the outputs on each model's own inputs change least. At a = 0 it is the closed form of
-WUDI-Merging's objective (Cheng et al., arXiv 2503.08099), which needs no data.
+et al., arXiv 2212.09849) with each C scaled to trace 1: the outputs on each model's own inputs change least. At a = 0 it is the
+closed form of WUDI-Merging's objective (Cheng et al., arXiv 2503.08099), which needs no data.
 
 Sums and the solution are float64. e is `RIDGE` times the mean of the diagonal of sum w_i M_i: directions in which no
 model has anything to say keep W_base. Without a base model the weighted mean of the W_i stands in for it, which

@@ -1,6 +1,7 @@
 """`merge_method: tsv` against the paper's definition, written with SciPy's SVD and polar decomposition."""
 
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -82,6 +83,19 @@ def test_why_it_is_float64():
     sides = [torch.cat(side, dim=1) for side in ([u[:, :32] for u, _, _ in parts], [vt[:32].T for _, _, vt in parts])]
     left, right = (u @ vt for u, _, vt in (torch.linalg.svd(side, full_matrices=False) for side in sides))
     assert distance(left * torch.cat([s[:32] for _, s, _ in parts]) @ right.T, exact) > 1e-5
+
+
+def test_changes_are_taken_one_at_a_time():
+    taken = []
+
+    def take(i):
+        assert all(other() is None for other in taken)
+        taken.append(weakref.ref(change := draw(24, 40, seed=i)))
+        return change
+
+    merged = tsv.merge_changes(map(take, range(4)), 4)
+    assert len(taken) == 4
+    assert torch.equal(merged, tsv.merge_changes([draw(24, 40, seed=i) for i in range(4)], 4))
 
 
 def test_more_models_than_directions():

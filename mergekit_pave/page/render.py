@@ -203,7 +203,7 @@ def _missing(measured: Measured | None) -> list[str]:
     if not measured.overlaps:
         notes.append("Interference is not shown: it needs a base model and at least two models that are merged with it.")
     notes += [
-        f"{what} of {stack or 'what lies outside of the layers'} are not shown: of weights so large, even one layer takes too long."
+        f"{what} of {stack or 'weights outside of layers'} are not shown: the weights are so large that one layer takes too long."
         for what, stack in measured.left_out
     ]
     if not measured.inputs and all(what != "Covariances" for what, _ in measured.left_out):
