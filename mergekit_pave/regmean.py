@@ -90,7 +90,9 @@ def merge_changes(terms: Iterable[tuple[float, Tensor, Tensor]]) -> Tensor:
     # In a sum of semidefinite metrics no square of a pivot lies below the shift. Where one does, rounding in the covariances has
     # made the sum indefinite, and what is smaller than its most negative eigenvalue is noise: so it is shifted by as much.
     if not failed and factor.diagonal().square().min() > shift / 2:
+        del total  # the solver copies the factor
         return torch.cholesky_solve(mixed.mT, factor).mT
+    del factor
     values, vectors = torch.linalg.eigh(total)
     noise = (shift - values[0]).clamp(min=0)
     return (mixed @ vectors / (values + 2 * noise)) @ vectors.mT
@@ -203,8 +205,8 @@ class RegMean(GroupMergeMethod):
         an `nn.Linear`: one of GPT-2's `Conv1D` would have to be given transposed.
 
         Beside the tensors and a few float64 copies of one matrix, (d_out, d_in), it takes at most 2.5 d_in^2 float64 numbers: the
-        sum of the metrics, and a covariance as it is read, or the Cholesky factor. Where rounding has made the sum indefinite,
-        the eigenvectors take about two more.
+        sum of the metrics, and a covariance while it is read. Where rounding has made the sum indefinite, the eigenvectors and
+        LAPACK's workspace for them make that about 4 d_in^2.
 
         Raises:
             PaveError: covariances are asked for where there are none, or the tensors do not fit.
