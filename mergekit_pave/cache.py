@@ -27,8 +27,8 @@ from mergekit_pave.errors import PaveError
 from mergekit_pave.files import replacing
 
 MANIFEST = "manifest.json"
-# Part of every key: raise it when the same inputs would lead to other numbers or other files.
-FORMAT = 5
+# Part of every key of a kind: raise it when the same inputs would lead to other numbers or other files.
+FORMATS = {"covariance": 1, "subspace": 1}
 
 
 def cache_root(configured: str | None) -> Path:
@@ -41,12 +41,17 @@ def cache_root(configured: str | None) -> Path:
 
 
 def digest(*parts: Any) -> str:
-    """A 32-digit key of JSON-serialisable values and bytes."""
+    """32 digits that tell JSON-serialisable values and bytes apart."""
     sha = hashlib.sha256()
-    for part in (FORMAT, *parts):
+    for part in parts:
         data = part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode()
         sha.update(len(data).to_bytes(8, "little") + data)
     return sha.hexdigest()[:32]
+
+
+def key(kind: str, *parts: Any) -> str:
+    """The key of an artefact of a kind: everything that determines its content."""
+    return digest(kind, FORMATS[kind], *parts)
 
 
 def weights_fingerprint(folder: str, shards: list[str]) -> str:
@@ -139,6 +144,13 @@ class Artefact:
     def remove(self, name: str) -> None:
         """Remove one file that no manifest names yet."""
         (self.folder / name).unlink()
+
+    def remove_others(self) -> None:
+        """Remove what the manifest does not name."""
+        files = self.manifest()["files"]
+        for path in self.folder.glob("*.safetensors"):
+            if path.name not in files:
+                path.unlink(missing_ok=True)
 
     def complete(self, manifest: dict[str, Any]) -> None:
         """Write the manifest, which must name every file under `files`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ from mergekit_pave.calibration.estimate import readable
 from mergekit_pave.errors import PaveError
 from mergekit_pave.page.measured import measure
 from mergekit_pave.page.picture import require_matplotlib
+from mergekit_pave.planning import Plan
 from mergekit_pave.report import read_report
 
 _PROBE = """
@@ -58,9 +60,9 @@ def calibrate(config_file: str, merge_options: MergeOptions) -> None:
     """Fill the caches for CONFIG_FILE (a mergekit YAML with a `pave:` block) and merge nothing."""
     merge_options.apply_global_options()
     plan = plugin.fill_caches(_read_config(config_file), merge_options)
-    done = len(plan.decompositions)
+    done, weights = len(plan.decompositions), plan.decomposed
     if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
-        click.echo(f"{len(plan.stats)} weights ready: {done} decomposed now, {len(plan.stats) - done} were in the cache.")
+        click.echo(f"{weights} weights ready: {done} decomposed now, {weights - done} were in the cache.")
         if measured := sum(bool(form.measured) for form in plan.closed_forms.values()):
             click.echo(f"Covariances for {measured} tensors that regmean merges are in the cache.")
 
@@ -75,7 +77,7 @@ def plan(config_file: str, as_json: bool, merge_options: MergeOptions) -> None:
     No weights are read, but for a few of each model where everything is in the cache, to tell how large the removed part is.
     """
     merge_options.apply_global_options()
-    planned = plugin.plan_merge(_read_config(config_file), merge_options)
+    planned = _planned(config_file, merge_options)
     samples = plugin.sample_removal(planned, merge_options)
     found = preview.preview(planned, merge_options.device, samples)
     click.echo(json.dumps(found, indent=1) if as_json else preview.as_text(found))
@@ -109,16 +111,35 @@ def write_report(source: Path, output: Path | None, merge_options: MergeOptions)
     if source.is_dir():
         report, measured, config = read_report(str(source)), None, source / "mergekit_config.yml"
     else:
-        report, measured = measure(plugin.plan_merge(_read_config(str(source)), merge_options), merge_options)
+        report, measured = measure(_planned(str(source), merge_options), merge_options)
         config = source
     name = (source if source.is_dir() else source.with_suffix("")).resolve().name
     text = config.read_text(encoding="utf-8") if config.is_file() else None
     click.echo(f"written to {render.write(folder, name, report, measured, text)}")
 
 
+def _planned(path: str, options: MergeOptions) -> Plan:
+    """The plan of a merge; what mergekit itself says against it, in a line."""
+    config = _read_config(path)
+    try:
+        return plugin.plan_merge(config, options)
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, PaveError):
+            raise
+        raise PaveError(f"{path}: mergekit cannot plan this merge: {' '.join(str(error).split())}") from error
+
+
 def _read_config(path: str) -> MergeConfiguration:
     try:
-        return MergeConfiguration.model_validate(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise PaveError(f"{path} is not a mergekit config: it holds no mapping")
+        keys = {str(key).lower(): key for key in content}
+        if "pave" not in content and (close := difflib.get_close_matches("pave", keys, n=1)):
+            raise PaveError(f"{path}: unknown key {keys[close[0]]!r}; did you mean 'pave'?")
+        return MergeConfiguration.model_validate(content)
+    except yaml.composer.ComposerError as error:
+        raise PaveError(f"{path} holds several merges, as for mergekit-multi; this takes one, in a file of its own") from error
     except (yaml.YAMLError, ValidationError, UnicodeDecodeError) as error:
         raise PaveError(f"{path} is not a mergekit config: {error}") from error
 

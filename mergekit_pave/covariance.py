@@ -91,7 +91,7 @@ class Covariance:
         """The inverse of `to_tensors`."""
         if "rows" in tensors:
             return cls(tokens, rows=tensors["rows"])
-        gram = torch.empty(dim, dim, dtype=torch.float64)
+        gram = torch.empty(dim, dim, dtype=torch.float64, device=tensors["triangle"].device)
         start = 0
         for i in range(dim):
             row = tensors["triangle"][start : start + dim - i]

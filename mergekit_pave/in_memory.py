@@ -45,8 +45,8 @@ def purify_model(
 
     Each weight drops its fair share: spectral allocation compares several models, and here is one. The model runs over the
     batches in the precision in which it was loaded, and all covariances are in memory at once, in at most 8 d² bytes for
-    each distinct layer input of width d. Weights change only when everything is computed, so what fails leaves the model as
-    it was.
+    each distinct layer input of width d, and so are the tails, 4 (d_out + d_in) bytes a component. Weights change only when
+    all of these are computed, so data, settings or weights that do not fit leave the model as it was.
 
     Args:
         model: all of it in memory, without adapters (`merge_and_unload()` them) and not quantised.
@@ -101,7 +101,7 @@ def purify_model(
         parameter = model.get_parameter(tensor)
         purified = purify_weight(
             parameter.detach(),
-            bases.get(tensor),
+            bases[tensor].to(parameter.device) if bases else None,
             tail,
             [_drop(linears[tensor], rank_ratio)] * len(tail["slices"]),
             transposed=linears[tensor].transposed,
@@ -171,7 +171,7 @@ def _base_tensors(base: nn.Module | Tensors | None, linears: dict[str, Linear], 
         if tensor not in state or state[tensor].shape != parameter.shape:
             found = f"of shape {tuple(state[tensor].shape)}" if tensor in state else "not there"
             raise ValueError(f"base: {tensor} is {found}, where the model has one of shape {tuple(parameter.shape)}")
-        tensors[tensor] = state[tensor].detach().to(parameter.device)
+        tensors[tensor] = state[tensor].detach()
     return tensors
 
 

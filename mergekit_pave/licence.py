@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import huggingface_hub
-import yaml
 from huggingface_hub import ModelCard
 from mergekit.common import ModelPath, ModelReference
 
@@ -35,7 +34,7 @@ def _licence(part: ModelPath, cache_dir: str | None) -> dict[str, str]:
         card = Path(cached) if isinstance(cached, str) else card
     try:
         data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
-    except (OSError, ValueError, yaml.YAMLError):
+    except Exception:  # whatever somebody has written there, the merge does without it
         return {}
     licence = {key: data[key] for key in _KEYS if isinstance(data.get(key), str)}
     if licence.get("license") == "other":

@@ -29,7 +29,7 @@ from mergekit_pave.calibration.data import Sample, load_samples
 from mergekit_pave.calibration.estimate import readable
 from mergekit_pave.calibration.layers import Architecture, Linear, describe
 from mergekit_pave.calibration.run import Job, Runtime, covariance_key
-from mergekit_pave.config import PaveConfig, PaveModel, RelativeRegularization, looks_local
+from mergekit_pave.config import Data, PaveConfig, PaveModel, RelativeRegularization, looks_local
 from mergekit_pave.errors import PaveError
 from mergekit_pave.report import NEVER_CALLED
 from mergekit_pave.tasks import (
@@ -142,6 +142,11 @@ class Plan:
     closed_forms: dict[int, ClosedForm] = field(default_factory=dict)
 
     @property
+    def decomposed(self) -> int:
+        """How many different weights are decomposed, now or before; in a frankenmerge one may go to several places."""
+        return len({(weight.model, weight.tensor) for weight in self.weights})
+
+    @property
     def to_calibrate(self) -> list[CalibrateModel]:
         """The calibrations that the cache lacks."""
         return [task for task in self.calibrations if isinstance(task, CalibrateModel) and not task.is_done]
@@ -218,8 +223,6 @@ def make_plan(config: PaveConfig, tensors: list[PlannedTensor], environment: Env
             if place in of
         )
         plan.closed_forms[place] = ClosedForm(layer, tuple(measured))
-    if todo := plan.to_calibrate:
-        cache.require_space(Path(todo[0].folder), sum(task.job.estimate(task.runtime.device).cache for task in todo))
     plan.header = _header(config, tensors, sources, reasons) | {"warnings": plan.warnings}
     if regmean:
         plan.header["regmean"] = {"as_task_arithmetic": left}
@@ -306,7 +309,7 @@ def _warnings(sources: dict[ModelReference, _Source]) -> list[str]:
     """What the samples alone give away: that they are few, or the same for two models."""
     found = []
     for model, source in sources.items():
-        widest = max(linear.shape[1] for linear in source.architecture.linears.values())
+        widest = max(linear.shape[1] for linear in source.calibration.wanted)
         if source.tokens < widest:
             found.append(
                 f"{model}: {source.tokens} calibration tokens for layers that are up to {widest} wide; directions that no token "
@@ -339,11 +342,15 @@ def _leave_never_called(
 
 
 def announce(plan: Plan) -> None:
-    """Say what the samples give away, what is in the cache, and what the calibrations that are still to be done will cost."""
+    """Say what the samples give away, what is in the cache, and what the calibrations that are still to be done will cost.
+
+    Raises:
+        PaveError: the disk has no room for that.
+    """
     for warning in plan.warnings:
         LOG.warning(warning)
     if plan.stats:
-        LOG.info("PAVE: %d of %d weights are in the cache", len(plan.stats) - len(plan.decompositions), len(plan.stats))
+        LOG.info("PAVE: %d of %d weights are in the cache", plan.decomposed - len(plan.decompositions), plan.decomposed)
     for task in plan.to_calibrate:
         cost = task.job.estimate(task.runtime.device)
         LOG.info(
@@ -353,6 +360,10 @@ def announce(plan: Plan) -> None:
             readable(cost.cache),
             readable(cost.peak),
         )
+    size = sum(task.job.estimate(task.runtime.device).cache for task in plan.to_calibrate)
+    if size := size + sum(task.cache for task in plan.decompositions):
+        folders = [task.folder for task in (*plan.to_calibrate, *plan.decompositions)]
+        cache.require_space(Path(folders[0]), size)
 
 
 class _Source:
@@ -395,7 +406,7 @@ class _Source:
         key = self._use_given() if self.entry.covariance else self._use_data(root)
         regularization = self._pave.setting(self.model, "regularization")
         described = regularization.model_dump() if isinstance(regularization, RelativeRegularization) else regularization
-        self._tails = root / "subspace" / cache.digest("subspace", key, described)
+        self._tails = root / "subspace" / cache.key("subspace", key, described)
 
     def _use_data(self, root: Path) -> str:
         settings = self._pave.calibration_of(self.model)
@@ -416,6 +427,7 @@ class _Source:
         key = covariance_key(self._identity(), encoded)
         about = {
             "key": key,
+            "format": cache.FORMATS["covariance"],
             "model": str(self.model),
             "weights": cache.weights_fingerprint(self.folder, self._shards),
             "data": self.data,
@@ -447,6 +459,14 @@ class _Source:
         manifest = cache.Artefact(folder).manifest()
         if manifest is None or "weights" not in manifest:
             raise PaveError(f"{where}: {folder} has no covariances (there is no complete {cache.MANIFEST} in it)")
+        try:
+            known = manifest["format"] == cache.FORMATS["covariance"]
+            for data in manifest["data"]:
+                Data.model_validate(data)
+        except (KeyError, TypeError, ValueError):
+            known = False
+        if not known:
+            raise PaveError(f"{where}: these were measured by another version of mergekit-pave; use `data` instead")
         if manifest["weights"] != cache.weights_fingerprint(self.folder, self._shards):
             raise PaveError(f"{where}: these were measured on other weights, those of {manifest['model']}; use `data` instead")
         if unknown := sorted({linear.module for linear in self._wanted["wanted"]}.difference(manifest["watched"])):

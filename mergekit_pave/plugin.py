@@ -19,6 +19,7 @@ import functools
 import inspect
 import json
 import logging
+import re
 import sys
 from typing import Any
 
@@ -57,6 +58,8 @@ from mergekit_pave.progress import bar, no_bars_of_others
 from mergekit_pave.regmean import RegMean, check_baseless, check_weights, data_share
 from mergekit_pave.report import read_report
 from mergekit_pave.tasks import DecomposeWeight, MergeByRegMean, PurificationStats, RegMeanStats, WriteReport
+
+LOG = logging.getLogger(__name__)
 
 
 def register() -> None:
@@ -240,9 +243,13 @@ def _with_card(generate_card):
         card = generate_card(config, *args, **kwargs)
         if config.pave is None:
             return card
-        report = read_report(config.pave._out_path)
-        licence = common_licence(config.referenced_models(), LoaderCache().hf_cache_dir)
-        return with_section(card, report, licence=licence, picture=draw_ranks(report, config.pave._out_path))
+        try:
+            report = read_report(config.pave._out_path)
+            licence = common_licence(config.referenced_models(), LoaderCache().hf_cache_dir)
+            return with_section(card, report, licence=licence, picture=draw_ranks(report, config.pave._out_path))
+        except Exception as error:  # mergekit has yet to write the tokenizer, which a card must not cost
+            LOG.warning("the model card gets no PAVE section, because it could not be written (%s)", error)
+            return card
 
     return wrapper
 
@@ -308,17 +315,19 @@ def plan_merge(config: MergeConfiguration, options: MergeOptions) -> Plan:
     return planner._pave_plan
 
 
-def sample_removal(plan: Plan, options: MergeOptions, count: int = 4) -> dict[str, list[dict[str, Any]]]:
-    """Rows of the report, for a few weights of each model all of whose decompositions are in the cache.
+def sample_removal(plan: Plan, options: MergeOptions) -> dict[str, list[dict[str, Any]]]:
+    """Rows of the report, for one weight of each kind of each model; kinds are what differs in more than numbers.
 
-    These weights are read, and purified for nothing: so a plan can say how large the removed part is.
+    These weights are read, and purified for nothing: so a plan can say how large the removed part is. Where a decomposition
+    that it takes is not in the cache there is no row.
     """
-    of_model: dict[str, list[PurificationStats]] = {}
-    for task, weight in zip(plan.stats, plan.weights, strict=True):
-        if all(cached.cached for cached in plan.weights if cached.output == weight.output):
-            of_model.setdefault(str(task.model), []).append(task)
-    chosen = [task for tasks in of_model.values() for task in tasks[:: -(-len(tasks) // count)]]
-    rows: dict[str, list[dict[str, Any]]] = {model: [] for model in of_model}
+    missing = {weight.output for weight in plan.weights if not weight.cached}
+    kinds: dict[tuple[str, str], list[PurificationStats]] = {}
+    for task in plan.stats:
+        if task.purify.allocation.output not in missing:
+            kinds.setdefault((str(task.model), re.sub(r"\d+", "*", task.tensor)), []).append(task)
+    chosen = [tasks[len(tasks) // 2] for tasks in kinds.values()]
+    rows: dict[str, list[dict[str, Any]]] = {str(task.model): [] for task in chosen}
     for task, stats in Executor(chosen, math_device=options.device, storage_device="cpu").run(quiet=True):
         rows[str(task.model)] += stats["rows"]
     return rows
@@ -356,6 +365,6 @@ def _decompose(tasks: list[DecomposeWeight], options: MergeOptions) -> None:
     else:
         executor = Executor(tasks, math_device=options.device, storage_device=storage)
     # Over several GPUs the executor yields nothing before all is done, and draws a bar that knows better.
-    with bar(len(tasks), "Decomposing", "weight", hidden=options.quiet or options.multi_gpu) as progress:
+    with bar(len(tasks), "Decomposing", "weights", hidden=options.quiet or options.multi_gpu) as progress:
         for _ in executor.run(quiet=options.quiet or not options.multi_gpu):
             progress.update()

@@ -30,7 +30,7 @@ def preview(plan: Plan, device: str, samples: dict[str, list[dict[str, Any]]]) -
     models = {}
     for model, source in plan.header["models"].items():
         weights = [weight for weight in plan.weights if str(weight.model) == model]
-        missing = [weight for weight in weights if not weight.cached]
+        missing = [task for task in plan.decompositions if str(task.model) == model]
         cost = todo[model].estimate(device) if model in todo else None
         models[model] = {
             "data": source["data"],
@@ -57,7 +57,8 @@ def preview(plan: Plan, device: str, samples: dict[str, list[dict[str, Any]]]) -
             },
             "decomposition": {
                 "weights": len(missing),
-                "seconds": sum(_operations(weight.layer, source["tokens"]) for weight in missing) / exact,
+                "seconds": sum(_operations(task.layer, source["tokens"]) for task in missing) / exact,
+                "cache": sum(task.cache for task in missing),
             },
             "removed": _removed(samples.get(model, [])),
         }
@@ -120,13 +121,16 @@ def as_text(preview: dict[str, Any]) -> str:
             )
         lines.append(f"  calibration    {told}")
         missing = model["decomposition"]["weights"]
-        told = f"{len(model['purified']) - missing} of {len(model['purified'])} weights in the cache"
+        every = len({row["tensor"] for row in model["purified"]})
+        told = f"{every - missing} of {every} weights in the cache"
         if missing:
-            told += f", {missing} to do: about {_duration(model['decomposition']['seconds'])}"
+            cost = model["decomposition"]
+            told += f", {missing} to do: about {_duration(cost['seconds'])}, at most {readable(cost['cache'])} of cache"
         if model["purified"]:
             lines.append(f"  decomposition  {told}")
         if removed := model["removed"]:
-            told = f"about {removed['share_of_change']:.2g} x what fine-tuning changed, by {removed['weights']} of the weights"
+            told = f"about {removed['share_of_change']:.2g} x what fine-tuning changed, "
+            told += f"by {removed['weights']} weights, one of each kind"
             lines.append(f"  removed part   {told}")
         if model["purified"]:
             lines += ["  to be purified (components dropped before allocation moves them between models)"]

@@ -20,7 +20,7 @@ def bar(total: int, description: str, unit: str, hidden: bool) -> tqdm.tqdm:
     options = {"total": total, "desc": description, "unit": unit, "disable": hidden}
     if sys.stderr.isatty() or issubclass(tqdm.auto.tqdm, tqdm.notebook.tqdm_notebook):
         return tqdm.auto.tqdm(**options)
-    told = "{desc}: {n_fmt} of {total_fmt} {unit}s after {elapsed}, {remaining} left{postfix}"
+    told = "{desc}: {n_fmt} of {total_fmt} {unit} after {elapsed}, {remaining} left{postfix}"
     return tqdm.tqdm(**options, file=_Lines(), bar_format=told, mininterval=_SECONDS, maxinterval=_SECONDS, miniters=1)
 
 

@@ -231,7 +231,8 @@ def _orthonormal(x: Tensor) -> Tensor:
 def _random(rows: int, columns: int, like: Tensor, seed: int = 0) -> Tensor:
     """Normal numbers, the same in every run and on every device."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, columns, generator=generator, dtype=like.dtype).to(like.device)
+    # mergekit's workers make their GPU the default device, on which this generator would be refused.
+    return torch.randn(rows, columns, generator=generator, dtype=like.dtype, device="cpu").to(like.device)
 
 
 _BLOCK = 1 << 19  # elements at a time: they stay in the processor's cache, and no float32 copy of W is ever made

@@ -41,7 +41,7 @@ from mergekit_pave.allocation import allocate_ranks
 from mergekit_pave.cache import Artefact
 from mergekit_pave.calibration import distributed
 from mergekit_pave.calibration.layers import Linear
-from mergekit_pave.calibration.run import StoredCovariances, calibrate
+from mergekit_pave.calibration.run import StoredCovariances, calibrate, stored_covariances
 from mergekit_pave.config import RelativeRegularization
 from mergekit_pave.errors import PaveError
 from mergekit_pave.purification import decompose_weight, missed_layers, purify_weight
@@ -61,7 +61,7 @@ from mergekit_pave.report import (
 
 LOG = logging.getLogger(__name__)
 
-_TAIL_FILE = "tail.safetensors"
+_TENSORS = ("directions", "coefficients", "values")
 
 
 class _Calibration(BaseModel, frozen=True):
@@ -89,7 +89,7 @@ class _Calibration(BaseModel, frozen=True):
         """See `missed_layers`. What is measured for `regmean` alone may be missed: it falls back, and says so."""
         if not self.purified:
             return []
-        return missed_layers(self.model, self.purified, self.size, StoredCovariances(Artefact(Path(self.folder))))
+        return missed_layers(self.model, self.purified, self.size, stored_covariances(self.folder))
 
 
 class CalibrateModel(_Calibration):
@@ -154,14 +154,27 @@ class DecomposeWeight(_TensorTask):
     def arguments(self) -> dict[str, Task]:
         return {"weight": self.weight}
 
+    @property
+    def cache(self) -> int:
+        """Bytes of cache that it takes at most."""
+        return 4 * len(self.layer.layers) * sum(self.layer.shape) * self.count
+
     def execute(self, weight: Tensor) -> None:
-        known = StoredCovariances(Artefact(Path(self.calibration.folder)))
-        where = str(self.model), self.tensor
-        tail = decompose_weight(weight, self.layer, known, self.regularization, self.count, self.min_tokens, where)
         artefact = Artefact(Path(self.folder))
-        entry = artefact.write(_TAIL_FILE, {name: tail.pop(name) for name in ("directions", "coefficients", "values")})
-        about = {"model": str(self.model), "tensor": self.tensor, "count": self.count, "min_tokens": self.min_tokens}
-        artefact.complete({"files": {_TAIL_FILE: entry}, **tail, **about})
+        with artefact.lock():
+            if has_tail(artefact.folder, self.count, self.min_tokens):
+                return  # another process has just made it
+            # What another merge needs of it has to stay: a tail is only ever replaced by a wider one.
+            before = artefact.manifest() or {"count": 0, "min_tokens": self.min_tokens}
+            count, min_tokens = max(self.count, before["count"]), min(self.min_tokens, before["min_tokens"])
+            known, where = stored_covariances(self.calibration.folder), (str(self.model), self.tensor)
+            tail = decompose_weight(weight, self.layer, known, self.regularization, count, min_tokens, where)
+            # The name differs from that of the file before, which somebody may just be reading.
+            name = f"tail-{count}-{min_tokens}.safetensors"
+            entry = artefact.write(name, {key: tail.pop(key) for key in _TENSORS})
+            about = {"model": str(self.model), "tensor": self.tensor, "count": count, "min_tokens": min_tokens}
+            artefact.complete({"files": {name: entry}, **tail, **about})
+            artefact.remove_others()
 
 
 class LoadTail(_TensorTask):
@@ -176,10 +189,21 @@ class LoadTail(_TensorTask):
         return {}
 
     def execute(self) -> dict[str, Any]:
-        if not has_tail(Path(self.folder), self.count, self.min_tokens):
-            raise PaveError(f"the cache entry {self.folder} was removed or replaced during the run; run again")
+        # Another process may put a wider tail in its place just now; then that is there.
+        tail = self._read() or self._read()
+        if tail is None:
+            raise PaveError(f"the cache entry {self.folder} was removed or damaged during the run; run again")
+        return tail
+
+    def _read(self) -> Optional[dict[str, Any]]:
         artefact = Artefact(Path(self.folder))
-        manifest, tensors = artefact.manifest(), artefact.read(_TAIL_FILE)
+        if not has_tail(artefact.folder, self.count, self.min_tokens):
+            return None
+        manifest = artefact.manifest()
+        try:
+            tensors = artefact.read(*manifest["files"])
+        except PaveError:
+            return None
         enough = [i for i, known in enumerate(manifest["slices"]) if known["tokens"] >= self.min_tokens]
         few = {str(known["expert"]): known["tokens"] for i, known in enumerate(manifest["slices"]) if i not in enough}
         if few:
@@ -374,7 +398,7 @@ class MergeByRegMean(ExecuteMergeMethodTask):
         return ExecuteMergeMethodTask.execute(self.model_copy(update={"parameters": told}), tensors)
 
     def _known(self) -> dict[ModelReference, StoredCovariances]:
-        return {one.model: StoredCovariances(Artefact(Path(one.calibration.folder))) for one in self.measured}
+        return {one.model: stored_covariances(one.calibration.folder) for one in self.measured}
 
     def _lacking(self, known: dict[ModelReference, StoredCovariances]) -> list[Optional[str]]:
         """Of each matrix, why it cannot be merged with covariances: all models need one."""

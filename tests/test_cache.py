@@ -33,9 +33,10 @@ class TestDigest:
         assert len({digest(value) for value in (0, 1, 1.0, "1", True, None, 0.1, 0.1 + 1e-16)}) == 8
 
     def test_a_new_format_gives_new_keys(self, monkeypatch):
-        before = digest("x")
-        monkeypatch.setattr(cache, "FORMAT", cache.FORMAT + 1)
-        assert digest("x") != before
+        before = [cache.key(kind, "x") for kind in ("covariance", "subspace")]
+        monkeypatch.setitem(cache.FORMATS, "subspace", cache.FORMATS["subspace"] + 1)
+        after = [cache.key(kind, "x") for kind in ("covariance", "subspace")]
+        assert after[0] == before[0] and after[1] != before[1]
 
     def test_keys_last_from_one_process_to_the_next(self):
         code = "from mergekit_pave.cache import digest; print(digest({'b': 'x', 'a': [1, 'y']}))"

@@ -10,9 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from mergekit.config import MergeConfiguration
+from mergekit.graph import Executor
+from mergekit.options import MergeOptions
 from merging import config_for, entries, invoke, merge, start, write_config
 from models import make_family, make_rows, read_rows, write_rows
 from reference import weights
+
+from mergekit_pave.plugin import plan_merge
 
 
 @pytest.fixture
@@ -287,6 +292,43 @@ def test_two_processes_at_once(llama, tmp_path, cache):
             assert torch.allclose(tensor, alone[name], rtol=1e-4, atol=1e-5), name
     same(weights(tmp_path / "out0"), weights(tmp_path / "out1"))
     same(merge(config_for(llama, PAVE), tmp_path / "after"), weights(tmp_path / "out0"))
+
+
+def test_two_cuts_at_once(llama, tmp_path, cache):
+    """A sweep over rank_ratio in parallel: neither takes from the other what it needs."""
+    merge(config_for(llama, PAVE | {"rank_ratio": 0.97}), tmp_path / "calibrated")
+    configs = {ratio: config_for(llama, PAVE | {"rank_ratio": ratio}) for ratio in (0.5, 0.95)}
+    runs = {}
+    for ratio, config in configs.items():
+        path = write_config(config, tmp_path / f"{ratio}.yml")
+        runs[ratio] = start("mergekit-yaml", path, tmp_path / f"out{ratio}", "--quiet")
+    for ratio, run in runs.items():
+        told = run.communicate(timeout=300)[1]
+        assert run.returncode == 0, told
+        own = PAVE | {"rank_ratio": ratio, "cache_dir": str(tmp_path / "own")}
+        expected = merge(config_for(llama, own), tmp_path / "alone")
+        for name, tensor in weights(tmp_path / f"out{ratio}").items():
+            assert torch.allclose(tensor, expected[name], rtol=1e-4, atol=1e-5), name
+
+
+def test_a_narrow_tail_never_replaces_a_wide_one(llama, tmp_path, cache):
+    """Two merges are planned, and then the one that needs less decomposes last."""
+    options = MergeOptions(quiet=True)
+    narrow, wide = (
+        plan_merge(MergeConfiguration.model_validate(config_for(llama, PAVE | {"rank_ratio": ratio})), options)
+        for ratio in (0.95, 0.5)
+    )
+    for calibration in narrow.calibrations:
+        calibration.execute()
+    for plan in (narrow, wide, narrow):
+        for _ in Executor(plan.decompositions).run(quiet=True):
+            pass
+        assert sum(path.stat().st_size for path in cache.rglob("tail-*.safetensors")) < 1.2 * sum(
+            task.cache for task in wide.decompositions
+        )
+    for plan in (narrow, wide):
+        for _ in Executor(plan.stats).run(quiet=True):
+            pass
 
 
 def test_killed_while_calibrating(llama, tmp_path, cache, watch):

@@ -187,6 +187,23 @@ def test_licence_only_where_all_agree(tmp_path, cards, wanted):
     assert common_licence(models, None) == wanted
 
 
+@pytest.mark.parametrize("metadata", ["tags: 5", "1: x", "self: 3", "eval_results: 3", "ignore_metadata_errors: false"])
+def test_odd_metadata_of_an_input_is_no_licence(tmp_path, metadata):
+    (tmp_path / "README.md").write_text(f"---\nlicense: mit\n{metadata}\n---\n")
+    found = common_licence([ModelReference.parse(str(tmp_path))], None)
+    assert found in ({}, {"license": "mit"})
+
+
+def test_a_card_that_fails_does_not_cost_the_rest(llama, tmp_path, monkeypatch, caplog):
+    def fail(*_, **__):
+        raise KeyError("something")
+
+    monkeypatch.setattr("mergekit_pave.plugin.with_section", fail)
+    merge(config_for(llama, {}), tmp_path / "out")
+    assert "could not be written" in caplog.text
+    assert (tmp_path / "out" / "tokenizer.json").is_file() and "### PAVE" not in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_a_card_that_cannot_be_read_is_no_licence(tmp_path):
     model = folder_with(tmp_path / "a", MIT)
     (tmp_path / "a" / "README.md").write_text("---\nlicense: [\n---\n")

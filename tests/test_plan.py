@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+import yaml
 from click.testing import CliRunner
 from merging import config_for, entries, forget_checkpoints, merge, write_config
 from models import model_config, read_rows, write_rows
 
 from mergekit_pave.cli import main
+from mergekit_pave.report import by_model, read_report
 
 
 def plan(config: dict, tmp_path: Path, *options: str) -> str:
@@ -43,7 +45,7 @@ def test_what_is_announced_is_what_is_done(families, tmp_path, cache, kind):
     after = json.loads(plan(config, tmp_path, "--json"))
     for found in after["models"].values():
         assert found["calibration"] is None
-        assert found["decomposition"] == {"weights": 0, "seconds": 0}
+        assert found["decomposition"] == {"weights": 0, "seconds": 0, "cache": 0}
         assert all(row["cached"] for row in found["purified"])
 
 
@@ -65,14 +67,14 @@ def test_how_large_the_removed_part_is_once_the_caches_tell(llama, tmp_path, cac
     assert all(found["removed"] is None for found in json.loads(plan(config, tmp_path, "--json"))["models"].values())
     merge(config, tmp_path / "out")
     found = json.loads(plan(config, tmp_path, "--json"))
-    report = json.loads((tmp_path / "out" / "pave_report.json").read_text())
+    sums = by_model(read_report(tmp_path / "out"))
+    ratios = {model: found["removed_norm"] / found["change_norm"] for model, found in sums.items()}
     for model, of_model in found["models"].items():
-        ratios = [row["removed_norm"] / row["change_norm"] for row in report["purified"] if row["model"] == model]
-        assert of_model["removed"]["weights"] == 4
-        assert min(ratios) <= of_model["removed"]["share_of_change"] <= max(ratios)
+        assert of_model["removed"]["weights"] == 7
+        assert of_model["removed"]["share_of_change"] == pytest.approx(ratios[model], rel=0.3)
     assert all(any(f"{model}: the removed part is" in warning for warning in found["warnings"]) for model in found["models"])
     text = plan(config, tmp_path)
-    assert "x what fine-tuning changed, by 4 of the weights" in text and "Warning: " in text
+    assert "x what fine-tuning changed, by 7 weights, one of each kind" in text and "Warning: " in text
 
 
 def test_few_tokens_and_shared_samples_are_told_beforehand(llama, tmp_path, cache, caplog):
@@ -92,6 +94,31 @@ def test_few_tokens_and_shared_samples_are_told_beforehand(llama, tmp_path, cach
 
     own = json.loads(plan(config_for(llama, {}, models=3), tmp_path, "--json"))["warnings"]
     assert not [warning for warning in own if "the same" in warning]
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        (lambda c: c["models"][0].update(model="./nowhere"), "nowhere"),
+        (lambda c: c.pop("base_model"), "base input"),
+        (lambda c: c.update(Pave=c.pop("pave")), "unknown key 'Pave'; did you mean 'pave'?"),
+        (lambda c: c.update(merge_method="taskarithmetic"), "taskarithmetic"),
+    ],
+)
+def test_what_mergekit_says_against_a_config_is_a_line(llama, tmp_path, cache, change, told):
+    config = config_for(llama, {})
+    change(config)
+    forget_checkpoints()
+    result = CliRunner().invoke(main, ["plan", str(write_config(config, tmp_path / "plan.yml"))])
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result.exception
+    assert told in result.stderr and "Traceback" not in result.stderr
+
+
+def test_several_merges_in_one_file(llama, tmp_path, cache):
+    path = tmp_path / "steps.yml"
+    path.write_text(yaml.safe_dump_all([config_for(llama, {}), config_for(llama, {})]))
+    result = CliRunner().invoke(main, ["plan", str(path)])
+    assert result.exit_code == 1 and "mergekit-multi" in result.stderr
 
 
 def test_seventy_billion_parameters(llama, tmp_path, cache):

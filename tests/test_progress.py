@@ -19,7 +19,7 @@ class Terminal(io.StringIO):
 
 def test_a_log_file_gets_a_line_now_and_then(monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    with progress.bar(1000, "Decomposing", "weight", hidden=False) as bar:
+    with progress.bar(1000, "Decomposing", "weights", hidden=False) as bar:
         for _ in range(1000):
             bar.update()
     lines = sys.stderr.getvalue().splitlines()
@@ -30,7 +30,7 @@ def test_a_log_file_gets_a_line_now_and_then(monkeypatch):
 def test_a_line_is_told_when_it_is_time(monkeypatch):
     monkeypatch.setattr(progress, "_SECONDS", 0)
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    with progress.bar(3, "Calibrating x", "block", hidden=False) as bar:
+    with progress.bar(3, "Calibrating x", "blocks", hidden=False) as bar:
         for i in range(3):
             bar.set_postfix_str(f"{i} tokens/s", refresh=False)
             bar.update()
@@ -41,7 +41,7 @@ def test_a_line_is_told_when_it_is_time(monkeypatch):
 
 def test_a_terminal_gets_a_bar(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
-    with progress.bar(3, "Calibrating x", "block", hidden=False) as bar:
+    with progress.bar(3, "Calibrating x", "blocks", hidden=False) as bar:
         bar.update(3)
     assert "\rCalibrating x:" in sys.stderr.getvalue() and "3/3" in sys.stderr.getvalue()
 
@@ -56,8 +56,8 @@ def test_a_notebook_gets_its_own_bar(monkeypatch):
 
     monkeypatch.setattr("tqdm.auto.tqdm", Widget)
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    bar = progress.bar(3, "Calibrating x", "block", hidden=False)
-    assert bar.options == {"total": 3, "desc": "Calibrating x", "unit": "block", "disable": False}
+    bar = progress.bar(3, "Calibrating x", "blocks", hidden=False)
+    assert bar.options == {"total": 3, "desc": "Calibrating x", "unit": "blocks", "disable": False}
 
 
 def test_phases_of_a_merge(llama, tmp_path, cache):

@@ -6,7 +6,7 @@ import torch
 from click.testing import CliRunner
 from models import perturbed, save
 
-from mergekit_pave.cache import entries
+from mergekit_pave.cache import Artefact, entries
 from mergekit_pave.cli import main
 from mergekit_pave.errors import PaveError
 
@@ -110,6 +110,18 @@ def test_damaged_covariances_are_refused(filled, cache, llama, tmp_path):
     path = tmp_path / "published" / "00000.safetensors"
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(PaveError, match="damaged"):
+        merging.merge(given(llama, tmp_path / "published"), tmp_path / "refused")
+    assert not list(tmp_path.glob("refused/*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "change, told", [({"format": 0}, "another version of mergekit-pave"), ({"data": [{}]}, "another version of mergekit-pave")]
+)
+def test_a_manifest_of_another_making_is_refused(filled, cache, llama, tmp_path, change, told):
+    run("cache", "export", key_of(cache, llama.tuned[0]), tmp_path / "published")
+    artefact = Artefact(tmp_path / "published")
+    artefact.complete(artefact.manifest() | change)
+    with pytest.raises(PaveError, match=told):
         merging.merge(given(llama, tmp_path / "published"), tmp_path / "refused")
     assert not list(tmp_path.glob("refused/*.safetensors"))
 

@@ -322,6 +322,17 @@ def test_a_strided_weight_is_read_as_what_it_is():
     torch.testing.assert_close(strided.directions @ strided.directions.mT, packed.directions @ packed.directions.mT)
 
 
+def test_another_default_device_changes_nothing():
+    """mergekit's workers make their GPU the default."""
+    weight, covariance = weights(96, 64), covariance_of(inputs(1000, 64))
+    here = tail_components(weight, covariance, 0.1, 8)
+    with torch.device("meta"):
+        there = tail_components(weight, covariance, 0.1, 8)
+        again = Covariance.from_tensors(covariance.to_tensors(), covariance.tokens, covariance.dim)
+    assert torch.equal(here.directions, there.directions)
+    assert torch.equal(again.gram, covariance.gram)
+
+
 def test_the_task_vector_alone_is_projected():
     weight, base = weights(48, 64, seed=1).double(), weights(48, 64, seed=2).double()
     directions = torch.linalg.qr(torch.randn(48, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(7))).Q

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,7 +87,7 @@ def covariance_key(weights: str, encoded: list[Encoded]) -> str:
             [texts, sample.counted, sample.counted_target, list(images)],
             *(image.numpy().tobytes() for image in images.values()),
         ]
-    return cache.digest("covariance", weights, *parts)
+    return cache.key("covariance", weights, *parts)
 
 
 def calibrate(job: Job, artefact: cache.Artefact, runtime: Runtime) -> None:
@@ -187,7 +188,7 @@ def measure_in_lockstep(job: Job, runtime: Runtime, batch_size: int, apart: froz
     with (
         torch.no_grad(),
         observer.watching() as begin,
-        bar(blocks, f"Calibrating {job.name}", "block", runtime.quiet) as progress,
+        bar(blocks, f"Calibrating {job.name}", "blocks", runtime.quiet) as progress,
     ):
         start = time.monotonic()
         for block in run_in_lockstep(streamed, batches, run, begin):
@@ -237,7 +238,7 @@ def measure_model(
     with (
         torch.no_grad(),
         observer.watching() as begin,
-        bar(len(batches), f"Calibrating {name}", "batch", quiet) as progress,
+        bar(len(batches), f"Calibrating {name}", "batches", quiet) as progress,
     ):
         for batch in batches:
             batch = batch.to(device)
@@ -268,12 +269,23 @@ def _runner(model: nn.Module, unpadded: bool) -> Callable[[Batch], None]:
     return run
 
 
+def stored_covariances(folder: str) -> StoredCovariances:
+    """The covariances in a folder. Its manifest is read once, for it names every expert of a large model."""
+    stat = Path(folder, cache.MANIFEST).stat()
+    return _stored_covariances(folder, stat.st_mtime_ns, stat.st_ino)
+
+
+@functools.cache
+def _stored_covariances(folder: str, *_: int) -> StoredCovariances:
+    return StoredCovariances(cache.Artefact(Path(folder)))
+
+
 class StoredCovariances:
     """The covariances in an intact artefact, by layer."""
 
     def __init__(self, artefact: cache.Artefact):
         self._artefact = artefact
-        self._manifest = artefact.manifest()  # once, for it names every expert of a large model
+        self._manifest = artefact.manifest()
 
     def tokens(self, layer: str) -> int:
         """How many tokens the layer saw."""

@@ -111,7 +111,7 @@ def measure(plan: Plan, options: MergeOptions) -> tuple[dict[str, Any], Measured
     """
     if plan.decompositions:
         raise PaveError(
-            f"{len(plan.decompositions)} of {len(plan.stats)} decompositions are not in the cache, and a report measures none. "
+            f"{len(plan.decompositions)} of {plan.decomposed} decompositions are not in the cache, and a report measures none. "
             "Fill it with `mergekit-pave calibrate` or a merge, or give the folder of a finished merge"
         )
     tasks = [*plan.stats, *_spectra(plan), *_overlaps(plan)]
