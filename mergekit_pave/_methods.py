@@ -5,13 +5,17 @@ from __future__ import annotations
 import sys
 from importlib.metadata import version
 
+# Why they could not be registered, or None.
+problem: str | None = None
+
 
 def add() -> None:
     """Register them. Idempotent, and does nothing while mergekit's merge methods are still being loaded.
 
     Whatever is wrong with this installation must not break mergekit for those who use its own methods, so it shows
-    as a method that mergekit does not know.
+    as a method that mergekit does not know, and `mergekit-pave doctor` tells it.
     """
+    global problem
     module = sys.modules.get("mergekit.merge_methods")
     if not hasattr(module, "__all__"):
         return
@@ -24,5 +28,5 @@ def add() -> None:
         for method in (RegMean(), Tsv()):
             if version("mergekit") in SUPPORTED and method.spec.name not in known:
                 module.register(method)
-    except Exception:
-        return
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"

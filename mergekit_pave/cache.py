@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import shutil
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ import safetensors.torch
 from torch import Tensor
 
 from mergekit_pave.errors import PaveError
+from mergekit_pave.files import replacing
 
 MANIFEST = "manifest.json"
 # Part of every key of a kind: raise it when the same inputs would lead to other numbers or other files.
@@ -286,14 +286,8 @@ def _writable(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary file that takes the place of `path` when the block succeeds, and is gone when it does not."""
+    """See `replacing`; the folder is made if need be."""
     with _writable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
-        try:
+        with replacing(path) as temporary:
             yield temporary
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)

@@ -48,6 +48,7 @@ def section(report: dict, picture: str | None = None) -> str:
         lines += [f"![Share of rank kept, by model, layer and projection]({picture})", ""] if picture else []
     if "regmean" in report:
         lines += _regmean(report)
+    lines += [line for warning in report["warnings"] for line in (f"> {warning}.", "")]
     lines += _calibration(report)
     if report["purified"]:
         lines += [*_effect(report), *_ranks(report), *_settings(report), *_left(report)]
@@ -143,8 +144,6 @@ def _effect(report: dict) -> list[str]:
         "removed than fine-tuning had changed.",
         "",
     ]
-    for warning in report["warnings"]:
-        lines += [f"> {warning}.", ""]
     return lines
 
 

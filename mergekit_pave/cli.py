@@ -27,6 +27,7 @@ from mergekit_pave.planning import Plan
 from mergekit_pave.report import read_report
 
 _PROBE = """
+import sys
 import mergekit.merge
 from mergekit.config import MergeConfiguration
 if "pave" not in MergeConfiguration.model_fields:
@@ -34,6 +35,14 @@ if "pave" not in MergeConfiguration.model_fields:
 from mergekit_pave import _field, plugin
 if _field.problem:
     raise SystemExit(_field.problem)
+from mergekit import merge_methods
+from mergekit_pave import _methods
+for name in ("regmean", "tsv"):
+    try:
+        merge_methods.get(name)
+    except Exception as error:
+        print(f"`merge_method: {name}` cannot be used ({_methods.problem or error}); install mergekit-pave anew", file=sys.stderr)
+        raise SystemExit(4)
 """
 
 
@@ -229,7 +238,7 @@ def _find(key: str, cache_dir: str | None) -> caches.Entry:
 
 @main.command()
 def doctor() -> None:
-    """Say whether mergekit will honour a `pave:` block here, with which versions and caches."""
+    """Say whether mergekit will honour a `pave:` block and knows our merge methods here, with which versions and caches."""
     logging.disable(logging.INFO)
     for package, version in versions.installed().items():
         click.echo(f"{package:14} {version}")
@@ -237,7 +246,8 @@ def doctor() -> None:
     click.echo(f"{'cache':14} {root} ({readable(sum(entry.size for entry in caches.entries(root)))})")
     # Only a fresh interpreter shows what `mergekit-yaml` will do: this one has registered the plugin itself.
     live = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True)
-    click.echo(f"{'hook':14} {'live' if live.returncode == 0 else 'NOT LIVE'}")
+    click.echo(f"{'hook':14} {'live' if live.returncode in (0, 4) else 'NOT LIVE'}")
+    click.echo(f"{'methods':14} {'regmean, tsv' if live.returncode == 0 else 'NOT USABLE'}")
     if live.returncode == 0:
         return
     if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "0":

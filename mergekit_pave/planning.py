@@ -200,12 +200,12 @@ def make_plan(config: PaveConfig, tensors: list[PlannedTensor], environment: Env
     layers, left = _closed_form_layers(tensors, sources, environment)
     needed = _needed(tensors, layers, sources)
     for model, source in list(sources.items()):
-        wanted = [choice.linear for choices in chosen.values() for choice in choices if choice.model == model]
-        wanted += needed.get(model, {}).values()
+        own = [choice.linear for choices in chosen.values() for choice in choices if choice.model == model]
+        wanted = [*own, *needed.get(model, {}).values()]
         if not wanted:  # nothing of it is purified, and no covariance of it is asked for
             del sources[model]
             continue
-        source.prepare(tuple(dict.fromkeys(wanted)))
+        source.prepare(tuple(dict.fromkeys(wanted)), tuple(dict.fromkeys(own)))
         _leave_never_called(model, source.calibration, chosen, reasons.setdefault(model, {}))
 
     plan = Plan(warnings=_warnings(sources))
@@ -393,14 +393,15 @@ class _Source:
                     "be shown what it shall answer; name its column, or give a template over columns"
                 )
 
-    def prepare(self, layers: tuple[Linear, ...]) -> None:
+    def prepare(self, layers: tuple[Linear, ...], purified: tuple[Linear, ...]) -> None:
         """Read and tokenise the samples, which checks all of the `data` entry, and name the artefacts.
 
         Args:
-            layers: those that are to be purified.
+            layers: those whose covariances are needed.
+            purified: those among them that are to be purified.
         """
         size = sum(linear.size for linear in self.architecture.linears.values())
-        self._wanted = {"model": str(self.model), "wanted": layers, "size": size}
+        self._wanted = {"model": str(self.model), "wanted": layers, "purified": purified, "size": size}
         root = cache.cache_root(self._pave.cache_dir)
         key = self._use_given() if self.entry.covariance else self._use_data(root)
         regularization = self._pave.setting(self.model, "regularization")

@@ -9,7 +9,8 @@
   a calibration for one of hundreds. It also adds the task that writes the report, and sees to it that `generate_card`, which
   `mergekit.merge` will call when the merge is done, appends to the card.
 
-Without a `pave:` block each of these hands on to mergekit's own code and does nothing else, unless the method is `regmean`.
+Without a `pave:` block each of these hands on to mergekit's own code and does nothing else, unless the method is `regmean`
+(`tsv` needs nothing of mergekit but its registry of methods).
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ from mergekit_pave.planning import (
     plan_without_data,
 )
 from mergekit_pave.progress import bar, no_bars_of_others
-from mergekit_pave.regmean import RegMean, check_baseless, data_share
+from mergekit_pave.regmean import RegMean, check_baseless, check_weights, data_share
 from mergekit_pave.report import read_report
 from mergekit_pave.tasks import DecomposeWeight, MergeByRegMean, PurificationStats, RegMeanStats, WriteReport
 
@@ -141,7 +142,10 @@ def _data_share(task: ExecuteMergeMethodTask) -> float:
 
 def _by_regmean(task: ExecuteMergeMethodTask, form: ClosedForm | None) -> MergeByRegMean:
     """The task that merges in closed form, or as task_arithmetic does."""
-    check_baseless(_data_share(task) if form else 1.0, task.parameters["lambda"], task.base_model is not None)
+    has_base = task.base_model is not None
+    check_baseless(_data_share(task) if form else 1.0, task.parameters["lambda"], has_base)
+    weights = [task.input_parameters[model]["weight"] for model in task.model_order if model != task.base_model]
+    check_weights([1.0 if weight is None else weight for weight in weights], has_base, task.output_weight.name)
     own = {"layer": form and form.layer, "measured": form.measured if form else ()}
     return MergeByRegMean(**{name: getattr(task, name) for name in type(task).model_fields}, **own)
 
@@ -295,7 +299,10 @@ def plan_merge(config: MergeConfiguration, options: MergeOptions) -> Plan:
         PaveError: the config has no `pave:` block, or the block does not fit.
     """
     if config.pave is None:
-        raise PaveError("the config has no `pave:` block")
+        told = "the config has no `pave:` block, so nothing would be purified or measured"
+        if config.merge_method in ("regmean", "tsv"):
+            told += f"; {config.merge_method} alone needs no plan, calibration or report: merge it with mergekit-yaml"
+        raise PaveError(told)
     LoaderCache().setup(options=options)
     base = config.base_model or config.referenced_models()[0]
     planner = MergePlanner(

@@ -26,6 +26,7 @@ def preview(plan: Plan, device: str, samples: dict[str, list[dict[str, Any]]]) -
     """
     exact = _speed(torch.float64, device)
     todo = {task.job.name: task.job for task in plan.to_calibrate}
+    cached = {task.model for task in plan.calibrations if task.is_done}
     models = {}
     for model, source in plan.header["models"].items():
         weights = [weight for weight in plan.weights if str(weight.model) == model]
@@ -47,6 +48,7 @@ def preview(plan: Plan, device: str, samples: dict[str, list[dict[str, Any]]]) -
                 for weight in weights
             ],
             "left_as_they_are": source["left_as_they_are"],
+            "covariances": "to do" if model in todo else "there already" if model in cached else "not needed",
             "calibration": cost
             and {
                 "seconds": cost.operations / _speed(inference_dtype(todo[model].config, device), device),
@@ -105,13 +107,13 @@ def as_text(preview: dict[str, Any]) -> str:
     outputs = {row["output"] for model in preview["models"].values() for row in model["purified"]}
     lines = [f"{len(outputs)} of {preview['tensors']} tensors will be purified."]
     if "regmean" in preview:
-        others = regmean_reasons(preview["regmean"])
+        others = regmean_reasons(preview["regmean"]) or "none"
         lines.append(f"{preview['regmean']['closed_form']} will be merged in closed form; as task_arithmetic does: {others}.")
     for name, model in preview["models"].items():
         data = ", ".join(" / ".join(filter(None, (d["path"], d.get("name"), d["split"]))) for d in model["data"])
         lines += ["", name, f"  data           {data}: {model['samples']} samples, {model['tokens']} tokens count"]
         cost = model["calibration"]
-        told = "there already" if model["decomposition"]["weights"] else "not needed"
+        told = model["covariances"]
         if cost:
             told = (
                 f"to do: about {_duration(cost['seconds'])} on {preview['device']}, {readable(cost['memory'])} of memory, "
@@ -124,14 +126,17 @@ def as_text(preview: dict[str, Any]) -> str:
         if missing:
             cost = model["decomposition"]
             told += f", {missing} to do: about {_duration(cost['seconds'])}, at most {readable(cost['cache'])} of cache"
-        lines.append(f"  decomposition  {told}")
+        if model["purified"]:
+            lines.append(f"  decomposition  {told}")
         if removed := model["removed"]:
             told = f"about {removed['share_of_change']:.2g} x what fine-tuning changed, "
             told += f"by {removed['weights']} weights, one of each kind"
             lines.append(f"  removed part   {told}")
-        lines += ["  to be purified (components dropped before allocation moves them between models)"]
-        lines += [f"    {line}" for line in _grouped(model["purified"])]
-        lines.append("  to be merged as they are")
+        if model["purified"]:
+            lines += ["  to be purified (components dropped before allocation moves them between models)"]
+            lines += [f"    {line}" for line in _grouped(model["purified"])]
+        if model["left_as_they_are"]:
+            lines.append("  to be merged as they are")
         reasons = defaultdict(list)
         for tensor, reason in model["left_as_they_are"].items():
             reasons[reason].append(tensor)

@@ -13,9 +13,8 @@ from mergekit_pave.calibration.layers import Linear
 from mergekit_pave.config import RelativeRegularization
 from mergekit_pave.covariance import Covariance
 from mergekit_pave.errors import PaveError
-from mergekit_pave.regmean import matrices
 from mergekit_pave.report import FEW_TOKENS, NEVER_CALLED
-from mergekit_pave.subspace import coefficients, drop_components, tail_components
+from mergekit_pave.subspace import coefficients, drop_components, matrices, tail_components
 
 
 class Covariances(Protocol):

@@ -5,8 +5,8 @@ With the changes D_i = W_i - W_base, the second moments C_i of the layer's input
     W = W_base + lambda (sum w_i D_i M_i) (sum w_i M_i + e I)^-1,    M_i = a C_i / tr(C_i) + (1 - a) D_i^T D_i / ||D_i||^2
 
 minimises sum w_i tr((D - D_i) M_i (D - D_i)^T) + e ||D||^2 over D, and goes lambda times as far. At a = 1 this is RegMean (Jin
-et al., arXiv 2212.09849): the outputs on each model's own inputs change least. At a = 0 it is the closed form of
-WUDI-Merging's objective (Cheng et al., arXiv 2503.08099), which needs no data.
+et al., arXiv 2212.09849) with each C scaled to trace 1: the outputs on each model's own inputs change least. At a = 0 it is the
+closed form of WUDI-Merging's objective (Cheng et al., arXiv 2503.08099), which needs no data.
 
 Sums and the solution are float64. e is `RIDGE` times the mean of the diagonal of sum w_i M_i: directions in which no
 model has anything to say keep W_base. Without a base model the weighted mean of the W_i stands in for it, which
@@ -15,7 +15,7 @@ changes nothing but what becomes of these directions (in RegMean's own form they
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Optional
 
@@ -34,12 +34,15 @@ from torch import Tensor
 
 from mergekit_pave.covariance import Covariance
 from mergekit_pave.errors import PaveError
+from mergekit_pave.subspace import matrices
 
 # Far above what rounding does to the smallest eigenvalues of a sum of rank-deficient metrics, far below those that matter.
 RIDGE = 1e-6
 
 
-def metric(change: Tensor, covariance: Covariance | None, share: float, off_diagonal: float = 1.0) -> Tensor:
+def metric(
+    change: Tensor, covariance: Covariance | None, share: float, off_diagonal: float = 1.0, *, overwrite: bool = False
+) -> Tensor:
     """M = a C / tr(C) + (1 - a) D^T D / ||D||^2, (d_in, d_in) float64. A part whose norm is zero counts as zero.
 
     Args:
@@ -47,14 +50,17 @@ def metric(change: Tensor, covariance: Covariance | None, share: float, off_diag
         covariance: of the layer's inputs, on the same device; not needed for a = 0.
         share: a, from 0 to 1.
         off_diagonal: what the elements of C off its diagonal are multiplied by (RegMean's reduction), 0 < x <= 1.
+        overwrite: the covariance's own tensor may become the metric, which saves d_in^2 numbers; it is of no use afterwards.
     """
-    result = change.new_zeros(change.shape[1], change.shape[1])
     if share > 0:
-        moment = covariance.unscaled()  # N C: the trace takes N out
-        diagonal = moment.diagonal()
-        scale = share / diagonal.sum().item() if diagonal.sum() > 0 else 0.0
-        result.add_(moment, alpha=scale * off_diagonal)
-        result.diagonal().copy_(diagonal).mul_(scale)
+        result = covariance.unscaled()  # N C: the trace takes N out
+        if result is covariance.gram and not overwrite:
+            result = result.clone()
+        trace = result.diagonal().sum().item()
+        result.mul_(share * off_diagonal / trace if trace > 0 else 0.0)
+        result.diagonal().div_(off_diagonal)
+    else:
+        result = change.new_zeros(change.shape[1], change.shape[1])
     if share < 1:
         square = change.square().sum().item()
         if square > 0:
@@ -66,8 +72,8 @@ def merge_changes(terms: Iterable[tuple[float, Tensor, Tensor]]) -> Tensor:
     """(sum w_i D_i M_i) (sum w_i M_i + e I)^-1, (d_out, d_in) float64; zero where all metrics are.
 
     Args:
-        terms: of each model w_i >= 0, D_i (d_out, d_in) and M_i (d_in, d_in), float64. They are taken one at a time, so that
-            no two metrics have to be in memory at once.
+        terms: of each model w_i >= 0, D_i (d_out, d_in) and M_i (d_in, d_in), float64. Each is let go before the next is taken,
+            so that beside their sum only one metric is in memory, if whoever makes them keeps none.
     """
     mixed = total = None
     for weight, change, own in terms:
@@ -75,6 +81,7 @@ def merge_changes(terms: Iterable[tuple[float, Tensor, Tensor]]) -> Tensor:
             mixed, total = torch.zeros_like(change), torch.zeros_like(own)
         mixed.addmm_(change, own, alpha=weight)
         total.add_(own, alpha=weight)
+        del change, own  # or they would outlive the making of the next
     shift = RIDGE * total.diagonal().mean().item()
     if shift == 0:
         return mixed
@@ -83,7 +90,9 @@ def merge_changes(terms: Iterable[tuple[float, Tensor, Tensor]]) -> Tensor:
     # In a sum of semidefinite metrics no square of a pivot lies below the shift. Where one does, rounding in the covariances has
     # made the sum indefinite, and what is smaller than its most negative eigenvalue is noise: so it is shifted by as much.
     if not failed and factor.diagonal().square().min() > shift / 2:
+        del total  # the solver copies the factor
         return torch.cholesky_solve(mixed.mT, factor).mT
+    del factor
     values, vectors = torch.linalg.eigh(total)
     noise = (shift - values[0]).clamp(min=0)
     return (mixed @ vectors / (values + 2 * noise)) @ vectors.mT
@@ -96,18 +105,13 @@ class Layer:
     Attributes:
         transposed: matrices are stored as (d_in, d_out).
         measured: of each matrix whether all models have its covariance; None where none is needed.
-        covariance: that of a model for one of the matrices, by the model's id and the matrix's number.
+        covariance: that of a model for one of the matrices, by the model's id and the matrix's number, read anew at each call:
+            its tensor is overwritten.
     """
 
     transposed: bool = False
     measured: tuple[bool, ...] | None = None
     covariance: Callable[[Hashable, int], Covariance] | None = None
-
-
-def matrices(weight: Tensor, transposed: bool) -> Tensor:
-    """A weight as the matrices that it holds: (1 or the number of experts, d_out, d_in), a view."""
-    stacked = weight if weight.dim() == 3 else weight[None]
-    return stacked.mT if transposed else stacked
 
 
 def data_share(covariance: float | None, has_base: bool) -> float:
@@ -128,6 +132,21 @@ def check_baseless(share: float, scale: float, has_base: bool) -> None:
         )
     if not has_base and scale != 1:
         raise PaveError(f"regmean: `lambda: {scale:g}` scales the change from a base_model; give the merge one, or leave it out")
+
+
+def check_weights(weights: Sequence[float], has_base: bool, name: str) -> None:
+    """Refuse a tensor that nothing is said of.
+
+    Args:
+        weights: of the models, in the tensor `name`.
+
+    Raises:
+        PaveError: they are all 0, and there is no base model.
+    """
+    if not has_base and not any(weights):
+        raise PaveError(
+            f"regmean: every model's weight is 0 for {name}, and there is no base_model; give one of them a weight above 0"
+        )
 
 
 def _within(name: str, what: str, fits: Callable[[float], bool]) -> AfterValidator:
@@ -185,6 +204,10 @@ class RegMean(GroupMergeMethod):
         is missing (`merge_state_dicts`, `mergekit-pytorch`) there are no covariances, and every matrix is taken for the weight of
         an `nn.Linear`: one of GPT-2's `Conv1D` would have to be given transposed.
 
+        Beside the tensors and a few float64 copies of one matrix, (d_out, d_in), it takes at most 2.5 d_in^2 float64 numbers: the
+        sum of the metrics, and a covariance while it is read. Where rounding has made the sum indefinite, the eigenvectors and
+        LAPACK's workspace for them make that about 4 d_in^2.
+
         Raises:
             PaveError: covariances are asked for where there are none, or the tensors do not fit.
         """
@@ -193,8 +216,7 @@ class RegMean(GroupMergeMethod):
         weights = [1 / len(models) if weight is None else weight for weight in parameters["weight"].values_for(models)]
         scale, has_base = parameters["lambda"], group.base is not None
         share = data_share(parameters["covariance"], has_base)
-        if not has_base and sum(weights) == 0:
-            raise PaveError(f"regmean: every model's weight is 0 for {group.metadata.name}, and there is no base_model")
+        check_weights(weights, has_base, group.metadata.name)
         tensor = models[0].tensor
         if "layer" in parameters:
             layer = parameters["layer"]
@@ -218,15 +240,16 @@ class RegMean(GroupMergeMethod):
             # Where fine-tuning starts from, (d_out, d_in).
             start = base[i].double() if has_base else sum(w * view[i].double() for w, view in zip(weights, views)) / sum(weights)
 
-            def terms(i: int = i, start: Tensor = start) -> Iterator[tuple[float, Tensor, Tensor]]:
-                for model, view, weight in zip(models, views, weights):
-                    change = view[i].double() - start
-                    if not change.isfinite().all():
-                        raise PaveError(f"regmean: {group.metadata.name} of {model.id}, or of the base, is not finite")
-                    covariance = layer.covariance(model.id, i).to(change.device) if share > 0 else None
-                    yield weight, change, metric(change, covariance, share, parameters["reduce_off_diagonal"])
+            def term(place: int, i: int = i, start: Tensor = start) -> tuple[float, Tensor, Tensor]:
+                model = models[place]
+                change = views[place][i].double() - start
+                if not change.isfinite().all():
+                    raise PaveError(f"regmean: {group.metadata.name} of {model.id}, or of the base, is not finite")
+                covariance = layer.covariance(model.id, i).to(change.device) if share > 0 else None
+                own = metric(change, covariance, share, parameters["reduce_off_diagonal"], overwrite=True)
+                return weights[place], change, own
 
-            out.copy_(start + scale * merge_changes(terms()))
+            out.copy_(start + scale * merge_changes(map(term, range(len(models)))))
         return result
 
 

@@ -91,6 +91,18 @@ def regmean_summary(done: dict[str, Any]) -> str:
     return f"{told}; as task_arithmetic does: {others}" if others else told
 
 
+def regmean_warnings(done: dict[str, Any]) -> list[str]:
+    """That calibration did not reach most of what could have been merged in closed form, if so."""
+    missed = sum(reason.startswith(NEVER_CALLED) for reason in done["as_task_arithmetic"].values())
+    if missed <= len(done["closed_form"]):
+        return []
+    return [
+        f"regmean: {missed} of {missed + len(done['closed_form'])} weights of linear layers are merged as task_arithmetic does, "
+        "because they were never called during the calibration of some model. Use data that reaches them, such as images for a "
+        "vision tower, or `covariance: 0` for them"
+    ]
+
+
 def left_experts(report: dict[str, Any]) -> list[str]:
     """A line for each model with experts that stay as they are."""
     return [

@@ -290,6 +290,12 @@ def _square(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=1).double().square().sum()
 
 
+def matrices(weight: Tensor, transposed: bool) -> Tensor:
+    """A weight as the matrices that it holds: (1 or the number of experts, d_out, d_in), a view."""
+    stacked = weight if weight.dim() == 3 else weight[None]
+    return stacked.mT if transposed else stacked
+
+
 def purify(weight: Tensor, covariance: Covariance, rank: int, *, shift: float | None = None) -> Tensor:
     """W', the best rank-`rank` approximation of W as seen through C (PAVE section 3.2).
 

@@ -54,6 +54,7 @@ from mergekit_pave.report import (
     left_experts,
     never_called,
     regmean_summary,
+    regmean_warnings,
     summary,
     warnings,
 )
@@ -69,12 +70,14 @@ class _Calibration(BaseModel, frozen=True):
     Attributes:
         model: the model's name, for messages.
         wanted: the layers that are to be purified, or whose covariances `regmean` needs.
+        purified: the layers among them that are to be purified.
         size: the number of weights in all of the model's linear layers.
     """
 
     folder: str
     model: str
     wanted: tuple[Linear, ...]
+    purified: tuple[Linear, ...]
     size: int
 
     @property
@@ -83,8 +86,10 @@ class _Calibration(BaseModel, frozen=True):
         return Artefact(Path(self.folder)).manifest() is not None
 
     def never_called(self) -> list[Linear]:
-        """See `missed_layers`."""
-        return missed_layers(self.model, self.wanted, self.size, stored_covariances(self.folder))
+        """See `missed_layers`. What is measured for `regmean` alone may be missed: it falls back, and says so."""
+        if not self.purified:
+            return []
+        return missed_layers(self.model, self.purified, self.size, stored_covariances(self.folder))
 
 
 class CalibrateModel(_Calibration):
@@ -467,6 +472,7 @@ class WriteReport(Task[None]):
             report["regmean"]["closed_form"] = [one["row"] for one in merged if one["row"]]
             for one in merged:
                 report["regmean"]["as_task_arithmetic"] |= one["left"]
+            report["warnings"] += regmean_warnings(report["regmean"])
         folder = Path(self.out_path)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / REPORT_NAME).write_text(json.dumps(report, indent=1) + "\n")
@@ -477,5 +483,5 @@ class WriteReport(Task[None]):
                 LOG.info(regmean_summary(report["regmean"]))
             for line in left_experts(report) + never_called(report):
                 LOG.info(line)
-            for warning in warnings(report):
+            for warning in warnings(report) + (regmean_warnings(report["regmean"]) if "regmean" in report else []):
                 LOG.warning(warning)

@@ -14,6 +14,8 @@ nearest orthonormal vectors magnify rounding by the inverse of the angle between
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from mergekit.merge_methods.base import (
     MergeMethodSpec,
     ParameterScope,
     ParameterSpec,
+    TensorEntry,
     TensorGroup,
 )
 from torch import Tensor
@@ -34,22 +37,25 @@ from mergekit_pave.regmean import looks_like_matrices, task_arithmetic
 _EPS = torch.finfo(torch.float64).eps
 
 
-def merge_changes(changes: list[Tensor]) -> Tensor:
+def merge_changes(changes: Iterable[Tensor], models: int) -> Tensor:
     """The merged change of one matrix, (d_out, d_in) float64.
 
     Args:
-        changes: of each model, (d_out, d_in) float64.
+        changes: of each model, (d_out, d_in) float64. Each is let go before the next is taken: what is kept of all models
+            together is no more than one decomposition, however many there are.
+        models: M, how many there are.
     """
-    keep = max(1, min(changes[0].shape) // len(changes))
-    lefts, values, rights = [], [], []
-    for change in changes:
-        left, value, right = torch.linalg.svd(change, full_matrices=False)
-        # Vectors of a value that is zero are arbitrary, and would push aside those of other tasks.
-        count = min(keep, _rank(value, change))
-        lefts.append(left[:, :count])
-        values.append(value[:count])
-        rights.append(right[:count].mT)
+    lefts, values, rights = zip(*map(functools.partial(_leading, models=models), changes))
     return (_orthonormal(torch.cat(lefts, dim=1)) * torch.cat(values)) @ _orthonormal(torch.cat(rights, dim=1)).mT
+
+
+def _leading(change: Tensor, models: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest 1/M of the singular triplets of a (d_out, d_in) matrix: (d_out, k), (k,), (d_in, k)."""
+    left, value, right = torch.linalg.svd(change, full_matrices=False)
+    # Vectors of a value that is zero are arbitrary, and would push aside those of other tasks.
+    count = min(max(1, min(change.shape) // models), _rank(value, change))
+    # Copies: a view would keep all of the vectors.
+    return left[:, :count].clone(), value[:count], right[:count].mT.clone()
 
 
 def _orthonormal(vectors: Tensor) -> Tensor:
@@ -93,11 +99,15 @@ class Tsv(GroupMergeMethod):
         slices = [()] if base.dim() == 2 else [(i,) for i in range(len(base))]
         for at in slices:
             start = base[at].double()
-            changes = [weight * (model.tensor[at].double() - start) for model, weight in taking_part]
-            for (model, _), change in zip(taking_part, changes):
-                if not change.isfinite().all():
+
+            def change(entry: tuple[TensorEntry, float], at: tuple = at, start: Tensor = start) -> Tensor:
+                model, weight = entry
+                found = weight * (model.tensor[at].double() - start)
+                if not found.isfinite().all():
                     raise PaveError(f"tsv: {group.metadata.name} of {model.id}, or of the base, is not finite")
-            result[at] = start + scale * merge_changes(changes)
+                return found
+
+            result[at] = start + scale * merge_changes(map(change, taking_part), len(taking_part))
         return result
 
 

@@ -56,6 +56,17 @@ def test_condition_of_the_smallest_inputs(width):
     assert condition(Covariance.from_rows(rows), 0.1) == pytest.approx(values[-1] / values[0], rel=1e-6)
 
 
+def test_condition_where_rounding_has_made_c_indefinite():
+    """C has no eigenvalue below zero, whatever its sum says."""
+    rows = inputs(50, 20)
+    gram = rows.T @ rows
+    values, vectors = torch.linalg.eigh(gram)
+    values[0] = -1.0
+    rounded = Covariance(50, gram=vectors * values @ vectors.T)
+    found = condition(rounded, 1e-6)
+    assert found == pytest.approx((values[-1].item() / 50 + 1e-6) / 1e-6, rel=1e-4)
+
+
 @pytest.mark.parametrize("block", [7, 1 << 20])
 def test_interference(monkeypatch, block):
     monkeypatch.setattr(measure, "_BLOCK", block)
@@ -129,6 +140,7 @@ def test_layers_that_are_looked_at_closely():
     costs = {layer: 10.0 for layer in range(80)}
     assert spread(costs, 3, 1000) == [0, 40, 79]
     assert spread(costs, 3, 25) == [0, 79]
-    assert spread(costs, 3, 1) == [40]  # one, whatever it costs
+    assert spread(costs, 3, 15) == [40]
+    assert spread(costs, 3, 1) == []
     assert spread({4: 1.0}, 3, 10) == [4]
     assert len(set(spread(costs, 16, 1000))) == 16

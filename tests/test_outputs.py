@@ -1,6 +1,7 @@
 """What people look at: the model card, pave_report.json, the log line, and the command mergekit-pave."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -166,7 +167,7 @@ def test_doctor(llama, tmp_path, cache, monkeypatch):
     merge(config_for(llama, {}), tmp_path / "out")
     live = command("mergekit-pave", "doctor")
     assert live.returncode == 0, live.stderr
-    for words in ("mergekit-pave", "mergekit", "torch", "transformers", str(cache), "live"):
+    for words in ("mergekit-pave", "mergekit", "torch", "transformers", str(cache), "live", "regmean, tsv"):
         assert words in live.stdout
     assert "NOT LIVE" not in live.stdout
     size = re.search(r"\(([\d.]+) ([KMG]?B|bytes)", live.stdout)
@@ -177,3 +178,12 @@ def test_doctor(llama, tmp_path, cache, monkeypatch):
     assert off.exit_code != 0
     assert "NOT LIVE" in off.output
     assert "TORCH_DEVICE_BACKEND_AUTOLOAD" in off.output
+
+
+def test_doctor_on_merge_methods_that_cannot_be_loaded(tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['mergekit_pave.tsv'] = None\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH")))))
+    told = CliRunner().invoke(cli.main, ["doctor"])
+    assert told.exit_code == 1
+    assert re.search(r"hook +live", told.output) and re.search(r"methods +NOT USABLE", told.output)
+    assert "`merge_method: regmean` cannot be used (" in told.output and "mergekit_pave.tsv" in told.output

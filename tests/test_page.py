@@ -194,6 +194,19 @@ def test_without_covariances_the_cached_tails_are_shown(merged, tmp_path):
     assert not (tmp_path / "cache" / "covariance").exists()
 
 
+def test_what_would_take_too_long_is_left_out_and_said(merged, tmp_path, monkeypatch):
+    from mergekit_pave.page import measured as module
+
+    monkeypatch.setattr(module, "_OPERATIONS", 1.0)
+    monkeypatch.setattr(module, "spectrum", None)
+    monkeypatch.setattr(module, "condition", None)
+    page = written(write_config(merged[0], tmp_path / "merge.yml"))
+    for what in ("Spectra", "Covariances"):
+        assert f"{what} of model.layers are not shown: the weights are so large that one layer takes too long." in page
+    assert "no longer in the cache" not in page
+    assert {file.name for file in (tmp_path / "pave_report").glob("*.png")}.isdisjoint({"spectra-0.png", "covariances.png"})
+
+
 def test_caches_that_are_not_full_are_an_error(llama, tmp_path, cache):
     done = run(write_config(config_for(llama, {}), tmp_path / "merge.yml"))
     assert done.exit_code == 1 and "42 of 42 decompositions are not in the cache" in done.output

@@ -7,17 +7,22 @@ least squares in stacked rows, which the reference solves by an SVD: no Gram mat
 import functools
 import json
 import logging
+import weakref
 
 import pytest
 import torch
 from click.testing import CliRunner
 from mergekit.merge_methods import merge_state_dicts
+from mergekit.merge_methods.base import PerInputValues, TensorEntry, TensorGroup, TensorMetadata
 from mergekit.scripts import merge_raw_pytorch
 from merging import command, config_for, entries, forget_checkpoints, invoke, invoke_multi, merge, write_config
 from models import Family
 from reference import layer_inputs, purify, weights
 from safetensors.torch import save_file
 from test_experts import family_of, median_tokens, of_expert, seen_in  # noqa: F401
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mergekit_pave import Covariance, PaveError, regmean
 from mergekit_pave.cli import main
@@ -170,6 +175,64 @@ def test_inputs_that_are_all_zero():
 # The registered method on tensors in memory.
 
 
+class PeakMemory(TorchDispatchMode):
+    """The most bytes that tensors which operations have returned, or written to, held at any time."""
+
+    def __init__(self):
+        super().__init__()
+        self._known, self.peak = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self._known[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
+        self._known = {place: known for place, known in self._known.items() if not known[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._known.values()))
+        return result
+
+
+@pytest.mark.parametrize("tokens", [50, 1200], ids=["rows", "triangle"])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_memory(monkeypatch, tokens, share):
+    """What the docstring of `merge_group` tells, for many models; and no two metrics are there at once."""
+    d, models = 1024, 3
+    changes, inputs = draw(tokens, d_out=2, d_in=d, models=models)
+    stored = [Covariance.from_rows(x).to_tensors() for x in inputs]
+    assert all(("rows" in tensors) == (tokens < d) for tensors in stored)
+    real, metrics = regmean.metric, []
+
+    def watched(*args, **kwargs):
+        assert all(other() is None for other in metrics)
+        metrics.append(weakref.ref(found := real(*args, **kwargs)))
+        return found
+
+    def read(model, _):
+        return Covariance.from_tensors({name: tensor.clone() for name, tensor in stored[model].items()}, tokens, d)
+
+    monkeypatch.setattr(regmean, "metric", watched)
+    entries = [TensorEntry(i, change, False) for i, change in enumerate(changes)]
+    base = TensorEntry("base", torch.zeros(2, d, dtype=torch.float64), True)
+    parameters = {"weight": PerInputValues([(i, 1.0) for i in range(models)]), "lambda": 1.0, "covariance": share}
+    parameters |= {"reduce_off_diagonal": 0.9, "layer": regmean.Layer(measured=(True,), covariance=read)}
+    group = TensorGroup(entries=(base, *entries), metadata=TensorMetadata(name="w"))
+    with PeakMemory() as memory:
+        found = regmean.RegMean().merge_group(group, **parameters)
+    assert len(metrics) == models
+    assert 2 * d * d < memory.peak / 8 < 2.5 * d * d + 30 * 2 * d, memory.peak / 8 / d**2
+    assert distance(found, closed_form(changes, inputs, (1.0,) * models, share, 0.9)) < 1e-6
+
+
+def test_a_covariance_is_left_as_it_is():
+    changes, inputs = draw(300)
+    covariance = Covariance.from_rows(inputs[0])
+    before = covariance.gram.clone()
+    kept = regmean.metric(changes[0], covariance, 0.5, 0.7)
+    assert torch.equal(covariance.gram, before)
+    assert torch.equal(regmean.metric(changes[0], covariance, 0.5, 0.7, overwrite=True), kept)
+
+
 def state_dicts(transposed=False):
     changes, _ = draw(1)
     generator = torch.Generator().manual_seed(5)
@@ -240,6 +303,7 @@ def test_precision_of_the_output():
         ({"covariance": 0, "lambda": float("inf")}, 0, ["lambda"]),
         ({"covariance": 0, "reduce_off_diagonal": 0}, 0, ["reduce_off_diagonal"]),
         ({"covariance": 0}, None, ["base_model", "covariance"]),
+        ({"covariance": 1, "weight": 0}, None, ["weight is 0", "layer.weight", "base_model"]),
     ],
 )
 def test_what_is_refused_in_memory(parameters, base, words):
@@ -462,8 +526,9 @@ def test_each_expert_has_a_metric_of_its_own(family_of, tmp_path, cache, kind): 
 
 def test_report_card_and_log(llama, tmp_path, cache, caplog):
     parameters = {"covariance": [0.2, 0.6], "lambda": 1.3}
+    few = {"calibration": {"max_tokens": 100}}
     with caplog.at_level(logging.INFO, "mergekit_pave"):
-        result = invoke(regmean_config(llama, unpurified(llama), parameters=parameters), tmp_path / "out")
+        result = invoke(regmean_config(llama, unpurified(llama) | few, parameters=parameters), tmp_path / "out")
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "out" / "pave_report.json").read_text())
     rows = {row["tensor"]: row for row in report["regmean"]["closed_form"]}
@@ -475,12 +540,16 @@ def test_report_card_and_log(llama, tmp_path, cache, caplog):
     layer = "model.layers.1.mlp.up_proj.weight"
     assert rows[layer] == {"tensor": layer, "covariance": pytest.approx(0.4), "lambda": 1.3, "reduce_off_diagonal": 1.0}
     assert "regmean merged 21 tensors in closed form" in caplog.text
+    records = [record for record in caplog.records if record.name.startswith("mergekit_pave")]
+    assert {record.getMessage() for record in records if record.levelno >= logging.WARNING} == set(report["warnings"])
+    assert any("calibration tokens for layers that are up to" in warning for warning in report["warnings"])
     card = (tmp_path / "out" / "README.md").read_text()
     assert "[RegMean](https://arxiv.org/abs/2212.09849)" in card
     section = card[card.index("### PAVE") :]
     assert "21 of 30 tensors" in section and "purified" not in section
     assert "| `covariance` (α) | 0.2 to 0.6 |" in section and "| `lambda` (λ) | 1.3 |" in section
     assert "2 vocabulary" in section
+    assert all(f"> {warning}." in section for warning in report["warnings"])
     for model in llama.tuned[:2]:
         assert f"| {model} |" in section and str(report["models"][str(model)]["tokens"]) in section
 
@@ -557,12 +626,24 @@ def test_plan_tells_it_beforehand(llama, tmp_path, cache):
         in told.stdout
     )
     assert told.stdout.count("to do: about") == 2 and not cache.exists()
+    assert not any(words in told.stdout for words in ("decomposition", "to be purified (", "to be merged as they are"))
     found = json.loads(CliRunner().invoke(main, ["plan", str(config), "--json"]).stdout)["regmean"]
     assert found["closed_form"] == 21 and found["as_task_arithmetic"]["lm_head.weight"] == "vocabulary"
     forget_checkpoints()
     done = CliRunner().invoke(main, ["calibrate", str(config)])
     assert done.exit_code == 0 and "Covariances for 21 tensors that regmean merges are in the cache." in done.stdout
     assert len(list((cache / "covariance").rglob("manifest.json"))) == 2
+    forget_checkpoints()
+    told = CliRunner().invoke(main, ["plan", str(config)])
+    assert told.stdout.count("calibration    there already") == 2, told.stdout
+
+
+def test_a_plan_needs_a_block(llama, tmp_path, cache):
+    """Not the merge, where no data is used: the message says so."""
+    config = write_config(regmean_config(llama, parameters={"covariance": 0}), tmp_path / "config.yml")
+    for what in ("plan", "calibrate", "report"):
+        done = CliRunner().invoke(main, [what, str(config)])
+        assert done.exit_code == 1 and "`pave:` block" in done.output and "regmean alone" in done.output, done.output
 
 
 def test_layers_that_calibration_does_not_reach(llama, tmp_path, cache, monkeypatch):
@@ -579,6 +660,36 @@ def test_layers_that_calibration_does_not_reach(llama, tmp_path, cache, monkeypa
     report = json.loads((tmp_path / "out" / "pave_report.json").read_text())["regmean"]
     assert report["as_task_arithmetic"][f"{hidden}.weight"].startswith("never called during calibration")
     assert len(report["closed_form"]) == 20
+
+
+@pytest.mark.parametrize("reached", ["self_attn", "nothing"])
+def test_most_of_a_model_that_is_not_reached(llama, tmp_path, cache, monkeypatch, caplog, reached):
+    """Where it is only measured, a warning; where it is to be purified, an error, whose advice helps."""
+    from mergekit_pave.calibration.run import StoredCovariances
+
+    real = StoredCovariances.tokens
+    monkeypatch.setattr(StoredCovariances, "tokens", lambda self, layer: real(self, layer) if reached in layer else 0)
+    config = regmean_config(llama, unpurified(llama))
+    with caplog.at_level(logging.WARNING, "mergekit_pave"):
+        written = merge(config, tmp_path / "out")
+    plain = as_task_arithmetic(config, tmp_path / "plain")
+    missed = {name for name in written if llama.is_linear(name) and reached not in name}
+    assert len(missed) == (9 if reached == "self_attn" else 21)
+    assert all(torch.equal(written[name], plain[name]) for name in missed)
+    report = json.loads((tmp_path / "out" / "pave_report.json").read_text())
+    never = {name for name, why in report["regmean"]["as_task_arithmetic"].items() if why.startswith("never called")}
+    assert never == missed and len(report["regmean"]["closed_form"]) == 21 - len(missed)
+    found = [warning for warning in report["warnings"] if "21 of 21 weights of linear layers" in warning]
+    assert len(found) == (reached == "nothing") and all(warning in caplog.text for warning in found)
+    assert all(f"> {warning}." in (tmp_path / "out" / "README.md").read_text() for warning in found)
+    if reached == "nothing":
+        return
+    result = invoke(regmean_config(llama, {}), tmp_path / "purified")
+    assert result.exit_code == 1 and "9 of 21 layers to be purified" in result.output and "pave.exclude" in result.output
+    assert invoke(regmean_config(llama, {"exclude": ["mlp"]}), tmp_path / "purified").exit_code == 0
+    report = json.loads((tmp_path / "purified" / "pave_report.json").read_text())
+    assert missed <= report["regmean"]["as_task_arithmetic"].keys()
+    assert {row["tensor"] for row in report["purified"]} == {row["tensor"] for row in report["regmean"]["closed_form"]}
 
 
 def spoilt(family, change):
@@ -599,6 +710,10 @@ REFUSED = {
     ),
     "share": (lambda c: c.update(parameters={"covariance": 1.2}), ["covariance", "0 to 1"]),
     "negative-weight": (lambda c: c["models"][0].update(parameters={"weight": -1}), ["weight", "-1"]),
+    "no-weight": (
+        lambda c: (c.pop("base_model"), [model.update(parameters={"weight": 0}) for model in c["models"]]),
+        ["every model's weight is 0", "base_model"],
+    ),
     "share-without-base": (
         lambda c: (c.pop("base_model"), c.update(parameters={"covariance": 0.5})),
         ["base_model", "covariance"],

@@ -1,6 +1,7 @@
 """`merge_method: tsv` against the paper's definition, written with SciPy's SVD and polar decomposition."""
 
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def draw(*shape, seed=0):
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (30, 30)])
 def test_it_is_the_definition(models, shape):
     changes = [draw(*shape, seed=i) for i in range(models)]
-    merged = tsv.merge_changes(changes)
+    merged = tsv.merge_changes(changes, models)
     assert distance(merged, by_definition(changes)) < 1e-10
     # The values of each task survive, and its vectors are orthogonal to those of the others.
     keep = min(shape) // models
@@ -48,14 +49,14 @@ def test_it_is_the_definition(models, shape):
 def test_transposition_is_nothing():
     """GPT-2 stores its matrices the other way round."""
     changes = [draw(24, 40, seed=i) for i in range(3)]
-    assert distance(tsv.merge_changes([change.T for change in changes]).T, tsv.merge_changes(changes)) < 1e-10
+    assert distance(tsv.merge_changes([change.T for change in changes], 3).T, tsv.merge_changes(changes, 3)) < 1e-10
 
 
 def test_tasks_that_are_all_the_same():
     """Their vectors span no more than those of one: that one's leading part is what is left, not what an SVD makes up."""
     change = draw(24, 40)
     u, s, vt = torch.linalg.svd(change, full_matrices=False)
-    assert distance(tsv.merge_changes([change, change.clone()]), u[:, :12] * s[:12] @ vt[:12]) < 1e-10
+    assert distance(tsv.merge_changes([change, change.clone()], 2), u[:, :12] * s[:12] @ vt[:12]) < 1e-10
 
 
 def test_changes_without_full_rank():
@@ -65,11 +66,11 @@ def test_changes_without_full_rank():
     u = scipy.linalg.polar(torch.cat([u[:, :2] for u, _, _ in parts], dim=1).numpy())[0]
     v = scipy.linalg.polar(torch.cat([vt[:2].T for _, _, vt in parts], dim=1).numpy())[0]
     values = np.concatenate([s[:2] for _, s, _ in parts])
-    assert distance(tsv.merge_changes(low), torch.from_numpy(u * values @ v.T)) < 1e-10
+    assert distance(tsv.merge_changes(low, 2), torch.from_numpy(u * values @ v.T)) < 1e-10
     full = draw(24, 40, seed=3)
     u, s, vt = torch.linalg.svd(full, full_matrices=False)
-    assert distance(tsv.merge_changes([full, torch.zeros_like(full)]), u[:, :12] * s[:12] @ vt[:12]) < 1e-10
-    assert not tsv.merge_changes([torch.zeros(3, 4, dtype=torch.float64)] * 2).any()
+    assert distance(tsv.merge_changes([full, torch.zeros_like(full)], 2), u[:, :12] * s[:12] @ vt[:12]) < 1e-10
+    assert not tsv.merge_changes([torch.zeros(3, 4, dtype=torch.float64)] * 2, 2).any()
 
 
 def test_why_it_is_float64():
@@ -77,16 +78,29 @@ def test_why_it_is_float64():
     first = draw(64, 96, seed=1)
     second = first + 1e-3 * draw(64, 96, seed=2)
     exact = by_definition([first, second])
-    assert distance(tsv.merge_changes([first, second]), exact) < 1e-8
+    assert distance(tsv.merge_changes([first, second], 2), exact) < 1e-8
     parts = [torch.linalg.svd(change.float(), full_matrices=False) for change in (first, second)]
     sides = [torch.cat(side, dim=1) for side in ([u[:, :32] for u, _, _ in parts], [vt[:32].T for _, _, vt in parts])]
     left, right = (u @ vt for u, _, vt in (torch.linalg.svd(side, full_matrices=False) for side in sides))
     assert distance(left * torch.cat([s[:32] for _, s, _ in parts]) @ right.T, exact) > 1e-5
 
 
+def test_changes_are_taken_one_at_a_time():
+    taken = []
+
+    def take(i):
+        assert all(other() is None for other in taken)
+        taken.append(weakref.ref(change := draw(24, 40, seed=i)))
+        return change
+
+    merged = tsv.merge_changes(map(take, range(4)), 4)
+    assert len(taken) == 4
+    assert torch.equal(merged, tsv.merge_changes([draw(24, 40, seed=i) for i in range(4)], 4))
+
+
 def test_more_models_than_directions():
     changes = [draw(2, 6, seed=i) for i in range(4)]
-    assert tsv.merge_changes(changes).isfinite().all()
+    assert tsv.merge_changes(changes, 4).isfinite().all()
 
 
 def models_in_memory(count=3):

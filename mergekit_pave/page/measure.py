@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,8 +42,11 @@ def condition(covariance: Covariance, shift: float) -> float:
     smallest = shift
     if covariance.tokens >= covariance.dim:  # otherwise C is singular
         moment[np.diag_indices_from(moment)] += shift
-        factor = scipy.linalg.cho_factor(moment, overwrite_a=True, check_finite=False)
-        smallest = 1 / _largest_eigenvalue(lambda x: scipy.linalg.cho_solve(factor, x, check_finite=False), len(moment))
+        # C has no negative eigenvalues. Where rounding has made one, of more than the shift, zero is what is known of it.
+        with contextlib.suppress(np.linalg.LinAlgError):
+            factor = scipy.linalg.cho_factor(moment, overwrite_a=True, check_finite=False)
+            inverse = _largest_eigenvalue(lambda x: scipy.linalg.cho_solve(factor, x, check_finite=False), len(moment))
+            smallest = max(shift, 1 / inverse)
     return largest / smallest
 
 

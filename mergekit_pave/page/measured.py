@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
@@ -22,17 +22,18 @@ from mergekit_pave.cache import Artefact
 from mergekit_pave.calibration.layers import Linear
 from mergekit_pave.calibration.run import StoredCovariances
 from mergekit_pave.config import RelativeRegularization
-from mergekit_pave.covariance import Covariance
 from mergekit_pave.errors import PaveError
 from mergekit_pave.page.measure import Interference, condition, effective_rank, interference, spectrum
 from mergekit_pave.page.places import place, spread
 from mergekit_pave.planning import Plan, PlannedWeight
+from mergekit_pave.purification import shift_of
 from mergekit_pave.report import complete
+from mergekit_pave.subspace import matrices
 from mergekit_pave.tasks import GatherPurified, load_stored
 
-# Layers that are looked at closely: few enough to be read, and no more than a machine does in minutes.
+# Layers of a stack that are looked at closely: few enough to be read, and no more than a machine does in minutes.
 SPECTRA, COVARIANCES = 3, 16
-_OPERATIONS = 1e13
+_OPERATIONS = 2e13
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,13 @@ class Measured:
         spectra: of a few layers.
         inputs: of some layers; none of a model whose covariances are not in the cache.
         overlaps: of every purified tensor; none without a base model, or of a model that is merged with no other.
+        left_out: what of which stack of layers is not there, because it would take too long: ("Spectra" or "Covariances", stack).
     """
 
     spectra: list[Spectrum]
     inputs: list[Inputs]
     overlaps: list[Overlap]
+    left_out: list[tuple[str, str]] = field(default_factory=list)
 
 
 def measure(plan: Plan, options: MergeOptions) -> tuple[dict[str, Any], Measured]:
@@ -120,6 +123,10 @@ def measure(plan: Plan, options: MergeOptions) -> tuple[dict[str, Any], Measured
         spectra=[value for value in found if isinstance(value, Spectrum)],
         inputs=_inputs(plan, options.quiet),
         overlaps=[value for value in found if isinstance(value, Overlap)],
+        left_out=[
+            *(("Spectra", stack) for stack in _unaffordable(plan.weights, SPECTRA, _cost_of_spectrum)),
+            *(("Covariances", stack) for stack in _unaffordable(plan.weights, COVARIANCES, _cost_of_covariance)),
+        ],
     )
     return complete(plan.header, stats), measured
 
@@ -155,18 +162,11 @@ class _MeasureSpectrum(Task[Optional[Spectrum]]):
         if self.covariances:
             number = 0 if expert is None else self.layer.experts.index(expert)
             covariance = StoredCovariances(Artefact(Path(self.covariances))).load(self.layer.layers[number])
-            matrix = weight[number] if weight.dim() == 3 else weight
-            matrix = matrix.mT if self.layer.transposed else matrix
-            values = spectrum(matrix, covariance.to(weight.device), _shift(self.regularization, covariance))
+            matrix = matrices(weight, self.layer.transposed)[number]
+            values = spectrum(matrix, covariance.to(weight.device), shift_of(covariance, self.regularization))
         else:
             values = tail["values"][busiest].flip(0).cpu().numpy()
         return Spectrum(str(self.weight.model), self.output, expert, values / largest, min(self.layer.shape))
-
-
-def _shift(regularization: float | RelativeRegularization, covariance: Covariance) -> float:
-    if isinstance(regularization, RelativeRegularization):
-        return regularization.relative * covariance.mean_diagonal()
-    return regularization
 
 
 class _MeasureOverlap(Task[Optional[Overlap]]):
@@ -215,7 +215,7 @@ def _overlaps(plan: Plan) -> list[_MeasureOverlap]:
 
 
 def _spectra(plan: Plan) -> list[_MeasureSpectrum]:
-    """Of the first, the middle and the last layer of each stack, or of as many as are affordable."""
+    """Of the first, the middle and the last layer of each stack, or of as many as are affordable, which may be none."""
     purify = {(task.model, task.purify.allocation.output): task.purify for task in plan.stats}
     tasks = []
     for weight in _chosen(plan.weights, SPECTRA, _cost_of_spectrum):
@@ -238,11 +238,15 @@ def _cost_of_spectrum(weight: PlannedWeight) -> float:
     return 2 * smaller * d_in**2 + 4 * smaller**3
 
 
+def _cost_of_covariance(weight: PlannedWeight) -> float:
+    return float(weight.layer.shape[1]) ** 3
+
+
 def _inputs(plan: Plan, quiet: bool) -> list[Inputs]:
     """The covariances of some layers; those of experts by the one that saw most tokens."""
     shared: dict[tuple[str, str, str], list[PlannedWeight]] = defaultdict(list)  # by model, folder and layer
     known: dict[str, StoredCovariances] = {}
-    for weight in _chosen(plan.weights, COVARIANCES, lambda weight: float(weight.layer.shape[1]) ** 3):
+    for weight in _chosen(plan.weights, COVARIANCES, _cost_of_covariance):
         folder = weight.covariances
         if folder not in known:
             if Artefact(Path(folder)).manifest() is None:
@@ -262,7 +266,7 @@ def _inputs(plan: Plan, quiet: bool) -> list[Inputs]:
                 tokens=covariance.tokens,
                 width=covariance.dim,
                 effective_rank=effective_rank(covariance),
-                condition=condition(covariance, _shift(weights[0].regularization, covariance)),
+                condition=condition(covariance, shift_of(covariance, weights[0].regularization)),
             )
         )
     return found
@@ -276,3 +280,9 @@ def _chosen(weights: list[PlannedWeight], most: int, cost: Callable[[PlannedWeig
         costs[where.stack][where.layer] += cost(weight)
     layers = {stack: spread(of_stack, most, _OPERATIONS) for stack, of_stack in costs.items()}
     return [weight for weight in weights if (where := place(weight.output)).layer in layers[where.stack]]
+
+
+def _unaffordable(weights: list[PlannedWeight], most: int, cost: Callable[[PlannedWeight], float]) -> list[str]:
+    """The stacks of which `_chosen` takes no layer."""
+    chosen = {place(weight.output).stack for weight in _chosen(weights, most, cost)}
+    return sorted({place(weight.output).stack for weight in weights} - chosen)

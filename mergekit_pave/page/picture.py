@@ -34,9 +34,9 @@ def draw_ranks(report: dict[str, Any], folder: str) -> str | None:
     """Write the kept ranks of the largest stack of layers as a PNG.
 
     Returns:
-        The file's name; None where it cannot be drawn.
+        The file's name; None where nothing was purified, or it cannot be drawn.
     """
-    if not can_draw():
+    if not report["purified"] or not can_draw():
         return None
     try:
         from mergekit_pave.page import drawing, heatmaps

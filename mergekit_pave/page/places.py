@@ -93,10 +93,11 @@ def grids(rows: list[dict], number: Callable[[dict], float | None]) -> list[Grid
 
 
 def spread(costs: Mapping[int, float], most: int, budget: float) -> list[int]:
-    """Layers that lie evenly between the first and the last: as many as the budget allows, at least one, at most `most`."""
+    """Layers that lie evenly between the first and the last: as many as the budget allows, at most `most`."""
     layers = sorted(costs)
     for count in range(min(most, len(layers)), 1, -1):
         chosen = [layers[i] for i in np.linspace(0, len(layers) - 1, count).round().astype(int)]
         if sum(costs[layer] for layer in chosen) <= budget:
             return chosen
-    return [layers[len(layers) // 2]]
+    middle = layers[len(layers) // 2]
+    return [middle] if costs[middle] <= budget else []

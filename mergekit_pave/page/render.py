@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import threading
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +15,7 @@ from markupsafe import Markup, escape
 
 from mergekit_pave import card
 from mergekit_pave.errors import PaveError
+from mergekit_pave.files import replacing
 from mergekit_pave.page import curves, heatmaps, overlaps
 from mergekit_pave.page.drawing import Plot, png, svg
 from mergekit_pave.page.measure import Interference
@@ -65,7 +64,8 @@ def write(folder: Path, name: str, report: dict[str, Any], measured: Measured | 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for file, content in files.items():
-            _replace(folder / file, content)
+            with replacing(folder / file) as temporary:
+                temporary.write_bytes(content)
     except OSError as error:
         raise PaveError(f"the report cannot be written to {folder}: {error}") from error
     return folder / PAGE_NAME
@@ -84,15 +84,6 @@ def check(folder: Path, files: Sequence[str] = (PAGE_NAME,)) -> None:
         return
     if taken := [file for file in files if (folder / file).exists()]:
         raise PaveError(f"{folder / taken[0]} is not from an earlier report; name another folder with -o")
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _sections(report: dict[str, Any], measured: Measured | None) -> list[_Section]:
@@ -211,7 +202,11 @@ def _missing(measured: Measured | None) -> list[str]:
     notes = []
     if not measured.overlaps:
         notes.append("Interference is not shown: it needs a base model and at least two models that are merged with it.")
-    if not measured.inputs:
+    notes += [
+        f"{what} of {stack or 'weights outside of layers'} are not shown: the weights are so large that one layer takes too long."
+        for what, stack in measured.left_out
+    ]
+    if not measured.inputs and all(what != "Covariances" for what, _ in measured.left_out):
         notes.append(
             "Covariances are not shown: they are no longer in the cache, and of spectra only the cached tails are known."
         )
