@@ -246,7 +246,7 @@ def doctor() -> None:
     click.echo(f"{'cache':14} {root} ({readable(sum(entry.size for entry in caches.entries(root)))})")
     # Only a fresh interpreter shows what `mergekit-yaml` will do: this one has registered the plugin itself.
     live = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True)
-    click.echo(f"{'hook':14} {'live' if live.returncode in (0, 4) else 'NOT LIVE'}")
+    click.echo(f"{'pave: blocks':14} {'honoured' if live.returncode in (0, 4) else 'NOT HONOURED'}")
     click.echo(f"{'methods':14} {'regmean, tsv' if live.returncode == 0 else 'NOT USABLE'}")
     if live.returncode == 0:
         return

@@ -21,6 +21,7 @@ import json
 import logging
 import re
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from mergekit.architecture import ModelArchitecture, WeightInfo, get_architecture_info
@@ -55,7 +56,7 @@ from mergekit_pave.planning import (
     plan_without_data,
 )
 from mergekit_pave.progress import bar, no_bars_of_others
-from mergekit_pave.regmean import RegMean, check_baseless, check_weights, data_share
+from mergekit_pave.regmean import RegMean, check_baseless, check_names, check_weights, data_share
 from mergekit_pave.report import read_report
 from mergekit_pave.tasks import DecomposeWeight, MergeByRegMean, PurificationStats, RegMeanStats, WriteReport
 
@@ -98,6 +99,8 @@ def _with_purification(plan):
     def wrapper(self):
         if not _is_ours(self):
             return plan(self)
+        if _is_regmean(self):
+            check_names(_parameters(self.config))
         self.arch_info = _with_stored_names(self)
         plan(self)
         tensors = [
@@ -126,6 +129,15 @@ def _with_purification(plan):
                 self._tensors[place] = weight, _by_regmean(task, closed_forms.get(place))
 
     return wrapper
+
+
+def _parameters(config: MergeConfiguration) -> Iterator[str]:
+    """The names of all parameters that a config sets, wherever that is."""
+    for part in (config, *(config.modules or {}).values()):
+        outputs = part.slices or ()
+        inputs = [*(part.models or ()), *(source for output in outputs for source in output.sources)]
+        for holder in (part, *outputs, *inputs):
+            yield from holder.parameters or ()
 
 
 def _is_ours(planner: MergePlanner) -> bool:

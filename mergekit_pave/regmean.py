@@ -15,6 +15,7 @@ changes nothing but what becomes of these directions (in RegMean's own form they
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Optional
@@ -251,6 +252,20 @@ class RegMean(GroupMergeMethod):
 
             out.copy_(start + scale * merge_changes(map(term, range(len(models)))))
         return result
+
+
+def check_names(given: Iterable[str]) -> None:
+    """Refuse parameters that the method does not have: mergekit would ignore them.
+
+    Raises:
+        PaveError: naming the first, and the one that was probably meant.
+    """
+    known = [parameter.name for parameter in RegMean.spec.parameters]
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise PaveError(f"regmean: unknown parameter {name!r}{hint} (known parameters: {', '.join(known)})")
 
 
 def looks_like_matrices(group: TensorGroup, dims: int) -> bool:

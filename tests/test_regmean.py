@@ -524,6 +524,16 @@ def test_each_expert_has_a_metric_of_its_own(family_of, tmp_path, cache, kind): 
     assert "router" in report["as_task_arithmetic"].values()
 
 
+@pytest.mark.parametrize("where", ["merge", "model"])
+def test_parameters_that_it_does_not_have_are_refused(llama, tmp_path, where):
+    config = config_for(llama, merge_method="regmean", parameters={"covariance": 0})
+    holder = config if where == "merge" else config["models"][1]
+    holder["parameters"] = holder["parameters"] | {"lamda": 9.9}
+    with pytest.raises(PaveError, match="unknown parameter 'lamda'; did you mean 'lambda'"):
+        merge(config, tmp_path / "out")
+    assert not list(tmp_path.glob("out/*.safetensors"))
+
+
 def test_report_card_and_log(llama, tmp_path, cache, caplog):
     parameters = {"covariance": [0.2, 0.6], "lambda": 1.3}
     few = {"calibration": {"max_tokens": 100}}

@@ -196,7 +196,7 @@ def _html(name: str, report: dict[str, Any], measured: Measured | None, config: 
 def _missing(measured: Measured | None) -> list[str]:
     if measured is None:
         return [
-            "Made from pave_report.json alone. With the config in the place of the folder, `mergekit-pave report` reads models "
+            "Made from pave_report.json alone. With the config in the place of the folder, mergekit-pave report reads models "
             "and caches, too, and adds interference, spectra and covariances."
         ]
     notes = []
