@@ -311,7 +311,8 @@ def show_purification(name: str) -> None:
     print(f"demo-out/{name}/pave_report.json: {len(rows)} purified weights")
     if not section[1] or not rows:
         sys.exit(f"{name} was not purified; ask `mergekit-pave doctor` why")
-    print("\n".join(f"    {line}" for line in "".join(section[1:]).splitlines()))
+    table = section[2].partition("#### What it did")[2].partition("####")[0]
+    print("\n".join(f"    {line}" for line in table.strip().splitlines()))
 
 
 # --- The whole --------------------------------------------------------------------------------------------------------

@@ -222,7 +222,7 @@ def _tiles(report: dict[str, Any]) -> list[tuple[str, str]]:
         (_power(sum(row["energy_dropped"] for row in rows) / len(rows)), "of energy dropped, mean"),
     ]
     if ratios := [one["removed_norm"] / one["change_norm"] for one in sums.values() if one["change_norm"]]:
-        tiles.append((f"{max(ratios):.2g} x", "removed / change, at most"))
+        tiles.append((f"{max(ratios):.2g} x", "removed / change of a model, at most"))
     return tiles
 
 
