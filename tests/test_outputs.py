@@ -167,7 +167,7 @@ def test_doctor(llama, tmp_path, cache, monkeypatch):
     merge(config_for(llama, {}), tmp_path / "out")
     live = command("mergekit-pave", "doctor")
     assert live.returncode == 0, live.stderr
-    for words in ("mergekit-pave", "mergekit", "torch", "transformers", str(cache), "live", "regmean, tsv"):
+    for words in ("mergekit-pave", "mergekit", "torch", "transformers", str(cache), " honoured", "regmean, tsv"):
         assert words in live.stdout
     assert "NOT HONOURED" not in live.stdout
     size = re.search(r"\(([\d.]+) ([KMG]?B|bytes)", live.stdout)
