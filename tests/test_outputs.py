@@ -185,5 +185,5 @@ def test_doctor_on_merge_methods_that_cannot_be_loaded(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH")))))
     told = CliRunner().invoke(cli.main, ["doctor"])
     assert told.exit_code == 1
-    assert re.search(r"hook +live", told.output) and re.search(r"methods +NOT USABLE", told.output)
+    assert re.search(r"pave: blocks +honoured", told.output) and re.search(r"methods +NOT USABLE", told.output)
     assert "`merge_method: regmean` cannot be used (" in told.output and "mergekit_pave.tsv" in told.output
