@@ -103,7 +103,8 @@ def test_commands(workplace):
         elif words[0] in LAUNCHERS:
             assert (Path(sys.executable).parent / words[0]).exists(), words  # test_launchers runs it
         elif words[0] == "python" and words[1].startswith("tests/benchmarks/"):
-            source = (ROOT / words[1]).read_text()
+            benchmark = ROOT / words[1]
+            source = (benchmark / "__main__.py" if benchmark.is_dir() else benchmark).read_text()
             assert all(f'"{option}"' in source for option in words[2:]), words
         elif words[0] == "python" and words[1].startswith("examples/"):
             assert (ROOT / words[1]).is_file(), words  # test_examples runs it
