@@ -112,8 +112,10 @@ class Artefact:
     def is_intact(self) -> bool:
         """Whether every file still is what the manifest says, down to its hash."""
         manifest = self.manifest()
-        if manifest is None:
-            return False
+        return manifest is not None and self.has_files(manifest)
+
+    def has_files(self, manifest: dict[str, Any]) -> bool:
+        """Whether every file is what a manifest says."""
         for name, known in manifest["files"].items():
             path = self.folder / name
             if not path.is_file() or path.stat().st_size != known["size"] or _sha256(path) != known["sha256"]:

@@ -124,8 +124,6 @@ def _planned(path: str, options: MergeOptions) -> Plan:
     try:
         return plugin.plan_merge(config, options)
     except (OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, PaveError):
-            raise
         raise PaveError(f"{path}: mergekit cannot plan this merge: {' '.join(str(error).split())}") from error
 
 

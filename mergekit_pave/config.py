@@ -5,7 +5,6 @@ Everything that can be judged from the YAML alone is judged here, when mergekit 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -24,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from mergekit_pave.errors import PaveError
+from mergekit_pave.errors import PaveError, unknown
 
 
 class _Block(BaseModel, frozen=True):
@@ -38,16 +37,14 @@ class _Block(BaseModel, frozen=True):
                 if key in cls._elsewhere:
                     raise ValueError(f"{key} {cls._elsewhere[key]}")
                 if key not in cls.model_fields:
-                    close = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.5)
-                    hint = f"; did you mean {close[0]!r}?" if close else ""
-                    raise ValueError(f"unknown key {key!r}{hint} (known keys: {', '.join(cls.model_fields)})")
+                    raise ValueError(unknown("key", key, cls.model_fields))
         return value
 
 
 def _reject_unknown_filter_keys(setting: Any) -> Any:
     for condition in setting if isinstance(setting, list) else [setting]:
-        if isinstance(condition, dict) and (unknown := condition.keys() - {"filter", "value"}):
-            raise ValueError(f"unknown key {sorted(unknown)[0]!r} (known keys: filter, value)")
+        if isinstance(condition, dict) and (others := condition.keys() - {"filter", "value"}):
+            raise ValueError(f"unknown key {sorted(others)[0]!r} (known keys: filter, value)")
     return setting
 
 

@@ -1,6 +1,17 @@
-"""The one exception that users are meant to read."""
+"""The one exception that users are meant to read, and what it says of unknown names."""
+
+import difflib
+from collections.abc import Iterable
 
 import click
+
+
+def unknown(kind: str, name: object, known: Iterable[str]) -> str:
+    """What to say of a name that is none of the known ones, with the one that was probably meant."""
+    known = list(known)
+    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"unknown {kind} {name!r}{hint} (known {kind}s: {', '.join(known)})"
 
 
 class PaveError(click.ClickException):

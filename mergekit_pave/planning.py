@@ -182,10 +182,7 @@ def make_plan(config: PaveConfig, tensors: list[PlannedTensor], environment: Env
         raise PaveError(f"pave.models: mergekit takes no tensor of {missed[0]}, so it cannot be purified; remove its entry")
     if not models and not regmean:
         raise PaveError("pave.models: every model has `purify: false`, so nothing would be purified; remove the block instead")
-    sources = {model: _Source(config, model, environment) for model in models}
-    for model in _with_data(config, tensors):
-        if model not in sources:
-            sources[model] = _Source(config, model, environment)
+    sources = {model: _Source(config, model, environment) for model in dict.fromkeys([*models, *_with_data(config, tensors)])}
     if sources:
         _check_complete(tensors, sources, environment)
     chosen, reasons = _select(config, tensors, {model: sources[model] for model in models})

@@ -15,7 +15,6 @@ changes nothing but what becomes of these directions (in RegMean's own form they
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Optional
@@ -34,7 +33,7 @@ from pydantic import AfterValidator
 from torch import Tensor
 
 from mergekit_pave.covariance import Covariance
-from mergekit_pave.errors import PaveError
+from mergekit_pave.errors import PaveError, unknown
 from mergekit_pave.subspace import matrices
 
 # Far above what rounding does to the smallest eigenvalues of a sum of rank-deficient metrics, far below those that matter.
@@ -263,9 +262,7 @@ def check_names(given: Iterable[str]) -> None:
     known = [parameter.name for parameter in RegMean.spec.parameters]
     for name in given:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise PaveError(f"regmean: unknown parameter {name!r}{hint} (known parameters: {', '.join(known)})")
+            raise PaveError(f"regmean: {unknown('parameter', name, known)}")
 
 
 def looks_like_matrices(group: TensorGroup, dims: int) -> bool:

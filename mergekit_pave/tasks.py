@@ -196,12 +196,11 @@ class LoadTail(_TensorTask):
         return tail
 
     def _read(self) -> Optional[dict[str, Any]]:
-        artefact = Artefact(Path(self.folder))
-        if not has_tail(artefact.folder, self.count, self.min_tokens):
+        manifest = _tail_manifest(Path(self.folder), self.count, self.min_tokens)
+        if manifest is None:
             return None
-        manifest = artefact.manifest()
         try:
-            tensors = artefact.read(*manifest["files"])
+            tensors = Artefact(Path(self.folder)).read(*manifest["files"])
         except PaveError:
             return None
         enough = [i for i, known in enumerate(manifest["slices"]) if known["tokens"] >= self.min_tokens]
@@ -213,12 +212,17 @@ class LoadTail(_TensorTask):
 
 def has_tail(folder: Path, count: int, min_tokens: int) -> bool:
     """Whether the cache has intact tails of at least `count` components, for every expert that saw `min_tokens` tokens."""
+    return _tail_manifest(folder, count, min_tokens) is not None
+
+
+def _tail_manifest(folder: Path, count: int, min_tokens: int) -> Optional[dict[str, Any]]:
+    """The manifest of such tails, or None where the cache has none."""
     artefact = Artefact(folder)
     manifest = artefact.manifest()
     if manifest is None or manifest["count"] < count:
-        return False
+        return None
     missing = [tokens for tokens in manifest["left"].values() if tokens >= max(1, min_tokens)]
-    return not missing and artefact.is_intact()
+    return manifest if not missing and artefact.has_files(manifest) else None
 
 
 class AllocateRanks(Task[list]):

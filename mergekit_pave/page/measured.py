@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mergekit_pave.cache import Artefact
 from mergekit_pave.calibration.layers import Linear
-from mergekit_pave.calibration.run import StoredCovariances
+from mergekit_pave.calibration.run import StoredCovariances, stored_covariances
 from mergekit_pave.config import RelativeRegularization
 from mergekit_pave.errors import PaveError
 from mergekit_pave.page.measure import Interference, condition, effective_rank, interference, spectrum
@@ -161,7 +161,7 @@ class _MeasureSpectrum(Task[Optional[Spectrum]]):
         expert, largest = slices[busiest]["expert"], slices[busiest]["largest"] or 1.0
         if self.covariances:
             number = 0 if expert is None else self.layer.experts.index(expert)
-            covariance = StoredCovariances(Artefact(Path(self.covariances))).load(self.layer.layers[number])
+            covariance = stored_covariances(self.covariances).load(self.layer.layers[number])
             matrix = matrices(weight, self.layer.transposed)[number]
             values = spectrum(matrix, covariance.to(weight.device), shift_of(covariance, self.regularization))
         else:
@@ -251,7 +251,7 @@ def _inputs(plan: Plan, quiet: bool) -> list[Inputs]:
         if folder not in known:
             if Artefact(Path(folder)).manifest() is None:
                 continue
-            known[folder] = StoredCovariances(Artefact(Path(folder)))
+            known[folder] = stored_covariances(folder)
         layer = max(weight.layer.layers, key=known[folder].tokens)
         if known[folder].tokens(layer):
             shared[str(weight.model), folder, known[folder].file(layer)].append(weight)
