@@ -12,7 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-from arms import FIRST, METHODS_SECTION, PURIFIED_SECTION, Row
+from arms import METHODS_SECTION, PURIFIED_SECTION, Row
 from matplotlib.axes import Axes
 from merging import Arm, Laboratory, MissingResult, Outcome
 
@@ -87,12 +87,9 @@ def _plot_ratios(axis: Axes, laboratory: Laboratory, rows: list[Row]) -> None:
         outcome = known(laboratory.outcome, row.arm) if row.ratio else None
         if outcome:
             change = outcome.against(laboratory.outcome(row.reference))
-            lines[row.arm.method, row.arm.pave["target"]].append((100 * (1 - row.ratio), *change))
-    for (method, target), points in lines.items():
-        share, mean, error = zip(*points)
-        style = "-" if method == FIRST else "--"
-        label = f"{method}, target: {target}"
-        axis.errorbar(share, mean, error, linestyle=style, color=COLOURS[target], marker=".", capsize=3, label=label)
+            lines[row.arm.pave["target"]].append((100 * (1 - row.ratio), *change))
+    for target, points in lines.items():
+        axis.errorbar(*zip(*points), color=COLOURS[target], marker=".", capsize=3, label=f"target: {target}")
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set_xscale("log")
     axis.set_xticks(ticks := [0.2, 1.6, 3, 6.25, 12.5, 25], [f"{tick:g}" for tick in ticks])
