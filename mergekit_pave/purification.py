@@ -13,6 +13,7 @@ from mergekit_pave.calibration.layers import Linear
 from mergekit_pave.config import RelativeRegularization
 from mergekit_pave.covariance import Covariance
 from mergekit_pave.errors import PaveError
+from mergekit_pave.memory import empty_in_huge_pages
 from mergekit_pave.report import FEW_TOKENS, NEVER_CALLED
 from mergekit_pave.subspace import coefficients, drop_components, matrices, tail_components
 
@@ -147,7 +148,7 @@ def purify_weight(
     bases = None if base is None else matrices(base, transposed)
     # What has no tail stays as it is: an expert with too few tokens, a layer that was never called.
     every = len(tail["slices"]) == len(own)
-    result = torch.empty_like(weight, dtype=dtype) if every else weight.to(dtype, copy=True)
+    result = empty_in_huge_pages(weight, dtype) if every else weight.to(dtype, copy=True)
     stats = []
     for place, (known, drop) in enumerate(zip(tail["slices"], drops, strict=True)):
         i = known["expert"] if weight.dim() == 3 else 0

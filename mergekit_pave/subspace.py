@@ -235,7 +235,10 @@ def _random(rows: int, columns: int, like: Tensor, seed: int = 0) -> Tensor:
     return torch.randn(rows, columns, generator=generator, dtype=like.dtype, device="cpu").to(like.device)
 
 
-_BLOCK = 1 << 19  # elements at a time: they stay in the processor's cache, and no float32 copy of W is ever made
+# Elements at a time: no float32 copy of W is ever made. On a CPU a block stays in its cache, and is small enough for malloc to
+# keep its memory; to get it anew each time from the system takes longer than the product.
+_BLOCK = {"cpu": 1 << 18}
+_LARGE_BLOCK = 1 << 24
 
 
 def coefficients(weight: Tensor, directions: Tensor, base: Tensor | None = None) -> Tensor:
@@ -271,17 +274,17 @@ def drop_components(
     directions, removed = directions.to(precision), removed.to(precision)
     change = directions.new_zeros((), dtype=torch.float64)  # squared
     for rows in _blocks(weight):
-        part = weight[rows].to(precision)
+        part = weight[rows].to(precision, copy=True)
         if base is not None:
-            change += _square(part - base[rows].to(precision))
-        out[rows] = torch.addmm(part, directions[rows], removed, alpha=-1)
+            change += _square(base[rows].to(precision, copy=True).sub_(part))
+        out[rows] = part.addmm_(directions[rows], removed, alpha=-1)
     # U_t is orthonormal, so what is removed is as long as its coefficients.
     return _square(removed).sqrt().item(), None if base is None else change.sqrt().item()
 
 
 def _blocks(weight: Tensor) -> list[slice]:
     """The rows of a (d_out, d_in) weight, a few at a time."""
-    height = max(1, _BLOCK // weight.shape[1])
+    height = max(1, _BLOCK.get(weight.device.type, _LARGE_BLOCK) // weight.shape[1])
     return [slice(start, start + height) for start in range(0, len(weight), height)]
 
 
