@@ -7,6 +7,7 @@ configurations, tokenizers and samples, but no weights, so that every mistake in
 from __future__ import annotations
 
 import collections
+import functools
 import itertools
 import json
 import logging
@@ -21,6 +22,7 @@ import transformers
 from mergekit.common import ModelReference
 from mergekit.config import evaluate_setting
 from mergekit.io.tasks import GatherTensors
+from safetensors import safe_open
 
 from mergekit_pave import cache, versions
 from mergekit_pave.allocation import fair_share, most_dropped
@@ -184,6 +186,7 @@ def make_plan(config: PaveConfig, tensors: list[PlannedTensor], environment: Env
         raise PaveError("pave.models: every model has `purify: false`, so nothing would be purified; remove the block instead")
     sources = {model: _Source(config, model, environment) for model in dict.fromkeys([*models, *_with_data(config, tensors)])}
     if sources:
+        _check_sizes(tensors, environment)
         _check_complete(tensors, sources, environment)
     chosen, reasons = _select(config, tensors, {model: sources[model] for model in models})
     purified = {choice.model for choices in chosen.values() for choice in choices}
@@ -589,6 +592,38 @@ def _check_coverage(model: ModelReference, architecture: Architecture, reasons: 
             f"pave: {model} has more weights in {len(missed)} tensors that cannot be purified (such as {largest}) than in its "
             "linear layers; put them under pave.exclude to merge them as they are"
         )
+
+
+def _check_sizes(tensors: list[PlannedTensor], environment: Environment) -> None:
+    """Refuse inputs of different sizes, which mergekit does only once it has read them, after calibration."""
+    stored = functools.cache(lambda model: _stored_shapes(environment.checkpoint(model)))
+    for planned in tensors:
+        shapes: dict[ModelReference, tuple[int, ...]] = {}
+        vocabulary = False
+        for model, info in planned.gather.weight_info.items() if planned.gather else ():
+            names = (info.name, *(info.aliases or ()), *(info.tied_names or ()))
+            if found := [stored(model)[name] for name in names if name in stored(model)]:
+                shapes[model] = found[0]
+            vocabulary |= info.vocabulary_axis is not None
+        if len(set(shapes.values())) > 1:
+            told = ", ".join(f"{' x '.join(map(str, shape))} in {model}" for model, shape in shapes.items())
+            advice = "mergekit can only merge tensors of the same size"
+            if vocabulary:
+                advice = (
+                    "the models have different vocabularies; add `tokenizer: {source: base}` to the config to bring them in line"
+                )
+            raise PaveError(f"{planned.name} is {told}; {advice}")
+
+
+def _stored_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """The shapes of a checkpoint's tensors, from the headers of its safetensors files."""
+    shapes = {}
+    for file in sorted(set(checkpoint.files.values())):
+        if file.endswith(".safetensors"):
+            with safe_open(Path(checkpoint.folder, file), "pt") as tensors:
+                names = tensors.keys()
+                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
+    return shapes
 
 
 def _check_complete(tensors: list[PlannedTensor], sources: dict[ModelReference, _Source], environment: Environment) -> None:

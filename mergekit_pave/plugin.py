@@ -19,7 +19,6 @@ import functools
 import inspect
 import json
 import logging
-import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -57,7 +56,7 @@ from mergekit_pave.planning import (
 )
 from mergekit_pave.progress import bar, no_bars_of_others
 from mergekit_pave.regmean import RegMean, check_baseless, check_names, check_weights, data_share
-from mergekit_pave.report import read_report
+from mergekit_pave.report import kind, read_report
 from mergekit_pave.tasks import DecomposeWeight, MergeByRegMean, PurificationStats, RegMeanStats, WriteReport
 
 LOG = logging.getLogger(__name__)
@@ -328,7 +327,7 @@ def plan_merge(config: MergeConfiguration, options: MergeOptions) -> Plan:
 
 
 def sample_removal(plan: Plan, options: MergeOptions) -> dict[str, list[dict[str, Any]]]:
-    """Rows of the report, for one weight of each kind of each model; kinds are what differs in more than numbers.
+    """Rows of the report, for one weight of each kind of each model.
 
     These weights are read, and purified for nothing: so a plan can say how large the removed part is. Where a decomposition
     that it takes is not in the cache there is no row.
@@ -337,7 +336,7 @@ def sample_removal(plan: Plan, options: MergeOptions) -> dict[str, list[dict[str
     kinds: dict[tuple[str, str], list[PurificationStats]] = {}
     for task in plan.stats:
         if task.purify.allocation.output not in missing:
-            kinds.setdefault((str(task.model), re.sub(r"\d+", "*", task.tensor)), []).append(task)
+            kinds.setdefault((str(task.model), kind(task.tensor)), []).append(task)
     chosen = [tasks[len(tasks) // 2] for tasks in kinds.values()]
     rows: dict[str, list[dict[str, Any]]] = {str(task.model): [] for task in chosen}
     for task, stats in Executor(chosen, math_device=options.device, storage_device="cpu").run(quiet=True):

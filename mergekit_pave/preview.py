@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections import defaultdict
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from mergekit_pave.calibration.estimate import readable
 from mergekit_pave.calibration.layers import Linear, inference_dtype
 from mergekit_pave.planning import Plan
-from mergekit_pave.report import by_model, regmean_reasons, warnings
+from mergekit_pave.report import by_model, kind, regmean_reasons, warnings
 
 
 def preview(plan: Plan, device: str, samples: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -141,7 +140,7 @@ def as_text(preview: dict[str, Any]) -> str:
         for tensor, reason in model["left_as_they_are"].items():
             reasons[reason].append(tensor)
         for reason, tensors in reasons.items():
-            patterns = list(dict.fromkeys(_pattern(tensor) for tensor in tensors))
+            patterns = list(dict.fromkeys(map(kind, tensors)))
             more = f" and {len(patterns) - 3} more kinds" if len(patterns) > 3 else ""
             lines.append(f"    {len(tensors):5} {reason}: {', '.join(patterns[:3])}{more}")
     lines += [f"\nWarning: {warning}." for warning in preview["warnings"]]
@@ -152,7 +151,7 @@ def _grouped(rows: list[dict[str, Any]]) -> list[str]:
     """A line for each kind of tensor: those whose names differ in numbers only."""
     kinds: dict[tuple[str, tuple[int, ...]], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
-        kinds[_pattern(row["tensor"]), tuple(row["shape"])].append(row)
+        kinds[kind(row["tensor"]), tuple(row["shape"])].append(row)
     width = max((len(pattern) for pattern, _ in kinds), default=0)
     lines = []
     for (pattern, shape), alike in kinds.items():
@@ -161,10 +160,6 @@ def _grouped(rows: list[dict[str, Any]]) -> list[str]:
         size = " x ".join(map(str, shape))
         lines.append(f"{len(alike):5} {pattern:{width}}  {size:>14}  {told} of {alike[0]['components']}")
     return lines
-
-
-def _pattern(tensor: str) -> str:
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", tensor)
 
 
 def _duration(seconds: float) -> str:

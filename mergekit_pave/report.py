@@ -43,6 +43,11 @@ def complete(header: dict[str, Any], stats: Iterable[tuple[str, dict[str, Any]]]
     return report
 
 
+def kind(tensor: str) -> str:
+    """A tensor's name with a star for each number between dots: the same in all layers, and of all experts."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", tensor)
+
+
 def by_model(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Per model: tensors purified, mean shares of rank and energy, tokens seen, and the removed part beside the change."""
     rows = defaultdict(list)
@@ -126,7 +131,7 @@ def never_called(report: dict[str, Any]) -> list[str]:
     for model, source in report["models"].items():
         left = [tensor for tensor, reason in source["left_as_they_are"].items() if reason == NEVER_CALLED]
         if left:
-            kinds = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", tensor) for tensor in left)
+            kinds = dict.fromkeys(map(kind, left))
             lines.append(f"{model}: {len(left)} weights stay as they are, {NEVER_CALLED}: {', '.join(kinds)}")
     return lines
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
-import tqdm
 from mergekit.graph import Executor, Task
 from mergekit.io.tasks import LoadTensor
 from mergekit.options import MergeOptions
@@ -26,6 +25,7 @@ from mergekit_pave.errors import PaveError
 from mergekit_pave.page.measure import Interference, condition, effective_rank, interference, spectrum
 from mergekit_pave.page.places import place, spread
 from mergekit_pave.planning import Plan, PlannedWeight
+from mergekit_pave.progress import bar
 from mergekit_pave.purification import shift_of
 from mergekit_pave.report import complete
 from mergekit_pave.subspace import matrices
@@ -256,19 +256,21 @@ def _inputs(plan: Plan, quiet: bool) -> list[Inputs]:
         if known[folder].tokens(layer):
             shared[str(weight.model), folder, known[folder].file(layer)].append(weight)
     found = []
-    for (model, folder, _), weights in tqdm.tqdm(shared.items(), desc="Measuring covariances", disable=quiet):
-        layer = max(weights[0].layer.layers, key=known[folder].tokens)
-        covariance = known[folder].load(layer)
-        found.append(
-            Inputs(
-                model=model,
-                outputs=[weight.output for weight in weights],
-                tokens=covariance.tokens,
-                width=covariance.dim,
-                effective_rank=effective_rank(covariance),
-                condition=condition(covariance, shift_of(covariance, weights[0].regularization)),
+    with bar(len(shared), "Measuring", "covariances", hidden=quiet) as progress:
+        for (model, folder, _), weights in shared.items():
+            layer = max(weights[0].layer.layers, key=known[folder].tokens)
+            covariance = known[folder].load(layer)
+            found.append(
+                Inputs(
+                    model=model,
+                    outputs=[weight.output for weight in weights],
+                    tokens=covariance.tokens,
+                    width=covariance.dim,
+                    effective_rank=effective_rank(covariance),
+                    condition=condition(covariance, shift_of(covariance, weights[0].regularization)),
+                )
             )
-        )
+            progress.update()
     return found
 
 
