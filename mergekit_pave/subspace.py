@@ -237,8 +237,7 @@ def _random(rows: int, columns: int, like: Tensor, seed: int = 0) -> Tensor:
 
 # Elements at a time: no float32 copy of W is ever made. On a CPU a block stays in its cache, and is small enough for malloc to
 # keep its memory; to get it anew each time from the system takes longer than the product.
-_BLOCK = {"cpu": 1 << 18}
-_LARGE_BLOCK = 1 << 24
+_CPU_BLOCK, _BLOCK = 1 << 18, 1 << 24
 
 
 def coefficients(weight: Tensor, directions: Tensor, base: Tensor | None = None) -> Tensor:
@@ -284,7 +283,8 @@ def drop_components(
 
 def _blocks(weight: Tensor) -> list[slice]:
     """The rows of a (d_out, d_in) weight, a few at a time."""
-    height = max(1, _BLOCK.get(weight.device.type, _LARGE_BLOCK) // weight.shape[1])
+    size = _CPU_BLOCK if weight.device.type == "cpu" else _BLOCK
+    height = max(1, size // weight.shape[1])
     return [slice(start, start + height) for start in range(0, len(weight), height)]
 
 
