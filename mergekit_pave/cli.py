@@ -128,6 +128,8 @@ def _planned(path: str, options: MergeOptions) -> Plan:
 
 
 def _read_config(path: str) -> MergeConfiguration:
+    if _is_switched_off():
+        click.echo(f"Warning: {_SWITCHED_OFF}", err=True)
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         if not isinstance(content, dict):
@@ -225,6 +227,14 @@ def import_folder(folder: Path, cache_dir: str | None) -> None:
     click.echo(f"imported as {manifest['key'][:12]}, covariances of {manifest['model']}")
 
 
+_SWITCHED_OFF = "TORCH_DEVICE_BACKEND_AUTOLOAD=0 is set; unset it, or mergekit ignores every `pave:` block."
+
+
+def _is_switched_off() -> bool:
+    """Whether PyTorch has been told to load no plugins, and so not this one either."""
+    return os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "0"
+
+
 def _find(key: str, cache_dir: str | None) -> caches.Entry:
     root = caches.cache_root(cache_dir)
     found = [entry for entry in caches.entries(root) if key and entry.key.startswith(key)]
@@ -248,8 +258,8 @@ def doctor() -> None:
     click.echo(f"{'methods':14} {'regmean, tsv' if live.returncode == 0 else 'NOT USABLE'}")
     if live.returncode == 0:
         return
-    if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "0":
-        click.echo("TORCH_DEVICE_BACKEND_AUTOLOAD=0 is set; unset it, or mergekit ignores every `pave:` block.", err=True)
+    if _is_switched_off():
+        click.echo(_SWITCHED_OFF, err=True)
     elif live.returncode == 3:
         click.echo("PyTorch did not load the plugin; it needs torch >= 2.5 and mergekit-pave installed beside it.", err=True)
     else:
