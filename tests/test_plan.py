@@ -175,7 +175,7 @@ def write_hollow(folder: Path, shapes: dict[str, list[int]], tensors_a_shard: in
 
 def test_a_switch_that_makes_merges_ignore_the_block_is_told(llama, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
-    path = str(write_config(config_for(llama), tmp_path / "plan.yml"))
+    path = str(write_config(config_for(llama, {}), tmp_path / "plan.yml"))
     result = CliRunner().invoke(main, ["plan", path, "--json"])
     assert "Warning: TORCH_DEVICE_BACKEND_AUTOLOAD=0 is set" in result.stderr
     assert json.loads(result.stdout)["models"]
