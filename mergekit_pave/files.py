@@ -11,12 +11,14 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file that takes the place of `path` when the block succeeds, and is gone when it does not."""
+    """A temporary file that takes the place of `path` when the block succeeds, and is gone when it does not.
+
+    It is left to the system when to write it to the disk: there is one for each weight, and what a power cut leaves of a file in
+    the cache is told by its hash.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
