@@ -35,6 +35,14 @@ def _add_to(target: str) -> None:
     importlib.import_module(_TARGETS[target][1]).add()
 
 
+def is_half_loaded(module: str, last: str) -> bool:
+    """Whether a module of ours is being imported just now, told by a name that it defines last.
+
+    It imports mergekit's, which is then complete before it: so it adds to that itself, at its end.
+    """
+    return module in sys.modules and not hasattr(sys.modules[module], last)
+
+
 class _HalfLoaded(types.ModuleType):
     """A module of mergekit until somebody asks it for something and it has all there is to have."""
 

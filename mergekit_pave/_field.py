@@ -15,6 +15,7 @@ from packaging.specifiers import SpecifierSet
 from pydantic import BeforeValidator, WrapValidator
 from pydantic.fields import FieldInfo
 
+from mergekit_pave._autoload import is_half_loaded
 from mergekit_pave.errors import PaveError
 
 SUPPORTED = SpecifierSet(">=0.1.5,<0.2")
@@ -27,6 +28,8 @@ def add() -> None:
     """Add the field. Idempotent, and does nothing while mergekit's configuration is still being loaded."""
     module = sys.modules.get("mergekit.config")
     if not hasattr(module, "ConfigReader") or "pave" in module.MergeConfiguration.model_fields:
+        return
+    if is_half_loaded("mergekit_pave.config", "parse"):
         return
     annotation = _annotation()
     field = FieldInfo.from_annotated_attribute(annotation, None)

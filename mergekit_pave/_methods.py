@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from importlib.metadata import version
 
+from mergekit_pave._autoload import is_half_loaded
+
 # Why they could not be registered, or None.
 problem: str | None = None
 
@@ -18,6 +20,8 @@ def add() -> None:
     global problem
     module = sys.modules.get("mergekit.merge_methods")
     if not hasattr(module, "__all__"):
+        return
+    if is_half_loaded("mergekit_pave.regmean", "RegMean") or is_half_loaded("mergekit_pave.tsv", "Tsv"):
         return
     try:
         from mergekit_pave._field import SUPPORTED

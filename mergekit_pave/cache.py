@@ -1,8 +1,9 @@
 """Artefacts on disk: content keys, atomic writes, and manifests that are written last.
 
 An artefact is a folder of safetensors files and a `manifest.json` that names each with its size and SHA-256, and ends
-with a hash of itself. The manifest is written last, so its presence means that the rest is complete. The folder's name
-is a hash of everything that determines the content, so nothing in it ever becomes stale.
+with a hash of itself. The manifest is written last, so where it is the rest was complete; what a power cut has left of
+that is told by the hashes. The folder's name is a hash of everything that determines the content, so nothing in it ever
+becomes stale.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def calibrate(config_file: str, merge_options: MergeOptions) -> None:
     merge_options.apply_global_options()
     plan = plugin.fill_caches(_read_config(config_file), merge_options)
     done, weights = len(plan.decompositions), plan.decomposed
-    if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+    if _speaks():
         click.echo(f"{weights} weights ready: {done} decomposed now, {weights - done} were in the cache.")
         if measured := sum(bool(form.measured) for form in plan.closed_forms.values()):
             click.echo(f"Covariances for {measured} tensors that regmean merges are in the cache.")
@@ -128,8 +128,8 @@ def _planned(path: str, options: MergeOptions) -> Plan:
 
 
 def _read_config(path: str) -> MergeConfiguration:
-    if _is_switched_off():
-        click.echo(f"Warning: {_SWITCHED_OFF}", err=True)
+    if (told := _switched_off()) and _speaks():
+        click.echo(f"Warning: {told}", err=True)
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         if not isinstance(content, dict):
@@ -227,12 +227,17 @@ def import_folder(folder: Path, cache_dir: str | None) -> None:
     click.echo(f"imported as {manifest['key'][:12]}, covariances of {manifest['model']}")
 
 
-_SWITCHED_OFF = "TORCH_DEVICE_BACKEND_AUTOLOAD=0 is set; unset it, or mergekit ignores every `pave:` block."
+def _speaks() -> bool:
+    """Of several processes one does."""
+    return os.environ.get("RANK", "0") == "0"
 
 
-def _is_switched_off() -> bool:
-    """Whether PyTorch has been told to load no plugins, and so not this one either."""
-    return os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "0"
+def _switched_off() -> str | None:
+    """What to say where PyTorch has been told to load no plugins, and so not this one either: by anything but a 1."""
+    value = os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1")
+    if value == "1":
+        return None
+    return f"TORCH_DEVICE_BACKEND_AUTOLOAD={value} is set; unset it, or mergekit ignores every `pave:` block."
 
 
 def _find(key: str, cache_dir: str | None) -> caches.Entry:
@@ -258,8 +263,8 @@ def doctor() -> None:
     click.echo(f"{'methods':14} {'regmean, tsv' if live.returncode == 0 else 'NOT USABLE'}")
     if live.returncode == 0:
         return
-    if _is_switched_off():
-        click.echo(_SWITCHED_OFF, err=True)
+    if told := _switched_off():
+        click.echo(told, err=True)
     elif live.returncode == 3:
         click.echo("PyTorch did not load the plugin; it needs torch >= 2.5 and mergekit-pave installed beside it.", err=True)
     else:

@@ -23,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from mergekit_pave import _field
 from mergekit_pave.errors import PaveError, unknown
 
 
@@ -334,3 +335,6 @@ def _describe(value: Any, error: ValidationError) -> Iterator[str]:
         message = problem["msg"].removeprefix("Value error, ")
         shown = f" (got {problem['input']!r})" if problem["type"] not in ("missing", "value_error") else ""
         yield f"{path}: {message[0].lower()}{message[1:]}{shown}"
+
+
+_field.add()  # where this module was imported before mergekit

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are there whole or not at all, whenever a process is killed."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pathlib import Path
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file that takes the place of `path` when the block succeeds, and is gone when it does not.
 
-    It is left to the system when to write it to the disk: there is one for each weight, and what a power cut leaves of a file in
-    the cache is told by its hash.
+    It is left to the system when to write it to the disk, as there is one for each weight. What a power cut leaves of a file
+    in the cache is told by its hash.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
     try:

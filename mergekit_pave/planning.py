@@ -1,7 +1,8 @@
 """Which tensors of a planned merge are purified, and the tasks that do it.
 
 Works on what mergekit has planned (`PlannedTensor`) and returns what has to take the place of its inputs. Reads
-configurations, tokenizers and samples, but no weights, so that every mistake in the `pave:` block shows before any work.
+configurations, tokenizers, samples and the headers of weights, but no weights, so that every mistake in the `pave:` block
+shows before any work.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import transformers
 from mergekit.common import ModelReference
 from mergekit.config import evaluate_setting
 from mergekit.io.tasks import GatherTensors
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from mergekit_pave import cache, versions
 from mergekit_pave.allocation import fair_share, most_dropped
@@ -595,20 +596,23 @@ def _check_coverage(model: ModelReference, architecture: Architecture, reasons: 
 
 
 def _check_sizes(tensors: list[PlannedTensor], environment: Environment) -> None:
-    """Refuse inputs of different sizes, which mergekit does only once it has read them, after calibration."""
+    """Refuse inputs of different sizes, which mergekit does only once it has read them, after calibration.
+
+    Sizes are those in safetensors files; of other files, and of tensors that mergekit converts, they are left to mergekit.
+    """
     stored = functools.cache(lambda model: _stored_shapes(environment.checkpoint(model)))
     for planned in tensors:
         shapes: dict[ModelReference, tuple[int, ...]] = {}
-        vocabulary = False
+        axis = None
         for model, info in planned.gather.weight_info.items() if planned.gather else ():
             names = (info.name, *(info.aliases or ()), *(info.tied_names or ()))
             if found := [stored(model)[name] for name in names if name in stored(model)]:
                 shapes[model] = found[0]
-            vocabulary |= info.vocabulary_axis is not None
+            axis = info.vocabulary_axis
         if len(set(shapes.values())) > 1:
             told = ", ".join(f"{' x '.join(map(str, shape))} in {model}" for model, shape in shapes.items())
             advice = "mergekit can only merge tensors of the same size"
-            if vocabulary:
+            if axis is not None and len({(*shape[:axis], *shape[axis + 1 :]) for shape in shapes.values()}) == 1:
                 advice = (
                     "the models have different vocabularies; add `tokenizer: {source: base}` to the config to bring them in line"
                 )
@@ -616,13 +620,21 @@ def _check_sizes(tensors: list[PlannedTensor], environment: Environment) -> None
 
 
 def _stored_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """The shapes of a checkpoint's tensors, from the headers of its safetensors files."""
+    """The shapes of a checkpoint's tensors, from the headers of its safetensors files.
+
+    Raises:
+        PaveError: one of them cannot be parsed.
+    """
     shapes = {}
     for file in sorted(set(checkpoint.files.values())):
-        if file.endswith(".safetensors"):
-            with safe_open(Path(checkpoint.folder, file), "pt") as tensors:
-                names = tensors.keys()
-                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
+        path = Path(checkpoint.folder, file)
+        if path.suffix == ".safetensors":
+            try:
+                with safe_open(path, "pt") as tensors:
+                    names = tensors.keys()
+                    shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
+            except (OSError, SafetensorError) as error:
+                raise PaveError(f"{path} cannot be read ({error}); fetch it again") from error
     return shapes
 
 

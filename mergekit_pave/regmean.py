@@ -32,6 +32,7 @@ from mergekit.merge_methods.base import (
 from pydantic import AfterValidator
 from torch import Tensor
 
+from mergekit_pave import _methods
 from mergekit_pave.covariance import Covariance
 from mergekit_pave.errors import PaveError, unknown
 from mergekit_pave.subspace import matrices
@@ -280,3 +281,6 @@ def task_arithmetic(group: TensorGroup, weights: list[float], scale: float) -> T
     if group.base is None:
         return merge_methods.get("linear")((group,), parameters={"weight": shares})[0]
     return merge_methods.get("task_arithmetic")((group,), parameters={"weight": shares, "lambda": scale})[0]
+
+
+_methods.add()  # where this module was imported before mergekit

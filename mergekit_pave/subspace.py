@@ -235,8 +235,8 @@ def _random(rows: int, columns: int, like: Tensor, seed: int = 0) -> Tensor:
     return torch.randn(rows, columns, generator=generator, dtype=like.dtype, device="cpu").to(like.device)
 
 
-# Elements at a time: no float32 copy of W is ever made. On a CPU a block stays in its cache, and is small enough for malloc to
-# keep its memory; to get it anew each time from the system takes longer than the product.
+# Elements in float32 at a time, beside W. On a CPU a block stays in its cache, and is small enough for malloc to keep its memory:
+# to get it anew each time from the system takes longer than the product.
 _CPU_BLOCK, _BLOCK = 1 << 18, 1 << 24
 
 

@@ -31,6 +31,7 @@ from mergekit.merge_methods.base import (
 )
 from torch import Tensor
 
+from mergekit_pave import _methods
 from mergekit_pave.errors import PaveError
 from mergekit_pave.regmean import looks_like_matrices, task_arithmetic
 
@@ -115,3 +116,6 @@ def _holds_matrices(group: TensorGroup) -> bool:
     """Whether a tensor is a matrix, or a stack of those of experts: a kernel of a convolution has three dimensions, too."""
     name = group.metadata.name or ""
     return looks_like_matrices(group, 2) or (looks_like_matrices(group, 3) and ("expert" in name or "moe" in name))
+
+
+_methods.add()  # where this module was imported before mergekit

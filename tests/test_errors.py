@@ -376,7 +376,7 @@ def test_models_that_are_mostly_something_else_than_linear_layers(llama, tmp_pat
     assert {row["tensor"] for row in report["purified"]} == {f"model.layers.{i}.self_attention.kv_proj.weight" for i in range(2)}
 
 
-def test_models_of_different_vocabularies_are_refused_before_calibration(workplace):
+def test_models_of_different_vocabularies_are_refused_before_calibration(workplace, cache):
     larger = transformers.AutoModelForCausalLM.from_pretrained("alpha")
     larger.resize_token_embeddings(larger.config.vocab_size + 3)
     larger.save_pretrained("alpha")
@@ -384,13 +384,21 @@ def test_models_of_different_vocabularies_are_refused_before_calibration(workpla
     assert_refused(
         config(), workplace, "model.embed_tokens.weight", f"{rows} x ", f"{rows - 3} x ", "./alpha", "tokenizer: {source: base}"
     )
-    assert not (workplace / "cache" / "covariance").exists()
+    assert not cache.exists()
     mended = config() | {"tokenizer": {"source": "base"}}
     assert invoke(mended, workplace / "out").exit_code == 0
 
 
-def test_models_of_different_shapes_are_refused_before_calibration(workplace):
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [
+        ("intermediate_size", "up_proj.weight is 224 x 48 in ./alpha, 112 x 48 in ./beta"),
+        ("hidden_size", "embed_tokens.weight is"),
+    ],
+)
+def test_models_of_different_shapes_are_refused_before_calibration(key, told, workplace, cache):
     wider = transformers.AutoConfig.from_pretrained("alpha")
-    wider.intermediate_size *= 2
+    setattr(wider, key, 2 * getattr(wider, key))
     transformers.AutoModelForCausalLM.from_config(wider).save_pretrained("alpha")
-    assert_refused(config(), workplace, "up_proj.weight is 224 x 48 in ./alpha, 112 x 48 in ./beta", "of the same size")
+    assert_refused(config(), workplace, told, "of the same size")
+    assert not cache.exists()

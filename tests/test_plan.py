@@ -173,9 +173,10 @@ def write_hollow(folder: Path, shapes: dict[str, list[int]], tensors_a_shard: in
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-def test_a_switch_that_makes_merges_ignore_the_block_is_told(llama, tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+@pytest.mark.parametrize("value", ["0", "false"])
+def test_a_switch_that_makes_merges_ignore_the_block_is_told(value, llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", value)
     path = str(write_config(config_for(llama, {}), tmp_path / "plan.yml"))
     result = CliRunner().invoke(main, ["plan", path, "--json"])
-    assert "Warning: TORCH_DEVICE_BACKEND_AUTOLOAD=0 is set" in result.stderr
+    assert f"Warning: TORCH_DEVICE_BACKEND_AUTOLOAD={value} is set" in result.stderr
     assert json.loads(result.stdout)["models"]

@@ -96,13 +96,21 @@ def test_a_block_says_what_is_missing():
     assert "datasets" in last
 
 
-@pytest.mark.parametrize("first", ["mergekit.config", "mergekit.plan", "mergekit.merge", "mergekit.common", "mergekit_pave"])
-def test_the_field_is_there_whatever_is_imported_first(first):
+THEIRS = ["config", "plan", "merge", "common", "merge_methods", "merge_methods.registry"]
+OURS = ["config", "purification", "regmean", "tsv"]
+
+
+@pytest.mark.parametrize(
+    "first", ["mergekit_pave", *(f"mergekit.{name}" for name in THEIRS), *(f"mergekit_pave.{name}" for name in OURS)]
+)
+def test_the_field_and_the_methods_are_there_whatever_is_imported_first(first):
     done = python(
         f"import {first}; from mergekit.config import MergeConfiguration as C; import mergekit.config as c;"
-        "print('pave' in C.model_fields, type(c).__name__)"
+        "from mergekit import merge_methods as m;"
+        "print(C.model_fields['pave'].annotation, [m.get(name).spec.name for name in ('regmean', 'tsv')], type(c), type(m))"
     )
-    assert done.stdout.strip() == "True module", done.stderr
+    expected = "typing.Optional[mergekit_pave.config.PaveConfig] ['regmean', 'tsv'] <class 'module'> <class 'module'>"
+    assert done.stdout.strip() == expected, done.stderr
 
 
 # What a script of a user's does, and the plugin comes later than usual.
@@ -133,15 +141,6 @@ def test_importing_the_package_after_mergekit(llama, tmp_path):
     assert (tmp_path / "out" / "README.md").read_text().count("### PAVE") == 1
     # Without a config source mergekit writes what `to_yaml` gives.
     assert "pave:" in (tmp_path / "out" / "mergekit_config.yml").read_text()
-
-
-@pytest.mark.parametrize("first", ["merge_methods", "merge_methods.registry", "plan", "config"])
-def test_merge_methods_are_there_whatever_is_imported_first(first):
-    done = python(
-        f"import mergekit.{first}; from mergekit import merge_methods as m;"
-        "print([m.get(name).spec.name for name in ('regmean', 'tsv')], type(m).__name__)"
-    )
-    assert done.stdout.strip() == "['regmean', 'tsv'] module", done.stderr
 
 
 @pytest.mark.parametrize("error", ["ModuleNotFoundError(name)", "AttributeError('another mergekit')"])

