@@ -235,9 +235,8 @@ def _random(rows: int, columns: int, like: Tensor, seed: int = 0) -> Tensor:
     return torch.randn(rows, columns, generator=generator, dtype=like.dtype, device="cpu").to(like.device)
 
 
-# Elements in float32 at a time, beside W. On a CPU a block stays in its cache, and is small enough for malloc to keep its memory:
-# to get it anew each time from the system takes longer than the product.
-_CPU_BLOCK, _BLOCK = 1 << 18, 1 << 24
+# Elements in float32 at a time, beside W. On a CPU a block stays in its cache, but is large enough to keep several cores busy.
+_CPU_BLOCK, _BLOCK = 1 << 19, 1 << 24
 
 
 def coefficients(weight: Tensor, directions: Tensor, base: Tensor | None = None) -> Tensor:
@@ -272,10 +271,13 @@ def drop_components(
     precision = torch.promote_types(weight.dtype, torch.float32)
     directions, removed = directions.to(precision), removed.to(precision)
     change = directions.new_zeros((), dtype=torch.float64)  # squared
-    for rows in _blocks(weight):
-        part = weight[rows].to(precision, copy=True)
+    blocks = _blocks(weight)
+    # For all blocks the same: to get memory anew from the system takes longer than the product that is written to it.
+    buffers = directions.new_empty(1 if base is None else 2, blocks[0].stop, weight.shape[1])
+    for rows in blocks:
+        part = buffers[0, : len(out[rows])].copy_(weight[rows])
         if base is not None:
-            change += _square(base[rows].to(precision, copy=True).sub_(part))
+            change += _square(buffers[1, : len(part)].copy_(base[rows]).sub_(part))
         out[rows] = part.addmm_(directions[rows], removed, alpha=-1)
     # U_t is orthonormal, so what is removed is as long as its coefficients.
     return _square(removed).sqrt().item(), None if base is None else change.sqrt().item()

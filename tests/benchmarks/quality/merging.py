@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import json
 import os
@@ -95,8 +96,11 @@ class Outcome:
         return statistics.mean(self.scores.values())
 
     def against(self, other: Outcome) -> tuple[float, float]:
-        """Mean and standard error of what this is better by, paired over seeds and tasks."""
-        differences = [score - other.scores[pair] for pair, score in self.scores.items()]
+        """Mean of what this is better by, and its standard error over the tasks: seeds of one task repeat what it favours."""
+        by_task = collections.defaultdict(list)
+        for (seed, task), score in self.scores.items():
+            by_task[task].append(score - other.scores[seed, task])
+        differences = [statistics.mean(of_task) for of_task in by_task.values()]
         return statistics.mean(differences), statistics.stdev(differences) / len(differences) ** 0.5
 
 
