@@ -40,7 +40,8 @@ def is_half_loaded(module: str, last: str) -> bool:
 
     It imports mergekit's, which is then complete before it: so it adds to that itself, at its end.
     """
-    return module in sys.modules and not hasattr(sys.modules[module], last)
+    found = sys.modules.get(module)
+    return found is not None and not hasattr(found, last)
 
 
 class _HalfLoaded(types.ModuleType):
