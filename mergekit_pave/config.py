@@ -266,7 +266,7 @@ def parse(value: Any, handler, info) -> PaveConfig | None:
         PaveError: naming each key or model that is wrong. Not a `ValidationError`: this one is for people.
     """
     if value is None:
-        if info.data.get("merge_method") == "regmean":
+        if info.data.get("merge_method") in ("regmean", "tsv"):
             _register("use another merge_method")
         return None
     if isinstance(value, dict) and isinstance(value.get("block"), _Shielded):

@@ -10,7 +10,7 @@
   `mergekit.merge` will call when the merge is done, appends to the card.
 
 Without a `pave:` block each of these hands on to mergekit's own code and does nothing else, unless the method is `regmean`
-(`tsv` needs nothing of mergekit but its registry of methods).
+(of `tsv` only the names of parameters are checked).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from mergekit.architecture import ModelArchitecture, WeightInfo, get_architecture_info
@@ -41,6 +42,7 @@ from mergekit_pave.calibration import distributed
 from mergekit_pave.calibration.layers import describe
 from mergekit_pave.calibration.run import Runtime
 from mergekit_pave.card import with_section
+from mergekit_pave.config import looks_local
 from mergekit_pave.errors import PaveError
 from mergekit_pave.licence import common_licence
 from mergekit_pave.page.picture import draw_ranks
@@ -58,6 +60,7 @@ from mergekit_pave.progress import bar, no_bars_of_others
 from mergekit_pave.regmean import RegMean, check_baseless, check_names, check_weights, data_share
 from mergekit_pave.report import kind, read_report
 from mergekit_pave.tasks import DecomposeWeight, MergeByRegMean, PurificationStats, RegMeanStats, WriteReport
+from mergekit_pave.tsv import Tsv
 
 LOG = logging.getLogger(__name__)
 
@@ -96,10 +99,10 @@ def _noting_position(plan_tensor):
 def _with_purification(plan):
     @functools.wraps(plan)
     def wrapper(self):
+        if isinstance(self._method, (RegMean, Tsv)):
+            check_names(self._method.spec, _parameters(self.config))
         if not _is_ours(self):
             return plan(self)
-        if _is_regmean(self):
-            check_names(_parameters(self.config))
         self.arch_info = _with_stored_names(self)
         plan(self)
         tensors = [
@@ -309,10 +312,12 @@ def plan_merge(config: MergeConfiguration, options: MergeOptions) -> Plan:
     Raises:
         PaveError: the config has no `pave:` block, or the block does not fit.
     """
-    if config.pave is None:
-        told = "the config has no `pave:` block, so nothing would be purified or measured"
-        if config.merge_method in ("regmean", "tsv"):
-            told += f"; {config.merge_method} alone needs no plan, calibration or report: merge it with mergekit-yaml"
+    for model in config.referenced_models():
+        path = model.model.path
+        if looks_local(path) and not Path(path).expanduser().exists():
+            raise PaveError(f"there is no model at {path} (looked in {Path.cwd()})")
+    told = "the config has no `pave:` block, so nothing would be purified or measured"
+    if config.pave is None and config.merge_method not in ("regmean", "tsv"):
         raise PaveError(told)
     LoaderCache().setup(options=options)
     base = config.base_model or config.referenced_models()[0]
@@ -323,6 +328,8 @@ def plan_merge(config: MergeConfiguration, options: MergeOptions) -> Plan:
         out_model_config=base.config(trust_remote_code=options.trust_remote_code),
     )
     planner._plan()
+    if config.pave is None:
+        raise PaveError(f"{told}; {config.merge_method} alone needs no plan, calibration or report: merge it with mergekit-yaml")
     return planner._pave_plan
 
 

@@ -254,16 +254,16 @@ class RegMean(GroupMergeMethod):
         return result
 
 
-def check_names(given: Iterable[str]) -> None:
-    """Refuse parameters that the method does not have: mergekit would ignore them.
+def check_names(method: MergeMethodSpec, given: Iterable[str]) -> None:
+    """Refuse parameters that a method does not have: mergekit would ignore them.
 
     Raises:
         PaveError: naming the first, and the one that was probably meant.
     """
-    known = [parameter.name for parameter in RegMean.spec.parameters]
+    known = [parameter.name for parameter in method.parameters]
     for name in given:
         if name not in known:
-            raise PaveError(f"regmean: {unknown('parameter', name, known)}")
+            raise PaveError(f"{method.name}: {unknown('parameter', name, known)}")
 
 
 def looks_like_matrices(group: TensorGroup, dims: int) -> bool:

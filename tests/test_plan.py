@@ -180,3 +180,21 @@ def test_a_switch_that_makes_merges_ignore_the_block_is_told(value, llama, tmp_p
     result = CliRunner().invoke(main, ["plan", path, "--json"])
     assert f"Warning: TORCH_DEVICE_BACKEND_AUTOLOAD={value} is set" in result.stderr
     assert json.loads(result.stdout)["models"]
+
+
+def test_regmean_without_a_block_is_told_what_it_lacks(llama, tmp_path):
+    config = config_for(llama, None, merge_method="regmean")
+    lacking = CliRunner().invoke(main, ["plan", str(write_config(config, tmp_path / "plan.yml"))])
+    assert lacking.exit_code != 0 and "Add a `pave:` block" in lacking.output
+    enough = config | {"parameters": {"covariance": 0}}
+    forget_checkpoints()
+    alone = CliRunner().invoke(main, ["plan", str(write_config(enough, tmp_path / "plan.yml"))])
+    assert alone.exit_code != 0 and "needs no plan" in alone.output
+
+
+def test_a_model_that_is_not_there_is_told_with_the_folder_in_which_it_was_looked_for(llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = config_for(llama, {}) | {"base_model": "./elsewhere"}
+    result = CliRunner().invoke(main, ["plan", str(write_config(config, tmp_path / "plan.yml"))])
+    assert result.exit_code != 0
+    assert f"there is no model at ./elsewhere (looked in {tmp_path})" in result.output

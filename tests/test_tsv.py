@@ -179,6 +179,14 @@ def test_real_models(families, family_of, tmp_path, kind):  # noqa: F811
         assert distance(tensor.double() - base[name].double(), exact) < 1e-6, name
 
 
+@pytest.mark.parametrize("block", [{}, None])
+def test_parameters_that_it_does_not_have_are_refused(llama, tmp_path, cache, block):
+    config = config_for(llama, block, merge_method="tsv", parameters={"lamda": 0.3})
+    with pytest.raises(PaveError, match="tsv: unknown parameter 'lamda'; did you mean 'lambda'"):
+        merge(config, tmp_path / "out")
+    assert not cache.exists()
+
+
 def test_on_purified_weights_and_in_several_steps(llama, tmp_path, cache):
     config = config_for(llama, {"target": "task_vector"}, merge_method="tsv")
     result = invoke(config, tmp_path / "out")

@@ -42,7 +42,7 @@ def dense(value: float) -> list[dict[str, Any]]:
     return [{"filter": "word_embeddings", "value": 1.0}, {"value": value}]
 
 
-# Around the range of lambda in which each method's best value lies, with and without purification.
+# Around what validation chose when wider and coarser ranges were tried.
 METHODS = {
     "task_arithmetic": Arm("task_arithmetic", scaled(0.15, 0.3, 0.45, 0.65, weight=1.0)),
     "ties": Arm("ties", scaled(0.15, 0.35, 0.7, 1.1, weight=1.0, density=dense(0.3))),
@@ -54,6 +54,12 @@ METHODS = {
     "regmean, covariance 0": Arm("regmean", scaled(0.6, 0.8, 1.0, 1.25, covariance=0.0)),
     "regmean, covariance 0.5": Arm("regmean", scaled(0.6, 0.8, 1.0, 1.25, covariance=0.5), pave={}, purify=False),
     "regmean, covariance 1": Arm("regmean", scaled(0.6, 0.8, 1.0, 1.25, covariance=1.0), pave={}, purify=False),
+}
+# The fewer models are merged, the further they may go; `regmean` does not depend on how many there are.
+FEW_MODELS = {
+    "task_arithmetic": scaled(0.45, 0.65, 0.85, 1.1, weight=1.0),
+    "ties": scaled(0.7, 1.1, 1.6, 2.2, weight=1.0, density=dense(0.3)),
+    "tsv": scaled(0.8, 1.2, 1.8, 2.5),
 }
 FIRST, CLOSED = "task_arithmetic", "regmean, covariance 0.5"
 BEST_KNOWN = (FIRST, "ties", "tsv", CLOSED)
@@ -81,6 +87,11 @@ def rows(models: int, counts: tuple[int, ...] = (), *, details: bool, quick: boo
 
     for name, arm in methods.items():
         add(METHODS_SECTION, name, arm, None if name == FIRST else methods[FIRST])
+
+    if CLOSED in methods:
+        for name in methods:
+            if name not in (FIRST, CLOSED):
+                add(f"{CLOSED}, against each other method", f"against {name}", methods[CLOSED], methods[name])
 
     for name in chosen:
         for target in TARGETS if name not in UNPURIFIED else ():
@@ -120,7 +131,10 @@ def rows(models: int, counts: tuple[int, ...] = (), *, details: bool, quick: boo
 
     for count in counts:
         section = f"{count} models at once, against {FIRST}"
-        fewer = {name: replace(methods[name], models=count) for name in BEST_KNOWN}
+        fewer = {
+            name: replace(methods[name], models=count, settings=FEW_MODELS.get(name, methods[name].settings))
+            for name in BEST_KNOWN
+        }
         for name, arm in fewer.items():
             add(section, name, arm, None if name == FIRST else fewer[FIRST])
         section = f"{count} models at once, rank_ratio {MAIN_RATIO}, against the same method without"

@@ -27,7 +27,14 @@ def known(measure: Callable[..., Outcome], *arguments: Arm) -> Outcome | None:
 
 def table(laboratories: dict[Laboratory, list[Row]]) -> str:
     """Markdown: for each family and section a table."""
-    return "\n".join(line for laboratory, rows in laboratories.items() for line in _family(laboratory, rows))
+    return "\n".join([_ABOUT, *(line for laboratory, rows in laboratories.items() for line in _family(laboratory, rows))])
+
+
+_ABOUT = """Scores on the test parts, means over tasks and seeds; the difference in these means, with its standard error over the
+tasks; the length of what purification removed over that of what fine-tuning had changed; and the setting that did best on
+the validation parts with the first seed, of those after the colon. Purified and measured with 128 samples of each model's
+own task, where nothing else is said; another task's are those of the next model.
+"""
 
 
 def _family(laboratory: Laboratory, rows: list[Row]) -> list[str]:
@@ -58,7 +65,9 @@ def _family(laboratory: Laboratory, rows: list[Row]) -> list[str]:
         against = "{:+.2f} ± {:.2f}".format(*outcome.against(reference)) if reference else ""
         removed = "" if outcome.removed is None else f"{outcome.removed:.2g}"
         varied = (key for key in outcome.setting if any(other[key] != outcome.setting[key] for other in row.arm.settings))
-        setting = ", ".join(f"{key} {outcome.setting[key]}" for key in varied)
+        setting = ", ".join(
+            f"{key} {outcome.setting[key]}: {', '.join(str(tried[key]) for tried in row.arm.settings)}" for key in varied
+        )
         lines.append(f"| {row.label} | {outcome.mean:.1f} | {against} | {removed} | {setting} |")
     return [*lines, ""]
 
