@@ -148,5 +148,10 @@ def test_what_the_text_names_is_there():
             assert words[1] in main.commands, words
     for link in re.findall(r"\]\((?!https?://)([^)#]+)\)", text):
         assert (ROOT / link).exists(), link
+    headings = {
+        re.sub(r"[^\w -]", "", line).strip().lower().replace(" ", "-") for line in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    }
+    for anchor in re.findall(r"\]\(#([^)]+)\)", text):
+        assert anchor in headings, anchor
     for name in re.findall(r"`(?:tests|examples)/[\w/.-]*`", text):
         assert (ROOT / name.strip("`")).exists(), name

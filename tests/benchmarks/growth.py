@@ -6,12 +6,13 @@
 Each run calibrates, decomposes and merges Llamas that are 512 wide. What any command takes before it has read a model (Python and
 its libraries) is measured by a merge of one layer, and taken off the time for one weight. The memory of any merge grows, as the
 pages of checkpoints that are mapped into it count, and mergekit keeps its output until a shard is full: so it stands beside that
-of the merge without a block. With OMP_NUM_THREADS=1 seconds are those of CPU time.
+of the merge without a block.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 import tempfile
@@ -38,7 +39,7 @@ def measure(layers: int, models: int) -> tuple[float, float, float]:
 def plot(results: dict[tuple[int, int], tuple[float, float, float]], start: float, path: str) -> None:
     import matplotlib.pyplot as plt
 
-    _, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(7, 5), layout="constrained")
     for label, grid in (("layers grow, 2 models", LAYERS), ("models grow, 4 layers", MODELS)):
         counts = [layers * models * WEIGHTS for layers, models in grid]
         axis.loglog(counts, [results[point][0] - start for point in grid], "o-", label=f"seconds: {label}")
@@ -46,14 +47,17 @@ def plot(results: dict[tuple[int, int], tuple[float, float, float]], start: floa
         axis.loglog(counts, [results[point][2] for point in grid], "x:", label=f"peak GB without a block: {label}")
     axis.set_xlabel("weights purified")
     axis.grid(alpha=0.3, which="both")
-    axis.legend()
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     plt.savefig(path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plot", metavar="FILE")
+    parser.add_argument("--cpu-time", action="store_true", help="seconds of one thread's CPU time")
     options = parser.parse_args()
+    if options.cpu_time:
+        os.environ["OMP_NUM_THREADS"] = "1"
     start, *_ = measure(1, 2)
     print(f"a merge of one layer: {start:.1f} s\n")
     print("| layers | models | weights | seconds | s a weight | peak memory | without a block |")
