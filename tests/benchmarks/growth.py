@@ -1,6 +1,6 @@
 """How the cost of a first merge, nothing cached, grows with the number of layers and of models: real `mergekit-yaml` commands.
 
-    python tests/benchmarks/growth.py                      # about 15 minutes on 2 cores, 3 GB of disk
+    python tests/benchmarks/growth.py                      # about 5 minutes on 2 cores, 3 GB of disk
     python tests/benchmarks/growth.py --plot growth.svg    # also a log-log plot; needs matplotlib
 
 Each run calibrates, decomposes and merges Llamas that are 512 wide. What any command takes before it has read a model (Python and
