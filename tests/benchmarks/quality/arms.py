@@ -42,7 +42,7 @@ def dense(value: float) -> list[dict[str, Any]]:
     return [{"filter": "word_embeddings", "value": 1.0}, {"value": value}]
 
 
-# Around what validation chose when wider and coarser ranges were tried.
+# Around what validation chose when other ranges were tried.
 METHODS = {
     "task_arithmetic": Arm("task_arithmetic", scaled(0.15, 0.3, 0.45, 0.65, weight=1.0)),
     "ties": Arm("ties", scaled(0.15, 0.35, 0.7, 1.1, weight=1.0, density=dense(0.3))),
