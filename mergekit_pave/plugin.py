@@ -60,7 +60,6 @@ from mergekit_pave.progress import bar, no_bars_of_others
 from mergekit_pave.regmean import RegMean, check_baseless, check_names, check_weights, data_share
 from mergekit_pave.report import kind, read_report
 from mergekit_pave.tasks import DecomposeWeight, MergeByRegMean, PurificationStats, RegMeanStats, WriteReport
-from mergekit_pave.tsv import Tsv
 
 LOG = logging.getLogger(__name__)
 
@@ -99,7 +98,7 @@ def _noting_position(plan_tensor):
 def _with_purification(plan):
     @functools.wraps(plan)
     def wrapper(self):
-        if isinstance(self._method, (RegMean, Tsv)):
+        if self._method.spec.name in ("regmean", "tsv"):
             check_names(self._method.spec, _parameters(self.config))
         if not _is_ours(self):
             return plan(self)
