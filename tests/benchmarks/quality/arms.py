@@ -88,10 +88,9 @@ def rows(models: int, counts: tuple[int, ...] = (), *, details: bool, quick: boo
     for name, arm in methods.items():
         add(METHODS_SECTION, name, arm, None if name == FIRST else methods[FIRST])
 
-    if CLOSED in methods:
-        for name in methods:
-            if name not in (FIRST, CLOSED):
-                add(f"{CLOSED}, against each other method", f"against {name}", methods[CLOSED], methods[name])
+    for name in methods:
+        if name not in (FIRST, CLOSED):
+            add(f"{CLOSED}, against each other method", f"against {name}", methods[CLOSED], methods[name])
 
     for name in chosen:
         for target in TARGETS if name not in UNPURIFIED else ():
