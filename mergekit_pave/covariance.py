@@ -9,6 +9,8 @@ about ten times further.)
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +44,16 @@ class Covariance:
             raise ValueError("rows have values that are not finite")
         moment = SecondMoment(rows.shape[1])
         moment.add(rows)
+        return moment.result()
+
+    @classmethod
+    def joined(cls, parts: Sequence[Covariance]) -> Covariance:
+        """The covariance of the rows of several together: second moments are sums. It may be one of them."""
+        if len(parts) == 1:
+            return parts[0]
+        moment = SecondMoment(parts[0].dim)
+        for part in parts:
+            moment.add_all(part)
         return moment.result()
 
     @property
@@ -125,6 +137,16 @@ class SecondMoment:
         if self._gram is not None and self._pending >= self._CHUNK:
             self._sum_pending()
 
+    def add_all(self, other: Covariance) -> None:
+        """Add all rows that another covariance is of, on the same device."""
+        if other.rows is not None:
+            self.add(other.rows)
+            return
+        if self._gram is None:
+            self._gram = torch.zeros_like(other.gram)
+        self._gram += other.gram
+        self.tokens += other.tokens
+
     def _sum_pending(self) -> None:
         summed = self.tokens - self._pending
         pending = self._rows[0] if len(self._rows) == 1 else torch.cat(self._rows)  # which copies even a single one
@@ -142,6 +164,27 @@ class SecondMoment:
         if self._pending:
             self._sum_pending()
         return Covariance(self.tokens, gram=mirror_upper(self._gram))
+
+
+class Covariances(ABC):
+    """The covariances of a model's layers, by the layers' names.
+
+    Where several layers share a weight, all of their inputs meet it: their names are given together.
+    """
+
+    @abstractmethod
+    def _tokens(self, layer: str) -> int: ...
+
+    @abstractmethod
+    def _load(self, layer: str) -> Covariance: ...
+
+    def tokens(self, layers: Sequence[str]) -> int:
+        """How many tokens the layers saw."""
+        return sum(map(self._tokens, layers))
+
+    def load(self, layers: Sequence[str]) -> Covariance:
+        """The covariance of the inputs of layers, at least one of which has seen tokens."""
+        return Covariance.joined([self._load(layer) for layer in layers if self._tokens(layer)])
 
 
 _STRIP = 256  # columns in one product: what is left of the strip is its mirror image and need not be computed

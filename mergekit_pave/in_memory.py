@@ -19,7 +19,7 @@ from mergekit_pave.calibration.layers import Linear, backbone, find_linears
 from mergekit_pave.calibration.observe import DivergedError, UnalignedInputError
 from mergekit_pave.calibration.run import measure_model
 from mergekit_pave.config import DEFAULT_CALIBRATION, PaveConfig, Regularization
-from mergekit_pave.covariance import Covariance
+from mergekit_pave.covariance import Covariance, Covariances
 from mergekit_pave.purification import decompose_weight, missed_layers, purify_weight
 from mergekit_pave.report import NEVER_CALLED, left_experts, never_called, summary, warnings
 
@@ -43,10 +43,11 @@ def purify_model(
 ) -> list[dict[str, Any]]:
     """Purify every linear layer of a model's backbone in place, as a `pave:` block with `allocation: uniform` would.
 
-    Each weight drops its fair share: spectral allocation compares several models, and here is one. The model runs over the
-    batches in the precision in which it was loaded, and all covariances are in memory at once, in at most 8 d² bytes for
-    each distinct layer input of width d, and so are the tails, 4 (d_out + d_in) bytes a component. Weights change only when
-    all of these are computed, so data, settings or weights that do not fit leave the model as it was.
+    Each weight drops its fair share: spectral allocation compares several models, and here is one. A weight that several layers
+    share is purified once, for the inputs of all of them; a pattern that is part of one of its names holds for it. The model
+    runs over the batches in the precision in which it was loaded, and all covariances are in memory at once, in at most 8 d²
+    bytes for each distinct layer input of width d, and so are the tails, 4 (d_out + d_in) bytes a component. Weights change only
+    when all of these are computed, so data, settings or weights that do not fit leave the model as it was.
 
     Args:
         model: all of it in memory, without adapters (`merge_and_unload()` them) and not quantised.
@@ -143,11 +144,19 @@ def _choose(
     for pattern, names in [*((p, linears) for p in include), *((p, parameters) for p in exclude)]:
         if not any(pattern in tensor for tensor in names):
             raise ValueError(f"{pattern!r} is part of no {'linear weight' if names is linears else 'parameter'}'s name")
+    names: dict[int, list[str]] = {}  # of each parameter, which several layers may share
+    for tensor, parameter in parameters.items():
+        names.setdefault(id(parameter), []).append(tensor)
+
+    def named(tensor: str, patterns: Sequence[str]) -> bool:
+        return any(pattern in name for pattern in patterns for name in names[id(parameters[tensor])])
+
     chosen = {
         tensor: linear
         for tensor, linear in linears.items()
-        if (not include or any(p in tensor for p in include))
-        and not any(p in tensor for p in exclude)
+        if tensor == names[id(parameters[tensor])][0]
+        and (not include or named(tensor, include))
+        and not named(tensor, exclude)
         and _drop(linear, rank_ratio)
     }
     if not chosen:
@@ -155,8 +164,6 @@ def _choose(
     for tensor in chosen:
         if parameters[tensor].is_meta:
             raise ValueError(f"{tensor} is not in memory (offloaded); load the model without offloading")
-        if tied := [other for other, value in parameters.items() if value is parameters[tensor] and other != tensor]:
-            raise ValueError(f"{tensor} is the same parameter as {tied[0]}, so it cannot be purified for one of them; exclude it")
     return chosen
 
 
@@ -184,16 +191,16 @@ def _regularization(given: float | Mapping[str, float] | None) -> Any:
         raise ValueError(f"regularization: {error.errors()[0]['msg']} (got {given!r})") from None
 
 
-class _Measured:
-    """Covariances in memory, by layer; see `purification.Covariances`."""
+class _Measured(Covariances):
+    """Covariances in memory."""
 
     def __init__(self, measured: list[tuple[list[str], Covariance]]):
         self._of = {layer: covariance for members, covariance in measured for layer in members}
 
-    def tokens(self, layer: str) -> int:
+    def _tokens(self, layer: str) -> int:
         return self._of[layer].tokens if layer in self._of else 0
 
-    def load(self, layer: str) -> Covariance:
+    def _load(self, layer: str) -> Covariance:
         return self._of[layer]
 
 

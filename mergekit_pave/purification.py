@@ -4,28 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mergekit_pave.calibration.layers import Linear
 from mergekit_pave.config import RelativeRegularization
-from mergekit_pave.covariance import Covariance
+from mergekit_pave.covariance import Covariance, Covariances
 from mergekit_pave.errors import PaveError
 from mergekit_pave.memory import empty_in_huge_pages
 from mergekit_pave.report import FEW_TOKENS, NEVER_CALLED
 from mergekit_pave.subspace import coefficients, drop_components, matrices, tail_components
-
-
-class Covariances(Protocol):
-    """The covariances of a model's layers."""
-
-    def tokens(self, layer: str) -> int:
-        """How many tokens the layer saw."""
-
-    def load(self, layer: str) -> Covariance:
-        """The covariance of the input of a layer that has seen tokens."""
 
 
 def missed_layers(model: str, wanted: tuple[Linear, ...], size: int, known: Covariances) -> list[Linear]:
@@ -41,7 +31,7 @@ def missed_layers(model: str, wanted: tuple[Linear, ...], size: int, known: Cova
     Raises:
         PaveError: they hold more than half of its weights in linear layers, or are all that was to be purified.
     """
-    missed = [linear for linear in wanted if not linear.experts and not known.tokens(linear.module)]
+    missed = [linear for linear in wanted if not linear.experts and not known.tokens(linear.layers[0])]
     share = sum(linear.size for linear in missed) / size
     if share > 0.5 or len(missed) == len(wanted):
         raise PaveError(
@@ -87,15 +77,15 @@ def decompose_weight(
     if not weight.isfinite().all():
         raise PaveError(f"{model}: {tensor} has values that are not finite")
     tails, removed, slices, left = [], [], [], {}
-    for matrix, name, expert in zip(matrices(weight, layer.transposed), layer.layers, layer.experts or (None,), strict=True):
-        if known.tokens(name) < max(1, min_tokens):
-            left["" if expert is None else str(expert)] = known.tokens(name)
+    for matrix, names, expert in zip(matrices(weight, layer.transposed), layer.layers, layer.experts or (None,), strict=True):
+        if known.tokens(names) < max(1, min_tokens):
+            left["" if expert is None else str(expert)] = known.tokens(names)
             continue
-        covariance = known.load(name).to(weight.device)
+        covariance = known.load(names).to(weight.device)
         shift = shift_of(covariance, regularization)
         if not shift > 0:
             raise PaveError(
-                f"{model}: all calibration inputs of {name} are zero, so a relative regularization is zero too; "
+                f"{model}: all calibration inputs of {names[0]} are zero, so a relative regularization is zero too; "
                 "set an absolute pave.regularization or exclude the layer"
             )
         tail = tail_components(matrix, covariance, shift, count)

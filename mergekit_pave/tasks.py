@@ -408,8 +408,8 @@ class MergeByRegMean(ExecuteMergeMethodTask):
         """Of each matrix, why it cannot be merged with covariances: all models need one."""
         reasons: list[Optional[str]] = [None] * len(self.layer.layers)
         for one in self.measured:
-            for i, name in enumerate(one.layer.layers):
-                tokens = known[one.model].tokens(name)
+            for i, names in enumerate(one.layer.layers):
+                tokens = known[one.model].tokens(names)
                 if tokens < max(1, one.min_tokens) and reasons[i] is None:
                     reasons[i] = f"{FEW_TOKENS} ({tokens}, {one.model})" if one.layer.experts else f"{NEVER_CALLED} ({one.model})"
         return reasons

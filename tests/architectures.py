@@ -79,6 +79,21 @@ def _language_models() -> list[Architecture]:
         entry("exaone4", "Exaone4", sliding_window=16, layer_types=["sliding_attention", "full_attention"]),
         # dt_proj is not called as a layer, for the scan reads its weight; so it stays as it is.
         entry("mamba", "Mamba", "in_proj x_proj out_proj"),
+        # Its attention blocks share one set of weights, beside small adapters of their own.
+        entry(
+            "zamba2",
+            "Zamba2",
+            "in_proj out_proj linear q_proj k_proj v_proj o_proj gate_up_proj down_proj 0.0 0.1 1.0 1.1",
+            num_hidden_layers=4,
+            layers_block_type=["mamba", "hybrid", "mamba", "hybrid"],
+            hybrid_layer_ids=[1, 3],
+            num_mem_blocks=1,
+            num_key_value_heads=4,
+            adapter_rank=16,
+            n_mamba_heads=4,
+            mamba_d_state=8,
+            mamba_ngroups=1,
+        ),
         entry(
             "lfm2",
             "Lfm2",

@@ -128,9 +128,11 @@ def layer_inputs(kind: str, folder: Path, source: tuple, max_length: int) -> dic
             kept[name] = []
             # A module that goes by another name than its weight in the checkpoint is told by the weight itself.
             module = modules.get(name) or next(m for m in modules.values() if _has_weight(m, value))
-            module.register_forward_hook(
-                lambda m, args, out, name=name: kept[name].append(args[0].reshape(-1, args[0].shape[-1]))
-            )
+            for layer in modules.values():
+                if getattr(layer, "weight", None) is module.weight:  # all layers that share it
+                    layer.register_forward_hook(
+                        lambda m, args, out, name=name: kept[name].append(args[0].reshape(-1, args[0].shape[-1]))
+                    )
     samples = _images(source[0], folder) if source[1] == "image" else _texts(source, folder, max_length)
     with torch.no_grad():
         for sample in samples:

@@ -35,6 +35,7 @@ class Linear:
         transposed: a stored matrix is (d_in, d_out), as in GPT-2's Conv1D.
         experts: the numbers of the experts whose matrices the weight holds; none for an ordinary layer.
         stacked: the matrices lie along a first dimension of the weight; otherwise it is one matrix.
+        shared: the paths of other layers whose weight is the same parameter.
     """
 
     module: str
@@ -42,11 +43,13 @@ class Linear:
     transposed: bool
     experts: tuple[int, ...] = ()
     stacked: bool = False
+    shared: tuple[str, ...] = ()
 
     @property
-    def layers(self) -> list[str]:
-        """What covariances are named by: the module, or each of the experts."""
-        return [f"{self.module}.{expert}" for expert in self.experts] or [self.module]
+    def layers(self) -> list[tuple[str, ...]]:
+        """What the covariances of each matrix are named by: the module, or the expert, and those that share its weight."""
+        modules = (self.module, *self.shared)
+        return [tuple(f"{module}.{expert}" for module in modules) for expert in self.experts] or [modules]
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -66,7 +69,7 @@ class Architecture:
 
     Attributes:
         linears: backbone layers by the name of their weight.
-        heads: names of the weights of linear layers outside the backbone.
+        heads: names of the weights of linear layers outside the backbone, and of those that something else uses, too.
         routers: names of the weights that choose among experts.
         weights: the shape of every parameter by its name.
         tensors: what a complete checkpoint has: every parameter under the first of its names, and persistent buffers.
@@ -219,7 +222,24 @@ def find_linears(model: nn.Module) -> tuple[dict[str, Linear], frozenset[str], f
             count, *shape = getattr(module, leaf).shape
             shape = tuple(shape[::-1] if module.is_transposed else shape)
             linears[name] = Linear(name, shape, module.is_transposed, tuple(range(count)), stacked=True)
+    for names in _shared_parameters(model):
+        layers = {name: linears[name] for name in names if name in linears}
+        for name, layer in layers.items():
+            others = tuple(other.module for other in layers.values() if other is not layer)
+            linears[name] = replace(layer, shared=others)
+        if len(layers) < len(names):  # what an embedding or a head does with the weight is not measured
+            heads.update(layers)
+            linears = {name: layer for name, layer in linears.items() if name not in layers}
     return linears, frozenset(heads), frozenset(routers)
+
+
+def _shared_parameters(model: nn.Module) -> list[list[str]]:
+    """The names of each parameter that several modules have. (One module may go by several names, too.)"""
+    names: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            names.setdefault(id(parameter), []).append(f"{path}.{leaf}")
+    return [same for same in names.values() if len(same) > 1]
 
 
 def _prefix(model: nn.Module) -> str:

@@ -23,7 +23,7 @@ from mergekit_pave.calibration.layers import Architecture, backbone, find_blocks
 from mergekit_pave.calibration.lockstep import run_in_lockstep
 from mergekit_pave.calibration.observe import DivergedError, Observer, ReenteredError, UnalignedInputError
 from mergekit_pave.calibration.weights import StreamedModel, UnknownWeightError
-from mergekit_pave.covariance import Covariance
+from mergekit_pave.covariance import Covariance, Covariances
 from mergekit_pave.errors import PaveError
 from mergekit_pave.progress import bar
 
@@ -280,22 +280,20 @@ def _stored_covariances(folder: str, *_: int) -> StoredCovariances:
     return StoredCovariances(cache.Artefact(Path(folder)))
 
 
-class StoredCovariances:
-    """The covariances in an intact artefact, by layer."""
+class StoredCovariances(Covariances):
+    """The covariances in an intact artefact."""
 
     def __init__(self, artefact: cache.Artefact):
         self._artefact = artefact
         self._manifest = artefact.manifest()
 
-    def tokens(self, layer: str) -> int:
-        """How many tokens the layer saw."""
+    def files(self, layers: tuple[str, ...]) -> tuple[str, ...]:
+        """The files of layers that share a weight; other layers that see the same input have the same."""
+        return tuple(self._manifest["layers"][layer]["file"] for layer in layers if self._tokens(layer))
+
+    def _tokens(self, layer: str) -> int:
         return self._manifest["layers"].get(layer, {"tokens": 0})["tokens"]
 
-    def file(self, layer: str) -> str:
-        """The file of a layer that has seen tokens, which it shares with layers that see the same input."""
-        return self._manifest["layers"][layer]["file"]
-
-    def load(self, layer: str) -> Covariance:
-        """The covariance of the input of a layer that has seen tokens."""
+    def _load(self, layer: str) -> Covariance:
         entry = self._manifest["layers"][layer]
         return Covariance.from_tensors(self._artefact.read(entry["file"]), entry["tokens"], entry["dim"])

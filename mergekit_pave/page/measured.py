@@ -244,7 +244,7 @@ def _cost_of_covariance(weight: PlannedWeight) -> float:
 
 def _inputs(plan: Plan, quiet: bool) -> list[Inputs]:
     """The covariances of some layers; those of experts by the one that saw most tokens."""
-    shared: dict[tuple[str, str, str], list[PlannedWeight]] = defaultdict(list)  # by model, folder and layer
+    shared: dict[tuple[str, str, tuple[str, ...]], list[PlannedWeight]] = defaultdict(list)  # by model, folder and files
     known: dict[str, StoredCovariances] = {}
     for weight in _chosen(plan.weights, COVARIANCES, _cost_of_covariance):
         folder = weight.covariances
@@ -254,7 +254,7 @@ def _inputs(plan: Plan, quiet: bool) -> list[Inputs]:
             known[folder] = stored_covariances(folder)
         layer = max(weight.layer.layers, key=known[folder].tokens)
         if known[folder].tokens(layer):
-            shared[str(weight.model), folder, known[folder].file(layer)].append(weight)
+            shared[str(weight.model), folder, known[folder].files(layer)].append(weight)
     found = []
     with bar(len(shared), "Measuring", "covariances", hidden=quiet) as progress:
         for (model, folder, _), weights in shared.items():
