@@ -1,4 +1,4 @@
-"""How the plugin gets into mergekit: a watch for its configuration module, and for its merge methods.
+"""How the plugin gets into mergekit: a watch for each of its modules that gets something from us.
 
 PyTorch calls `install` at the end of every `import torch` (entry point group `torch.backends`). By then each of these modules
 may not be imported yet (a finder waits for it), may be half-way through its own import, which is what has
@@ -15,6 +15,7 @@ import types
 _TARGETS = {
     "mergekit.config": ("ConfigReader", "mergekit_pave._field"),
     "mergekit.merge_methods": ("__all__", "mergekit_pave._methods"),
+    "mergekit.io.tensor_writer": ("TensorWriter", "mergekit_pave._outputs"),
 }
 
 

@@ -9,8 +9,9 @@ from typing import Any
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from mergekit_pave._outputs import REPORT_NAME
 from mergekit_pave.page.places import place, short, short_models
-from mergekit_pave.report import REPORT_NAME, by_model, regmean_reasons
+from mergekit_pave.report import by_model, regmean_reasons
 
 PAPER = "https://arxiv.org/abs/2510.14697"
 _LOADERS = ("json", "csv", "parquet", "text", "imagefolder")  # of `datasets`, which read data_files

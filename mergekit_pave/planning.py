@@ -34,7 +34,7 @@ from mergekit_pave.calibration.layers import Architecture, Linear, describe
 from mergekit_pave.calibration.run import Job, Runtime, covariance_key
 from mergekit_pave.config import Data, PaveConfig, PaveModel, RelativeRegularization, looks_local
 from mergekit_pave.errors import PaveError
-from mergekit_pave.report import NEVER_CALLED
+from mergekit_pave.report import FORMAT, NEVER_CALLED
 from mergekit_pave.tasks import (
     AllocateRanks,
     CalibrateModel,
@@ -786,6 +786,7 @@ def _header(
 ) -> dict[str, Any]:
     block = json.loads(config.model_dump_json(exclude={"models", "cache_dir", "calibration"}))
     return {
+        "format": FORMAT,
         "versions": versions.installed(),
         "settings": block,
         "models": {

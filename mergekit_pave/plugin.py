@@ -31,7 +31,7 @@ from mergekit.architecture.json_definitions import JsonModuleArchitecture
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor
-from mergekit.io.tasks import GatherTensors, LoaderCache
+from mergekit.io.tasks import FinalizeModel, GatherTensors, LoaderCache
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.multigpu_executor import MultiGPUExecutor
 from mergekit.options import MergeOptions
@@ -240,7 +240,9 @@ def _with_phases(plan_to_disk):
             merges = (task for _, task in self._tensors if isinstance(task, MergeByRegMean) and task.layer)
             closed = tuple(RegMeanStats(merge=task) for task in merges)
             header = json.dumps(plan.header)
-            tasks.append(WriteReport(out_path=out_path, header=header, stats=tuple(plan.stats), closed_forms=closed))
+            finalize = next(task for task in tasks if isinstance(task, FinalizeModel))
+            written = {"out_path": out_path, "finalize": finalize}
+            tasks.append(WriteReport(**written, header=header, stats=tuple(plan.stats), closed_forms=closed))
             self.config.pave._out_path = out_path
             merge = sys.modules.get("mergekit.merge")
             if merge is not None and not hasattr(merge.generate_card, "__wrapped__"):

@@ -32,11 +32,13 @@ from typing import Any, Optional
 import tqdm
 from mergekit.common import ImmutableMap, ModelReference, dtype_from_name
 from mergekit.graph import Task
-from mergekit.io.tasks import GatherTensors, LoadTensor
+from mergekit.io.tasks import FinalizeModel, GatherTensors, LoadTensor
+from mergekit.io.tensor_writer import TensorWriter
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from pydantic import BaseModel
 from torch import Tensor
 
+from mergekit_pave._outputs import REPORT_NAME
 from mergekit_pave.allocation import allocate_ranks
 from mergekit_pave.cache import Artefact
 from mergekit_pave.calibration import distributed
@@ -44,12 +46,12 @@ from mergekit_pave.calibration.layers import Linear
 from mergekit_pave.calibration.run import StoredCovariances, calibrate, stored_covariances
 from mergekit_pave.config import RelativeRegularization
 from mergekit_pave.errors import PaveError
+from mergekit_pave.files import replacing
 from mergekit_pave.purification import decompose_weight, missed_layers, purify_weight
 from mergekit_pave.regmean import Layer, data_share
 from mergekit_pave.report import (
     FEW_TOKENS,
     NEVER_CALLED,
-    REPORT_NAME,
     complete,
     left_experts,
     never_called,
@@ -57,6 +59,7 @@ from mergekit_pave.report import (
     regmean_warnings,
     summary,
     warnings,
+    written_weights,
 )
 
 LOG = logging.getLogger(__name__)
@@ -451,9 +454,13 @@ class RegMeanStats(Task[dict]):
 
 
 class WriteReport(Task[None]):
-    """Write pave_report.json beside the merged model, and say in one line what was purified."""
+    """Write pave_report.json beside the merged model, and say in one line what was purified.
+
+    It waits until the weights are complete, as it says what they are, and as the report of an earlier merge goes only then.
+    """
 
     out_path: str
+    finalize: FinalizeModel
     header: str
     stats: tuple[PurificationStats, ...]
     closed_forms: tuple[RegMeanStats, ...]
@@ -463,12 +470,13 @@ class WriteReport(Task[None]):
 
     def arguments(self) -> dict[str, Task]:
         closed = {f"closed{i}": task for i, task in enumerate(self.closed_forms)}
-        return {str(i): task for i, task in enumerate(self.stats)} | closed
+        weights = {"finalized": self.finalize, "writer": self.finalize.writer_task}
+        return {str(i): task for i, task in enumerate(self.stats)} | closed | weights
 
     def main_thread_only(self) -> bool:
         return True
 
-    def execute(self, **stats: dict[str, Any]) -> None:
+    def execute(self, finalized: None, writer: TensorWriter, **stats: dict[str, Any]) -> None:
         done = ((str(task.model), stats[str(i)]) for i, task in enumerate(self.stats))
         report = complete(json.loads(self.header), done)
         if "regmean" in report:
@@ -478,8 +486,9 @@ class WriteReport(Task[None]):
                 report["regmean"]["as_task_arithmetic"] |= one["left"]
             report["warnings"] += regmean_warnings(report["regmean"])
         folder = Path(self.out_path)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / REPORT_NAME).write_text(json.dumps(report, indent=1) + "\n")
+        told = report | {"weights": written_weights(folder, _files_of(writer))}
+        with replacing(folder / REPORT_NAME) as temporary:
+            temporary.write_text(json.dumps(told, indent=1) + "\n")
         with tqdm.tqdm.external_write_mode(sys.stderr):  # mergekit's bar is on that line
             if report["purified"]:
                 LOG.info(summary(report))
@@ -489,3 +498,10 @@ class WriteReport(Task[None]):
                 LOG.info(line)
             for warning in warnings(report) + (regmean_warnings(report["regmean"]) if "regmean" in report else []):
                 LOG.warning(warning)
+
+
+def _files_of(writer: TensorWriter) -> set[str]:
+    """The files that a writer has written."""
+    files = set(writer.weight_map.values())
+    # A single file gets its last name after it is noted.
+    return {file.replace("-1.", ".") for file in files} if writer.shards_written == 1 else files

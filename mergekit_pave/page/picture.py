@@ -7,12 +7,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from mergekit_pave._outputs import PICTURE_NAME
 from mergekit_pave.errors import PaveError
 from mergekit_pave.page.places import grids
 
 LOG = logging.getLogger(__name__)
-
-PICTURE_NAME = "pave_ranks.png"
 
 
 def can_draw() -> bool:

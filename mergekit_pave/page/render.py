@@ -14,6 +14,7 @@ import yaml
 from markupsafe import Markup, escape
 
 from mergekit_pave import card
+from mergekit_pave._outputs import GENERATOR, PAGE_NAME, is_page
 from mergekit_pave.errors import PaveError
 from mergekit_pave.files import replacing
 from mergekit_pave.page import curves, heatmaps, overlaps
@@ -23,8 +24,6 @@ from mergekit_pave.page.measured import Measured, Overlap
 from mergekit_pave.page.places import grids, short_models
 from mergekit_pave.report import by_model, left_experts, never_called
 
-PAGE_NAME = "index.html"
-GENERATOR = "mergekit-pave report"
 _TOP = 8  # rows of the table of what changed most
 
 _NUMBER = re.compile(r"-|[\d.,]+(e[-+]?\d+)?( %| of \d+)?")
@@ -79,8 +78,7 @@ def check(folder: Path, files: Sequence[str] = (PAGE_NAME,)) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise PaveError(f"{folder} is a file; name a folder for the report with -o")
-    page = folder / PAGE_NAME
-    if page.is_file() and f'content="{GENERATOR}"' in page.read_text(encoding="utf-8", errors="replace")[:2000]:
+    if is_page(folder / PAGE_NAME):
         return
     if taken := [file for file in files if (folder / file).exists()]:
         raise PaveError(f"{folder / taken[0]} is not from an earlier report; name another folder with -o")

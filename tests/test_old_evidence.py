@@ -1,0 +1,175 @@
+"""A folder that is merged into again: what tells of the earlier merge goes with its weights, or is not believed."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from click.testing import CliRunner
+from mergekit.io.tensor_writer import TensorWriter
+from merging import command, config_for, merge, start, write_config
+
+from mergekit_pave.cli import main
+
+
+@pytest.fixture(scope="module")
+def purified(families, tmp_path_factory):
+    """A purified merge, with its page."""
+    out = tmp_path_factory.mktemp("purified") / "out"
+    merge(config_for(families["llama"], {}), out)
+    assert CliRunner().invoke(main, ["report", str(out)]).exit_code == 0
+    assert (out / "pave_ranks.png").is_file() and (out / "pave_report" / "kept-rank.png").is_file()
+    return out
+
+
+@pytest.fixture
+def out(purified, tmp_path):
+    return shutil.copytree(purified, tmp_path / "out")
+
+
+def report(source, *options):
+    return CliRunner().invoke(main, ["report", str(source), *map(str, options)])
+
+
+def ours(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*pave*"))
+
+
+def unwatched(monkeypatch):
+    """mergekit as it is without the plugin."""
+    monkeypatch.setattr(TensorWriter, "finalize", TensorWriter.finalize.__wrapped__)
+
+
+def test_a_merge_without_a_block_removes_what_tells_of_the_earlier_one(llama, out, tmp_path):
+    (out / "notes.md").write_text("mine")
+    merge(config_for(llama), out)
+    assert ours(out) == []
+    assert (out / "notes.md").read_text() == "mine"
+    merge(config_for(llama), tmp_path / "fresh")
+    names = [sorted(path.name for path in folder.iterdir()) for folder in (out, tmp_path / "fresh")]
+    assert names[0] == sorted([*names[1], "notes.md"])
+    assert "no pave_report.json" in report(out).output
+
+
+def test_a_real_command_without_a_block_does_so_too(llama, out, tmp_path):
+    path = write_config(config_for(llama), tmp_path / "plain.yml")
+    assert command("mergekit-yaml", path, out, "--no-write-model-card").returncode == 0
+    assert ours(out) == []
+
+
+def test_what_is_not_ours_stays(llama, out):
+    for name in ("mine.png", "notes.txt"):
+        (out / "pave_report" / name).write_text("mine")
+    merge(config_for(llama), out)
+    assert ours(out) == ["pave_report"]
+    assert sorted(path.name for path in (out / "pave_report").iterdir()) == ["mine.png", "notes.txt"]
+
+
+def test_a_page_of_somebody_elses_stays(llama, tmp_path):
+    page = tmp_path / "out" / "pave_report" / "index.html"
+    page.parent.mkdir(parents=True)
+    page.write_text('<a href="plot.png">PNG</a>')
+    (page.parent / "plot.png").write_text("mine")
+    merge(config_for(llama), tmp_path / "out")
+    assert sorted(path.name for path in page.parent.iterdir()) == ["index.html", "plot.png"]
+
+
+@pytest.mark.parametrize("block", [None, {}], ids=["plain", "purified"])
+def test_a_merge_that_fails_while_it_writes_destroys_nothing(block, llama, out, monkeypatch):
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(TensorWriter, "_write_shard_task", full)
+    with pytest.raises(OSError, match="No space left"):
+        merge(config_for(llama, block), out)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert report(out).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"out_shard_size": 50000}, {"safe_serialization": False}, {"async_write": True}, {"write_model_card": False}],
+    ids=lambda options: "".join(options) or "defaults",
+)
+def test_the_report_is_of_the_weights_beside_it(options, llama, out, monkeypatch):
+    """However they are written; once others are, without the plugin, it is refused."""
+    for path in out.glob("model*"):
+        path.unlink()
+    merge(config_for(llama, {"rank_ratio": 0.75}), out, **options)
+    told = json.loads((out / "pave_report.json").read_text())
+    assert told["format"] == 1 and told["settings"]["rank_ratio"] == 0.75
+    pattern = "model*.safetensors" if options.get("safe_serialization", True) else "pytorch_model*.bin"
+    assert sorted(told["weights"]) == sorted(path.name for path in out.glob(pattern))
+    assert len(told["weights"]) > 1 or "out_shard_size" not in options
+    assert not (out / "pave_report").exists()
+    if options.get("write_model_card", True):
+        assert "### PAVE" in (out / "README.md").read_text()
+    assert report(out).exit_code == 0
+
+    unwatched(monkeypatch)
+    merge(config_for(llama, weight=(0.5, 0.4)), out, **options)
+    refused = report(out)
+    assert refused.exit_code == 1
+    line = refused.output.splitlines()[-1]
+    assert str(out / "pave_report.json") in line and "is not of the weights beside it" in line and "copy pave_report.json" in line
+    shutil.copy(out / "pave_report.json", out.parent)
+    assert report(out.parent).exit_code == 0
+
+
+@pytest.mark.parametrize(("first", "then"), [({"out_shard_size": 50000}, {}), ({}, {"out_shard_size": 50000})])
+def test_weights_of_two_merges_side_by_side(first, then, llama, out, monkeypatch):
+    """mergekit leaves files of other names: what counts is what transformers loads, the single file."""
+    for path in out.glob("model*"):
+        path.unlink()
+    merge(config_for(llama, {}), out, **first)
+    unwatched(monkeypatch)
+    merge(config_for(llama), out, **then)
+    told = report(out)
+    assert (told.exit_code == 0) == (not first), told.output
+
+
+def test_another_mergekit_that_knows_nothing_of_the_plugin(llama, out, tmp_path):
+    path = write_config(config_for(llama, weight=(0.5, 0.4)), tmp_path / "plain.yml")
+    off = start("mergekit-yaml", path, out, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    assert off.communicate(timeout=300) and off.returncode == 0
+    assert "is not of the weights beside it" in report(out).output
+
+
+def test_a_report_without_its_weights_is_drawn(out):
+    (out / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert report(out).exit_code == 0
+    (out / "model.safetensors").unlink()
+    assert report(out).exit_code == 0
+    (out / "model.safetensors").write_bytes(b"cut")
+    assert "is not of the weights beside it" in report(out).output
+    (out / "model.safetensors").unlink()
+    (out / "model.safetensors.index.json").write_text("{")
+    assert "model.safetensors.index.json was written by another merge, or changed since" in report(out).output
+
+
+def test_formats_of_other_versions(out):
+    """An older report has neither a number nor its weights; a newer one is not guessed at."""
+    path = out / "pave_report.json"
+    known = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in known.items() if key not in ("format", "weights")}))
+    assert report(out).exit_code == 0
+    path.write_text(json.dumps({"format": 2, "rows": []}))
+    newer = report(out)
+    assert newer.exit_code == 1 and "format 2" in newer.output and "pip install --upgrade mergekit-pave" in newer.output
+    for other in ([], {}, {"format": "new"}, known | {"purified": None, "format": None}):
+        path.write_text(json.dumps(other))
+        assert report(out).output.startswith(f"Error: {path} is not a report of mergekit-pave")
+
+
+def test_an_adapter_beside_the_model_leaves_its_report(out):
+    with TensorWriter(str(out), override_basename="adapter_model") as writer:
+        writer.save_tensor("a", torch.ones(2))
+    assert report(out).exit_code == 0
+
+
+def test_what_cannot_be_removed_costs_no_merge(llama, out, monkeypatch, caplog):
+    monkeypatch.setattr("mergekit_pave._outputs.remove", lambda _: 1 / 0)
+    merge(config_for(llama), out)
+    assert "could not be removed" in caplog.text
