@@ -1,4 +1,5 @@
-"""Every place where we touch mergekit's inside, for mergekit >=0.1.5,<0.2; the field itself is added in `_field`.
+"""Every place where we touch mergekit's inside, for mergekit >=0.1.5,<0.2; the field itself is added in `_field`, and
+`_conversion` asks what it can convert.
 
 - `MergePlanner.plan_tensor` notes where in its slice a tensor lies (gradients need it, and the plan forgets it), and
   plans every tensor that all of its inputs have.
@@ -20,13 +21,13 @@ import inspect
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mergekit.architecture import ModelArchitecture, WeightInfo, get_architecture_info
 from mergekit.architecture.auto import RE_LAYER_INDEX
-from mergekit.architecture.conversion import can_convert_checkpoint_keys
 from mergekit.architecture.json_definitions import JsonModuleArchitecture
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
@@ -38,6 +39,7 @@ from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 
 from mergekit_pave import _field
+from mergekit_pave._conversion import Conversions
 from mergekit_pave.calibration import distributed
 from mergekit_pave.calibration.layers import describe
 from mergekit_pave.calibration.run import Runtime
@@ -281,24 +283,43 @@ def _environment(planner: MergePlanner) -> Environment:
 
 def _reads(planner: MergePlanner, model: ModelReference) -> list[list[str]]:
     """See `Environment`."""
-    infos = [info for info in planner._model_arch(model).all_weights() if not info.optional or _has(planner, model, info)]
+    infos = [info for info in _known(planner, model).infos if not info.optional or _has(planner, model, info)]
     return [[info.name, *(info.aliases or ()), *(info.tied_names or ())] for info in infos]
 
 
 def _has(planner: MergePlanner, model: ModelReference, info: WeightInfo) -> bool:
     """Whether mergekit finds a tensor in a model's checkpoint once it looks for it."""
-    stored = _checkpoint(model).files.keys()
+    known = _known(planner, model)
+    if info.name in known.stored:
+        return True
     # The name of another tensor among the tied ones is no name of this one, which is not needed beside that.
-    names = {info.name, *(info.aliases or ()), *(info.tied_names or ())} - (_names(planner, model) - {info.name})
-    kind = model.config(trust_remote_code=planner.options.trust_remote_code).model_type
-    return not names.isdisjoint(stored) or can_convert_checkpoint_keys(kind, stored, info.name)
+    names = {*(info.aliases or ()), *(info.tied_names or ())} - known.names
+    return not names.isdisjoint(known.stored) or known.conversions.can_make(info.name)
 
 
-def _names(planner: MergePlanner, model: ModelReference) -> frozenset[str]:
-    """The names of all tensors of a model's architecture."""
-    known = planner.__dict__.setdefault("_pave_names", {})
+@dataclass(frozen=True)
+class _Known:
+    """What is asked about a model for each of its tensors, and would take long to find out each time.
+
+    Attributes:
+        infos: all tensors of its architecture.
+        names: their names.
+        stored: the names of the tensors in its checkpoint.
+    """
+
+    infos: list[WeightInfo]
+    names: frozenset[str]
+    stored: Collection[str]
+    conversions: Conversions
+
+
+def _known(planner: MergePlanner, model: ModelReference) -> _Known:
+    known = planner.__dict__.setdefault("_pave_known", {})
     if model not in known:
-        known[model] = frozenset(info.name for info in planner._model_arch(model).all_weights())
+        architecture, stored = planner._model_arch(model), _checkpoint(model).files.keys()
+        infos = architecture.all_weights()
+        conversions = Conversions(architecture.config.model_type, stored)
+        known[model] = _Known(infos, frozenset(info.name for info in infos), stored, conversions)
     return known[model]
 
 

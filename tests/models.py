@@ -1,6 +1,7 @@
 """Tiny real models, tokenizers and data sets to merge, made with transformers and saved like any checkpoint."""
 
 import json
+import math
 import random
 import re
 from dataclasses import dataclass
@@ -110,6 +111,41 @@ def save(model: transformers.PreTrainedModel, tokenizer: transformers.PreTrained
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
     return path
+
+
+def published_shapes(config: transformers.PretrainedConfig) -> dict[str, list[int]]:
+    """The tensors of a checkpoint as people publish mixtures: each expert has its own."""
+    with torch.device("meta"):
+        state = getattr(transformers, config.architectures[0])(config).state_dict()
+    found = {}
+    for name, tensor in state.items():
+        stem, leaf = name.rpartition(".")[::2]
+        if leaf not in ("gate_up_proj", "down_proj"):
+            found[name] = list(tensor.shape)
+            continue
+        parts = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else ("down_proj",)
+        experts, d_out, d_in = tensor.shape
+        for expert in range(experts):
+            for part in parts:
+                found[f"{stem}.{expert}.{part}.weight"] = [d_out // len(parts), d_in]
+    return found
+
+
+def write_hollow(folder: Path, shapes: dict[str, list[int]], tensors_a_shard: int = 100) -> None:
+    """A checkpoint in bfloat16 that has only headers and an index: its weights are holes in files of the right size."""
+    names, weight_map = list(shapes), {}
+    for start in range(0, len(names), tensors_a_shard):
+        file, end, header = f"model-{start:05}.safetensors", 0, {}
+        for name in names[start : start + tensors_a_shard]:
+            size = 2 * math.prod(shapes[name])
+            header[name] = {"dtype": "BF16", "shape": shapes[name], "data_offsets": [end, end + size]}
+            weight_map[name] = file
+            end += size
+        encoded = json.dumps(header).encode()
+        with (folder / file).open("wb") as shard:
+            shard.write(len(encoded).to_bytes(8, "little") + encoded)
+            shard.truncate(8 + len(encoded) + end)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def saved_anew(model: str, folder: Path, out: Path) -> Path:

@@ -393,3 +393,12 @@ def test_experts_may_be_left_alone(family_of, tmp_path, cache):
     report = json.loads((tmp_path / "out" / "pave_report.json").read_text())
     assert len(report["purified"]) == 2 * 2 * 4  # q, k, v and o of two layers in two models
     assert not any("expert" in row for row in report["purified"])
+
+
+def test_experts_that_no_memory_would_hold_are_described():
+    """9 TB of them in one parameter, which is not even allocated."""
+    settings = {"num_experts": 1 << 14, "hidden_size": 1 << 13, "moe_intermediate_size": 1 << 13, "num_hidden_layers": 1}
+    config = transformers.Qwen3MoeConfig(vocab_size=8, architectures=["Qwen3MoeForCausalLM"], **settings)
+    found = describe(config, "there", False)
+    experts = found.linears["model.layers.0.mlp.experts.gate_up_proj"]
+    assert experts.stored_shape == (1 << 14, 1 << 14, 1 << 13)

@@ -1,5 +1,7 @@
 """`mergekit-pave plan`: what it announces is what a merge then does, and it never needs the weights."""
 
+import collections
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -10,7 +12,8 @@ import transformers
 import yaml
 from click.testing import CliRunner
 from merging import config_for, entries, forget_checkpoints, merge, write_config
-from models import model_config, read_rows, write_rows
+from models import model_config, published_shapes, read_rows, write_hollow, write_rows
+from transformers.core_model_loading import WeightTransform
 
 from mergekit_pave.cli import main
 from mergekit_pave.report import by_model, read_report
@@ -157,20 +160,57 @@ def test_seventy_billion_parameters(llama, tmp_path, cache):
         assert model["decomposition"]["seconds"] > 60
 
 
-def write_hollow(folder: Path, shapes: dict[str, list[int]], tensors_a_shard: int = 100) -> None:
-    names, weight_map = list(shapes), {}
-    for start in range(0, len(names), tensors_a_shard):
-        file, end, header = f"model-{start:05}.safetensors", 0, {}
-        for name in names[start : start + tensors_a_shard]:
-            size = 2 * math.prod(shapes[name])
-            header[name] = {"dtype": "BF16", "shape": shapes[name], "data_offsets": [end, end + size]}
-            weight_map[name] = file
-            end += size
-        encoded = json.dumps(header).encode()
-        with (folder / file).open("wb") as shard:
-            shard.write(len(encoded).to_bytes(8, "little") + encoded)
-            shard.truncate(8 + len(encoded) + end)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+def test_planning_a_mixture_looks_nothing_up_for_each_tensor_anew(llama, tmp_path, cache, monkeypatch):
+    """Three times as many experts, in some layers only: no more reads of a configuration, and no more work for each tensor."""
+    counts = collections.Counter()
+
+    def counted(owner, name):
+        function = getattr(owner, name)
+
+        def wrapper(*args, **kwargs):
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, wrapper)
+
+    counted(transformers.AutoConfig, "from_pretrained")
+    counted(WeightTransform, "rename_source_key")
+    found = {}
+    for experts in (4, 12):
+        counts.clear()
+        config = mixture(llama, tmp_path / str(experts), experts)
+        purified = [model["purified"] for model in json.loads(plan(config, tmp_path, "--json"))["models"].values()]
+        assert [sum(".experts." in row["tensor"] for row in rows) for rows in purified] == [2 * 3 * experts] * 2
+        found[experts] = dict(counts)
+    assert found[12]["from_pretrained"] == found[4]["from_pretrained"] < 3 * 12
+    assert found[12]["rename_source_key"] < 3 * found[4]["rename_source_key"]
+
+
+def mixture(llama, folder: Path, experts: int) -> dict:
+    """A merge of DeepSeeks with one dense layer and two of experts, stored one by one; their weights are holes."""
+    config = transformers.DeepseekV3Config(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=64,
+        moe_intermediate_size=16,
+        num_hidden_layers=3,
+        first_k_dense_replace=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        n_routed_experts=experts,
+        n_group=1,
+        topk_group=1,
+        num_experts_per_tok=2,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        architectures=["DeepseekV3ForCausalLM"],
+    )
+    family = dataclasses.replace(llama, base=folder / "base", tuned=(folder / "tuned0", folder / "tuned1"))
+    for place in (family.base, *family.tuned):
+        transformers.AutoTokenizer.from_pretrained(llama.base).save_pretrained(place)
+        config.save_pretrained(place)
+        write_hollow(place, published_shapes(config))
+    return config_for(family, {})
 
 
 @pytest.mark.parametrize("value", ["0", "false"])

@@ -12,6 +12,7 @@ import accelerate
 import torch
 import transformers
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, WeightTransform, apply_converters
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -158,10 +159,28 @@ def empty_model(cls: Any, config: transformers.PretrainedConfig, dtype: torch.dt
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with accelerate.init_empty_weights(include_buffers=False), no_init_weights():
+        with accelerate.init_empty_weights(include_buffers=False), no_init_weights(), _LargeOnMeta():
             return cls(config)
     finally:
         torch.set_default_dtype(default)
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """Makes what is too large for a buffer on the meta device at once.
+
+    Parameters get there only after they were made. That costs nothing while nobody writes to them, but a system need not even
+    promise the memory for all experts of a layer of a large mixture.
+    """
+
+    LIMIT = 1 << 30  # bytes
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (torch.empty, torch.zeros) and kwargs.get("device") is None:
+            empty = func(*args, **kwargs | {"device": "meta"})
+            if empty.nbytes > self.LIMIT:
+                return empty
+        return func(*args, **kwargs)
 
 
 def backbone(model: transformers.PreTrainedModel) -> nn.Module:

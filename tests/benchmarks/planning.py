@@ -1,0 +1,95 @@
+"""Seconds that planning takes at the sizes of real mixtures, from configurations and the headers of shards alone.
+
+    python tests/benchmarks/planning.py                      # both models, a few minutes on one core, 100 MB of disk
+    python tests/benchmarks/planning.py --model qwen3 --show # what `plan` prints, too
+
+A base and two fine-tunes of each: the tensors of the published checkpoints, one file a hundred of them, with holes of the right
+size in the place of weights. Seconds are CPU time of all threads, so that a machine that does other things matters little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import transformers
+import yaml
+from models import make_tokenizer, published_shapes, write_hollow
+from transformers import DeepseekV3Config, Qwen3MoeConfig
+
+QWEN3_30B = Qwen3MoeConfig(
+    hidden_size=2048,
+    intermediate_size=6144,
+    moe_intermediate_size=768,
+    num_hidden_layers=48,
+    num_attention_heads=32,
+    num_key_value_heads=4,
+    head_dim=128,
+    num_experts=128,
+    num_experts_per_tok=8,
+    vocab_size=151936,
+    max_position_embeddings=40960,
+    architectures=["Qwen3MoeForCausalLM"],
+)
+DEEPSEEK_V3 = DeepseekV3Config(architectures=["DeepseekV3ForCausalLM"])  # its defaults are the published shape
+MODELS = {"qwen3": QWEN3_30B, "deepseek": DEEPSEEK_V3}
+
+
+def write_models(config: transformers.PretrainedConfig, place: Path) -> Path:
+    """A base, two fine-tunes and data under a folder. Returns the config of their merge."""
+    tensors, tokenizer = published_shapes(config), make_tokenizer("llama")
+    for name in ("base", "tuned0", "tuned1"):
+        config.save_pretrained(place / name)
+        tokenizer.save_pretrained(place / name)
+        write_hollow(place / name, tensors)
+    entries = []
+    for i in range(2):
+        rows = [{"text": f"the sum of {i + 1} and {j} is {i + j + 1}"} for j in range(256)]
+        (place / f"data{i}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        entries.append({"model": str(place / f"tuned{i}"), "data": {"path": str(place / f"data{i}.jsonl")}})
+    merge = {
+        "merge_method": "ties",
+        "base_model": str(place / "base"),
+        "models": [{"model": entry["model"], "parameters": {"weight": 0.5}} for entry in entries],
+        "parameters": {"density": 0.5},
+        "dtype": "bfloat16",
+        "pave": {"cache_dir": str(place / "cache"), "models": entries},
+    }
+    (place / "config.yml").write_text(yaml.safe_dump(merge))
+    return place / "config.yml"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, action="append", help="only this one")
+    parser.add_argument("--show", action="store_true", help="what `mergekit-pave plan` prints, too")
+    options = parser.parse_args()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    from mergekit_pave.cli import main as command
+
+    for name in options.model or MODELS:
+        with tempfile.TemporaryDirectory() as place:
+            config = write_models(MODELS[name], Path(place))
+            stored = len(json.loads(Path(place, "base", "model.safetensors.index.json").read_text())["weight_map"])
+            start, printed = time.process_time(), io.StringIO()
+            with contextlib.redirect_stdout(printed):
+                command(["plan", str(config)], standalone_mode=False)
+            seconds = time.process_time() - start
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        print(f"{name}: {stored} tensors a model, planned in {seconds:.1f} s of CPU time; peak of memory so far {peak:.2f} GB")
+        if options.show:
+            print(printed.getvalue())
+
+
+if __name__ == "__main__":
+    main()
