@@ -1,5 +1,6 @@
 """The calibration pass: the same numbers however it is run, whatever the rows look like, and clear words where it cannot."""
 
+import functools
 import itertools
 import json
 import random
@@ -22,6 +23,7 @@ from mergekit_pave.calibration.data import load_samples, share_evenly
 from mergekit_pave.calibration.layers import describe
 from mergekit_pave.calibration.observe import DivergedError, Observer
 from mergekit_pave.calibration.run import Job, Runtime, StoredCovariances, calibrate, measure_in_lockstep, measure_whole
+from mergekit_pave.calibration.weights import UnknownWeightError
 from mergekit_pave.config import DEFAULT_CALIBRATION, Data
 from mergekit_pave.errors import PaveError
 
@@ -91,6 +93,37 @@ def test_one_block_at_a_time_is_loaded(llama):
     assert order == [None, "model.layers.0", "model.layers.1", "model.layers.2"]
     assert most == [[i] for i in range(3) for _ in batches]
     assert all(p.is_meta for p in streamed.model.parameters())
+
+
+def test_a_weight_that_another_module_uses_is_never_missed(llama, monkeypatch):
+    """PyTorch multiplies with a matrix that is not there, and gives what happens to lie in memory."""
+    cls = transformers.LlamaModel
+    forward = cls.forward
+
+    @functools.wraps(forward)
+    def crossed(self, input_ids, **more):
+        embedded = self.embed_tokens(input_ids)
+        query = self.layers[1].self_attn.q_proj.weight
+        assert query.device == embedded.device and query.shape == (48, 48)  # to ask costs nothing
+        return forward(self, inputs_embeds=embedded + torch.nn.functional.linear(embedded, query), **more)
+
+    monkeypatch.setattr(cls, "forward", crossed)
+    job = job_for(llama.tuned[0], texts())
+    with pytest.raises(UnknownWeightError, match=r"layers\.1\.self_attn\.q_proj\.weight is used by another module"):
+        list(in_lockstep(job))
+    assert_same(by_layer(run._measure(job, CPU)), by_layer(whole(job)), 1e-12)
+
+
+def test_a_weight_without_values_gives_none(llama):
+    job = job_for(llama.tuned[0], texts())
+    streamed = run.StreamedModel(transformers.LlamaForCausalLM, job.config, job.folder, torch.float32, "cpu")
+    weight, x = streamed.model.lm_head.weight, torch.ones(48)
+    for use in (lambda: x @ weight.T, lambda: weight[0], lambda: weight.data, lambda: x.copy_(weight[0]), lambda: +weight):
+        with pytest.raises(UnknownWeightError, match="lm_head"):
+            use()
+    with pytest.raises(UnknownWeightError, match="lm_head"):
+        torch.zeros_like(weight, device="cpu")[:] = weight
+    assert (weight.dim(), weight.dtype, weight.device.type, weight.is_meta) == (2, torch.float32, "cpu", True)
 
 
 def test_layers_with_one_input_are_measured_once(llama):

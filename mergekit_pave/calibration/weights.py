@@ -9,12 +9,49 @@ import transformers
 from mergekit.common import ModelPath, ModelReference
 from mergekit.io.tasks import LoaderCache, LoadTensor
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from mergekit_pave.calibration.layers import empty_model, renaming
 
 
 class UnknownWeightError(Exception):
-    """A weight that the checkpoint has under no name known to us."""
+    """A weight that the checkpoint has under no name known to us, or that is used where it is not loaded."""
+
+
+class _Unloaded(nn.Parameter):
+    """A parameter without values, which can be asked about but not computed with.
+
+    PyTorch alone does not see to that: a matrix product with a weight on the meta device may be memory that nobody has written.
+
+    Attributes:
+        known_as: its name in the model.
+        place: the device that it will be loaded on.
+    """
+
+    known_as: str
+    place: torch.device
+
+    @classmethod
+    def of(cls, parameter: nn.Parameter, name: str, device: str) -> _Unloaded:
+        unloaded = Tensor._make_subclass(cls, parameter.data, False)
+        unloaded.known_as, unloaded.place = name, torch.device(device)
+        return unloaded
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """
+        Raises:
+            UnknownWeightError: anything is to be made of its values.
+        """
+        unloaded = next(value for value in tree_leaves((args, kwargs)) if isinstance(value, cls))
+        if func == Tensor.device.__get__:
+            return unloaded.place
+        asks = getattr(func, "__name__", "") == "__get__"
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs or {})
+        if any(isinstance(value, Tensor) for value in tree_leaves(result)) or (result is None and not asks):
+            raise UnknownWeightError(f"{unloaded.known_as} is used by another module than its own")
+        return result
 
 
 class StreamedModel:
@@ -36,9 +73,13 @@ class StreamedModel:
         self.model.tie_weights()
         self.model.eval().requires_grad_(False)
         # A tied weight is in the checkpoint under one of its names.
-        self._names: dict[int, list[str]] = {}
+        names: dict[nn.Parameter, list[str]] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            self._names.setdefault(id(parameter), []).append(name)
+            names.setdefault(parameter, []).append(name)
+        unloaded = {parameter: _Unloaded.of(parameter, known[0], device) for parameter, known in names.items()}
+        self._names = {id(unloaded[parameter]): known for parameter, known in names.items()}
+        for module in self.model.modules():
+            module._parameters.update({leaf: unloaded[p] for leaf, p in module._parameters.items() if p is not None})
         renamed = renaming(self.model)
         self._stored = {renamed(name): name for name in LoaderCache().get(self._reference).index.tensor_paths}
         self._loaded: list[tuple[nn.Module, str, nn.Parameter]] = []
@@ -53,7 +94,7 @@ class StreamedModel:
         before = len(self._loaded)
         for owner in module.modules() if recurse else (module,):
             for leaf, parameter in list(owner._parameters.items()):
-                if parameter is not None and parameter.is_meta:
+                if isinstance(parameter, _Unloaded):
                     value = self._read(self._names[id(parameter)])
                     if value is None or value.shape != parameter.shape:
                         raise UnknownWeightError(self._names[id(parameter)][0])
@@ -75,6 +116,9 @@ class StreamedModel:
             if name not in parameters and (value := self._read([name])) is not None:
                 buffer.copy_(value)
         for module in self.model.modules():
+            made = (value for value in (*module._buffers.values(), *vars(module).values()) if isinstance(value, Tensor))
+            if any(value.is_meta for value in made):
+                raise UnknownWeightError(f"{type(module).__name__} keeps values that it makes of its weights")
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = buffer.to(self._device)
