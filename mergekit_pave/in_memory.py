@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mergekit_pave.allocation import fair_share
 from mergekit_pave.calibration.batches import Batch
+from mergekit_pave.calibration.blame import NotFiniteError, explained
 from mergekit_pave.calibration.layers import Linear, backbone, find_linears
 from mergekit_pave.calibration.observe import DivergedError, UnalignedInputError
 from mergekit_pave.calibration.run import measure_model
@@ -215,6 +216,8 @@ def _measure(model: transformers.PreTrainedModel, batches: list[Batch], name: st
                 return _Measured(measure_model(model, layers, name, batches, apart, unpadded, str(model.device), quiet))
             except DivergedError as error:
                 apart |= {error.role}
+            except NotFiniteError as error:
+                raise explained(error, name, model.dtype, model.named_parameters()) from None
             except UnalignedInputError:  # padding cannot be told from tokens in one of the layers
                 batches, unpadded = [_as_batch(model, single) for batch in batches for single in _one_by_one(batch)], True
 

@@ -20,7 +20,7 @@ from mergekit_pave.cache import Artefact, require_space
 from mergekit_pave.calibration import lockstep, run
 from mergekit_pave.calibration.batches import Batch, Encoded, draw_positions, encode, make_batches
 from mergekit_pave.calibration.data import load_samples, share_evenly
-from mergekit_pave.calibration.layers import describe
+from mergekit_pave.calibration.layers import describe, inference_dtype
 from mergekit_pave.calibration.observe import DivergedError, Observer
 from mergekit_pave.calibration.run import Job, Runtime, StoredCovariances, calibrate, measure_in_lockstep, measure_whole
 from mergekit_pave.calibration.weights import UnknownWeightError
@@ -126,6 +126,22 @@ def test_a_weight_without_values_gives_none(llama):
     assert (weight.dim(), weight.dtype, weight.device.type, weight.is_meta) == (2, torch.float32, "cpu", True)
 
 
+@pytest.mark.parametrize(
+    "own, device, runs_in",
+    [
+        ("float16", "cuda", torch.bfloat16),
+        ("float16", "mps", torch.bfloat16),
+        ("bfloat16", "cuda:1", torch.bfloat16),
+        ("float32", "cuda", torch.float32),
+        (None, "cuda", torch.float32),
+        ("float16", "cpu", torch.float32),
+        ("bfloat16", "cpu", torch.float32),
+    ],
+)
+def test_the_precision_that_a_model_runs_in(own, device, runs_in):
+    assert inference_dtype(transformers.LlamaConfig(dtype=own), device) == runs_in
+
+
 def test_layers_with_one_input_are_measured_once(llama):
     groups = [members for members, _ in in_lockstep(job_for(llama.tuned[0], texts()))]
     layer = "model.layers.1"
@@ -147,7 +163,7 @@ def test_a_block_that_is_called_again_and_again(tmp_path, families):
     expected = by_layer(whole(job))
     tokens = sum(sample.length for sample in job.encoded)
     for layer, matrix in expected.items():
-        covariance = StoredCovariances(Artefact(tmp_path / "cache")).load(layer)
+        covariance = StoredCovariances(Artefact(tmp_path / "cache")).load([layer])
         assert (covariance.matrix() - matrix).norm() <= 1e-6 * matrix.norm()
         if "attention" in layer:
             assert covariance.tokens == 3 * tokens
@@ -376,7 +392,7 @@ def test_two_processes_give_the_numbers_of_one(llama, tmp_path, cache):
         assert two.is_intact()
         for layer, entry in one.manifest()["layers"].items():
             assert two.manifest()["layers"][layer]["tokens"] == entry["tokens"]
-            expected, found = StoredCovariances(one).load(layer).matrix(), StoredCovariances(two).load(layer).matrix()
+            expected, found = StoredCovariances(one).load([layer]).matrix(), StoredCovariances(two).load([layer]).matrix()
             assert (expected - found).norm() <= 1e-5 * expected.norm(), layer
     tails = {path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("tail-*.safetensors")}
     assert tails == {path.relative_to(tmp_path / "two") for path in (tmp_path / "two").rglob("tail-*.safetensors")} != set()
@@ -440,7 +456,7 @@ def test_images_go_through_the_image_processor(tmp_path):
     expected = by_layer(whole(job))
     assert len(expected) == 12  # six layers in each of two blocks
     for layer, matrix in expected.items():
-        covariance = StoredCovariances(Artefact(tmp_path / "cache")).load(layer)
+        covariance = StoredCovariances(Artefact(tmp_path / "cache")).load([layer])
         assert (covariance.matrix() - matrix).norm() <= 1e-6 * matrix.norm()
         assert covariance.tokens == 7 * 17  # sixteen patches and the class token
 

@@ -10,7 +10,9 @@ import torch
 import transformers
 from merging import config_for, invoke, merge, start, write_config
 from models import perturbed, save, write_rows
+from safetensors.torch import load_file
 
+from mergekit_pave.calibration.blame import NotFiniteError, explained
 from mergekit_pave.errors import PaveError
 
 
@@ -313,6 +315,73 @@ def test_activations_that_are_not_finite(workplace):
         assert_refused(spoilt, workplace, "beta", "not finite", "layers.0.self_attn", "2")
         message = invoke(spoilt, workplace / "out").output.split("Error:")[1]
         assert not any(f"row {i}" in message or f"sample {i}" in message for i in (0, 1, 3)), message
+
+
+@pytest.mark.parametrize("blocks", [True, False], ids=["block by block", "whole"])
+@pytest.mark.parametrize("size", [1, 3, 64])
+def test_a_weight_that_spoils_every_sample_is_named_and_no_sample_is(workplace, blocks, size):
+    """`.bin` files are loaded whole."""
+    name = "model.layers.1.mlp.up_proj.weight"
+    rewrite(workplace / "beta", name, float("nan"))
+    if not blocks:
+        as_bin(workplace / "beta")
+    spoilt = spoil(("calibration",), {"batch_size": size})
+    message = refusal(spoilt, workplace)
+    assert f"beta: its weight {name} is not finite" in message and "layers.1.mlp.down_proj" in message
+    assert "data" not in message and "row" not in message
+
+
+@pytest.mark.parametrize("blocks", [True, False], ids=["block by block", "whole"])
+def test_activations_that_overflow_everywhere_are_not_blamed_on_samples(workplace, blocks):
+    model = transformers.AutoModelForCausalLM.from_pretrained("beta")
+    with torch.no_grad():
+        model.get_parameter("model.layers.1.mlp.up_proj.weight").fill_(1e38)
+    model.save_pretrained("beta")
+    if not blocks:
+        as_bin(workplace / "beta")
+    message = refusal(config(), workplace)
+    assert "overflow in float32" in message and "beta" in message and "layers.1.mlp.down_proj" in message
+    assert "all weights are" in message and "data" not in message
+
+
+def test_a_row_is_blamed_where_only_some_overflow_and_the_weight_behind_it_is_named(workplace):
+    tokenizer = transformers.AutoTokenizer.from_pretrained("beta")
+    rows = [{"text": "one two three"}, {"text": "four five"}, {"text": "zzz"}, {"text": "six seven"}]
+    write_rows(workplace / "mixed.jsonl", rows)
+    token = tokenizer("zzz", add_special_tokens=False)["input_ids"][0]
+    model = transformers.AutoModelForCausalLM.from_pretrained("beta")
+    spoilt = spoil(("models", 1, "data", "path"), "mixed.jsonl")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[token] = float("nan")
+    model.save_pretrained("beta")
+    message = refusal(spoilt, workplace)
+    assert "because its weight model.embed_tokens.weight is not finite" in message
+    assert "2" in message.split("because")[0].split("not finite for")[1]
+
+
+def test_what_is_said_of_finite_weights():
+    """Which depends on whether single samples are at fault, and on the precision."""
+    weights = [("w", torch.ones(3))]
+    some = NotFiniteError("layer", ["row 1", "row 2"], exact=True, everywhere=False)
+    assert "for row 1, row 2. Leave these rows out" in explained(some, "m", torch.float32, weights).message
+    every = NotFiniteError("layer", ["row 1"], exact=True, everywhere=True)
+    for dtype in (torch.float16, torch.bfloat16):
+        message = explained(every, "m", dtype, weights).message
+        assert f"overflow in {str(dtype)[6:]}" in message and "float32" in message and "row" not in message
+    assert "without --cuda" not in explained(every, "m", torch.float32, weights).message
+
+
+def as_bin(folder):
+    """The same checkpoint as PyTorch pickles."""
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def refusal(spoilt, folder) -> str:
+    result = invoke(spoilt, folder / "out")
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert not (folder / "out").exists()
+    return result.output.split("Error:")[1]
 
 
 def test_layers_that_mergekit_does_not_merge(families, tmp_path):

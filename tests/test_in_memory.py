@@ -180,6 +180,14 @@ def test_what_fails_changes_nothing(llama):
         assert torch.equal(tensor, before[name]) or "layers.2.mlp.down_proj" in name, name
 
 
+def test_half_precision_that_overflows_is_told_as_such(llama):
+    model = load("llama", llama.tuned[0]).half()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.fill_(60000)
+    with pytest.raises(PaveError, match=r"layers\.1\.mlp\.down_proj .* overflow in float16.*run it in float32"):
+        purify_model(model, batches_of(llama.tuned[0], llama.data[1]), quiet=True)
+
+
 def test_a_bar_unless_quiet(llama, capfd):
     batch = next(batches_of(llama.tuned[0], llama.data[1]))
     purify_model(load("llama", llama.tuned[0]), batch)

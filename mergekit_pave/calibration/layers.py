@@ -334,9 +334,14 @@ def _longest_sequence(model: nn.Module) -> int | None:
 
 
 def inference_dtype(config: transformers.PretrainedConfig, device: str) -> torch.dtype:
-    """The precision to run a model in: its own, but float32 on a CPU, which is both faster there and more exact."""
+    """The precision to run a model in: its own, but float32 on a CPU, which is both faster there and more exact.
+
+    Elsewhere bfloat16 stands for float16, whose range ends at 65504: models that were trained in bfloat16 exceed it.
+    """
     own = getattr(config, "dtype", None)
-    return torch.float32 if torch.device(device).type == "cpu" or own is None else own
+    if torch.device(device).type == "cpu" or own is None:
+        return torch.float32
+    return torch.bfloat16 if own == torch.float16 else own
 
 
 def load_model(config: transformers.PretrainedConfig, folder: str, device: str, trust_remote_code: bool) -> nn.Module:

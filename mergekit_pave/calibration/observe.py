@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from mergekit_pave.calibration.batches import Batch
+from mergekit_pave.calibration.blame import NotFiniteError
 from mergekit_pave.calibration.experts import find_experts, run_experts
 from mergekit_pave.covariance import Covariance, SecondMoment
 from mergekit_pave.errors import PaveError
@@ -32,6 +33,24 @@ class _Group:
         """
         if missing := [layer for layer in self.members if self.calls[layer] != self.calls[self.members[0]]]:
             raise DivergedError(missing[0])
+
+
+@dataclass
+class _Failure:
+    """A layer's input that was not finite.
+
+    Attributes:
+        batch: the last one that it was so in.
+        rows: samples that it was so for, or might have been where that is not exactly known.
+        spares: some sample was without it.
+    """
+
+    layer: str
+    group: _Group
+    batch: Batch | None = None
+    rows: list[str] = field(default_factory=list)
+    exact: bool = True
+    spares: bool = False
 
 
 class ReenteredError(Exception):
@@ -79,6 +98,8 @@ class Observer:
         self._groups: dict[str, _Group] = {}
         self._taken: set[str] = set()
         self._batch: Batch | None = None
+        self._failure: _Failure | None = None
+        self._begun: set[str] = set()
         self._last: tuple[weakref.ref[Tensor], int, _Group] | None = None
 
     @contextlib.contextmanager
@@ -106,6 +127,8 @@ class Observer:
                 del experts.forward
 
     def _begin(self, batch: Batch) -> None:
+        self._stop_at_failure(finished=False)
+        self._begun.update(batch.origins)
         self._batch = batch
         self._last = None
 
@@ -170,7 +193,7 @@ class Observer:
             own = type(experts).forward(experts, hidden_states, top_k_index, top_k_weights)
             known = slice(None) if counted is None else counted  # padding may be anything, also no number
             # Another layout or activation would be off by as much as the result itself, rounding by a hundredth at most.
-            if not (own - result)[known].norm() <= 0.05 * own[known].norm():
+            if result[known].isfinite().all() and not (own - result)[known].norm() <= 0.05 * own[known].norm():
                 raise PaveError(
                     f"{self._name}: the experts of {path} ({type(experts).__name__}) compute otherwise than the interface of "
                     "transformers promises, so what each of them sees is not known; give the model `purify: false`"
@@ -180,9 +203,31 @@ class Observer:
     def _add(self, group: _Group, layer: str, rows: Tensor, x: Tensor) -> None:
         """Add the counted rows of a layer's input x, which must not change afterwards."""
         if rows.shape[0]:
-            if not all(extreme.isfinite() for extreme in rows.aminmax()):
-                raise PaveError(f"{self._name}: the input of {layer} is not finite for {self._culprit(x)}")
-            group.moment.add(rows)
+            if all(extreme.isfinite() for extreme in rows.aminmax()):
+                group.moment.add(rows)
+            else:
+                self._note_failure(group, layer, x)
+
+    def _note_failure(self, group: _Group, layer: str, x: Tensor) -> None:
+        """Only when other samples have gone the same way is it known whether they fail as well."""
+        failure = self._failure = self._failure or _Failure(layer, group)
+        if failure.batch is not self._batch:
+            failure.batch = self._batch
+            rows = self._culprits(x)
+            failure.rows += rows or self._batch.origins
+            failure.exact &= bool(rows) or len(self._batch.origins) == 1
+            failure.spares |= bool(rows) and len(rows) < len(self._batch.origins)
+
+    def _stop_at_failure(self, finished: bool) -> None:
+        """
+        Raises:
+            NotFiniteError: a layer's input was not finite, and either all samples have gone by or one is known to be without it.
+        """
+        failure = self._failure
+        spares = failure is not None and (failure.spares or failure.group.moment.tokens > 0)
+        if spares or (failure and finished):
+            everywhere = not spares and self._begun <= set(failure.rows)
+            raise NotFiniteError(failure.layer, failure.rows, failure.exact, everywhere)
 
     def _counted(self, layer: str, x: Tensor) -> Tensor | None:
         """Which rows of x belong to counted tokens, bool (rows,); None where all count, as x is not aligned with the tokens.
@@ -201,12 +246,13 @@ class Observer:
             raise UnalignedInputError(layer)
         return None  # images, and what is pooled to one row a sample
 
-    def _culprit(self, x: Tensor) -> str:
+    def _culprits(self, x: Tensor) -> list[str]:
+        """The samples that a layer's input is not finite for; none where x does not tell them apart."""
         for counted in self._batch.counted:
             if x.shape[:-1] == counted.shape:
                 bad = (~x.isfinite().all(dim=-1) & counted).any(dim=1)
-                return ", ".join(origin for origin, is_bad in zip(self._batch.origins, bad.tolist()) if is_bad)
-        return f"one of {', '.join(self._batch.origins)}"
+                return [origin for origin, is_bad in zip(self._batch.origins, bad.tolist()) if is_bad]
+        return []
 
     def take(self, block: str = "") -> list[tuple[list[str], Covariance]]:
         """Each covariance under one module's path with the layers that it belongs to; it is not kept.
@@ -215,7 +261,9 @@ class Observer:
 
         Raises:
             DivergedError: see `_Group.check`.
+            NotFiniteError: a layer's input was not finite.
         """
+        self._stop_at_failure(finished=True)
         prefix = f"{block}." if block else ""
         groups = {id(group): group for layer, group in self._groups.items() if f"{layer}.".startswith(prefix)}
         for group in groups.values():

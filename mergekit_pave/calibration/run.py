@@ -18,11 +18,12 @@ from torch import nn
 from mergekit_pave import cache
 from mergekit_pave.calibration import distributed
 from mergekit_pave.calibration.batches import Batch, Encoded
+from mergekit_pave.calibration.blame import NotFiniteError, explained
 from mergekit_pave.calibration.estimate import Estimate, estimate, readable
 from mergekit_pave.calibration.layers import Architecture, backbone, find_blocks, inference_dtype, load_model, model_class
 from mergekit_pave.calibration.lockstep import run_in_lockstep
 from mergekit_pave.calibration.observe import DivergedError, Observer, ReenteredError, UnalignedInputError
-from mergekit_pave.calibration.weights import StreamedModel, UnknownWeightError
+from mergekit_pave.calibration.weights import StreamedModel, UnknownWeightError, stored_weights
 from mergekit_pave.covariance import Covariance, Covariances
 from mergekit_pave.errors import PaveError
 from mergekit_pave.progress import bar
@@ -163,6 +164,9 @@ def _measure(job: Job, runtime: Runtime) -> Measured:
             # ALBERT calls one block over and over; some checkpoints need transformers' own loader.
             LOG.info("%s: cannot be run block by block (%s), loading it whole", job.name, error)
             measure = measure_whole
+        except NotFiniteError as error:
+            dtype = inference_dtype(job.config, runtime.device)
+            raise explained(error, job.name, dtype, stored_weights(job.folder)) from None
         except UnalignedInputError as error:
             LOG.info("%s: running samples one by one, because padding cannot be told from tokens in %s", job.name, error)
             batch_size = 1
@@ -176,6 +180,7 @@ def measure_in_lockstep(job: Job, runtime: Runtime, batch_size: int, apart: froz
         UnknownWeightError: a weight cannot be found in the checkpoint.
         UnalignedInputError: only batches without padding will do.
         DivergedError: a layer's role has to be among those that are measured `apart`.
+        NotFiniteError: a layer's input is not finite.
     """
     cls = model_class(job.config, job.folder, runtime.trust_remote_code)
     dtype = inference_dtype(job.config, runtime.device)
@@ -205,7 +210,7 @@ def measure_whole(job: Job, runtime: Runtime, batch_size: int, apart: frozenset[
 
     Raises:
         UnalignedInputError: only batches without padding will do.
-        DivergedError: as above.
+        DivergedError, NotFiniteError: as above.
     """
     model = load_model(job.config, job.folder, runtime.device, runtime.trust_remote_code)
     batches = distributed.share(job.encoded, batch_size)
@@ -232,6 +237,7 @@ def measure_model(
     Raises:
         UnalignedInputError: only batches without padding will do.
         DivergedError: a layer's role has to be among those that are measured `apart`.
+        NotFiniteError: a layer's input is not finite.
     """
     run = _runner(model, unpadded)
     observer = Observer(model, layers, name, apart, unpadded)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -134,3 +135,11 @@ class StreamedModel:
             return None
         # A copy also where nothing changes: the original is mapped from the file and would keep it open.
         return value.to(self._device, self._dtype if value.is_floating_point() else value.dtype, copy=True)
+
+
+def stored_weights(folder: str) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a checkpoint with their names, one after the other."""
+    loader = LoaderCache().get(ModelReference(model=ModelPath(path=folder)))
+    for name in sorted(loader.index.tensor_paths, key=lambda name: (loader.index.tensor_paths[name], name)):
+        yield name, loader.get_tensor(name)
+    loader.flush()
