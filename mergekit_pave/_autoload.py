@@ -16,6 +16,11 @@ _TARGETS = {
     "mergekit.config": ("ConfigReader", "mergekit_pave._field"),
     "mergekit.merge_methods": ("__all__", "mergekit_pave._methods"),
     "mergekit.io.tensor_writer": ("TensorWriter", "mergekit_pave._outputs"),
+    "mergekit.moe.config": ("is_bad_config", "mergekit_pave._refusals"),
+    "mergekit.scripts.merge_raw_pytorch": ("main", "mergekit_pave._refusals"),
+    "mergekit.scripts.bakllama": ("main", "mergekit_pave._refusals"),
+    "mergekit.evo.genome": ("ModelGenome", "mergekit_pave._refusals"),
+    "mergekit.evo.config": ("check_for_naughty_config", "mergekit_pave._refusals"),
 }
 
 
@@ -34,6 +39,11 @@ def install() -> None:
 
 def _add_to(target: str) -> None:
     importlib.import_module(_TARGETS[target][1]).add()
+
+
+def is_complete(target: str) -> bool:
+    """Whether a module of mergekit is imported, to its end."""
+    return hasattr(sys.modules.get(target), _TARGETS[target][0])
 
 
 def is_half_loaded(module: str, last: str) -> bool:
@@ -76,6 +86,9 @@ class _Loader(importlib.abc.Loader):
 
     def __init__(self, loader):
         self._loader = loader
+
+    def __getattr__(self, name: str):  # `python -m` asks for the code
+        return getattr(self._loader, name)
 
     def create_module(self, spec):
         return self._loader.create_module(spec)

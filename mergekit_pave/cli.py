@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from mergekit_pave import cache as caches
 from mergekit_pave import plugin, preview, versions
+from mergekit_pave._refusals import tool_of
 from mergekit_pave.calibration.estimate import readable
 from mergekit_pave.errors import PaveError
 from mergekit_pave.page.measured import measure
@@ -134,6 +135,11 @@ def _read_config(path: str) -> MergeConfiguration:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise PaveError(f"{path} is not a mergekit config: it holds no mapping")
+        if tool := tool_of(content):
+            raise PaveError(
+                f"{path} is a config for {tool.command}, which does not honour a `pave:` block; this takes one for "
+                f"mergekit-yaml. To purify, {tool.advice}"
+            )
         keys = {str(key).lower(): key for key in content}
         if "pave" not in content and (close := difflib.get_close_matches("pave", keys, n=1)):
             raise PaveError(f"{path}: unknown key {keys[close[0]]!r}; did you mean 'pave'?")
