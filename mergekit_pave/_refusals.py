@@ -77,8 +77,9 @@ def tool_of(config: dict[str, Any]) -> Tool | None:
             return tool
     models = config.get("models")
     named = [entry.get("model") for entry in models if isinstance(entry, dict)] if isinstance(models, list) else []
-    if any(
-        isinstance(name, str) and (Path(name).is_file() or name.endswith(_FILES) and not Path(name).is_dir()) for name in named
-    ):
-        return _PYTORCH
-    return None
+    return _PYTORCH if any(isinstance(name, str) and _is_weights(name) for name in named) else None
+
+
+def _is_weights(name: str) -> bool:
+    """Whether a model's name is that of a file."""
+    return Path(name).is_file() or (name.endswith(_FILES) and not Path(name).is_dir())
