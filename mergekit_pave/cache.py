@@ -29,7 +29,7 @@ from mergekit_pave.files import replacing
 
 MANIFEST = "manifest.json"
 # Part of every key of a kind: raise it when the same inputs would lead to other numbers or other files.
-FORMATS = {"covariance": 1, "subspace": 1}
+FORMATS = {"covariance": 1, "subspace": 1, "comparison": 1}
 
 
 def cache_root(configured: str | None) -> Path:
@@ -204,16 +204,17 @@ def require_space(folder: Path, size: int) -> None:
         )
 
 
-KINDS = ("covariance", "subspace")
+KINDS = ("covariance", "subspace", "comparison")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What the cache holds under one key: the covariances of a model, or the subspaces of its weights.
+    """What the cache holds under one key: the covariances of a model, the subspaces of its weights, or which of them equal a base
+    model's.
 
     Attributes:
         kind: one of `KINDS`.
-        artefacts: one of covariances; one a weight of subspaces.
+        artefacts: one a weight of subspaces; otherwise one.
     """
 
     kind: str
@@ -235,7 +236,7 @@ def entries(root: Path) -> list[Entry]:
     found = []
     for kind in KINDS:
         for folder in sorted((root / kind).glob("[!.]*")):
-            parts = [folder] if kind == "covariance" else sorted(folder.glob("[!.]*"))
+            parts = sorted(folder.glob("[!.]*")) if kind == "subspace" else [folder]
             found.append(Entry(kind, folder, [Artefact(part) for part in parts]))
     return found
 

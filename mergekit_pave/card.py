@@ -135,14 +135,15 @@ def _effect(report: dict) -> list[str]:
             f"{sums['mean_rank']:.1f} ({100 * sums['mean_kept']:.1f} %)",
             f"{sums['mean_energy']:.2g}",
             f"{sums['removed_norm'] / sums['change_norm']:.3g}" if sums["change_norm"] else "-",
+            sums["exceeding"] if sums["change_norm"] else "-",
         )
         for model, sums in by_model(report).items()
     ]
-    head = ("model", "tensors purified", "mean rank kept", "mean energy dropped", "removed part / change")
+    head = ("model", "tensors purified", "mean rank kept", "mean energy dropped", "removed part / change", "tensors above 1")
     lines = ["#### What it did", "", *_table(head, rows), ""]
     lines += [
-        "Energy is the dropped share of `‖W (C + λI)‖²`. The last column is `‖W' - W‖ / ‖W - W_base‖`; above 1, more was "
-        "removed than fine-tuning had changed.",
+        "Energy is the dropped share of `‖W (C + λI)‖²`. The removed part over the change is `‖W' - W‖ / ‖W - W_base‖`, over all "
+        "tensors; above 1, more was removed than fine-tuning had changed. The last column counts the tensors where it is.",
         "",
     ]
     return lines

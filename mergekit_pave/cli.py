@@ -78,7 +78,7 @@ def plan(config_file: str, as_json: bool, merge_options: MergeOptions) -> None:
     No weights are read, but for a few of each model where everything is in the cache, to tell how large the removed part is.
     """
     merge_options.apply_global_options()
-    planned = _planned(config_file, merge_options)
+    planned = _planned(config_file, merge_options, compares=False)
     samples = plugin.sample_removal(planned, merge_options)
     found = preview.preview(planned, merge_options.device, samples)
     click.echo(json.dumps(found, indent=1) if as_json else preview.as_text(found))
@@ -119,11 +119,11 @@ def write_report(source: Path, output: Path | None, merge_options: MergeOptions)
     click.echo(f"written to {render.write(folder, name, report, measured, text)}")
 
 
-def _planned(path: str, options: MergeOptions) -> Plan:
+def _planned(path: str, options: MergeOptions, *, compares: bool = True) -> Plan:
     """The plan of a merge; what mergekit itself says against it, in a line."""
     config = _read_config(path)
     try:
-        return plugin.plan_merge(config, options)
+        return plugin.plan_merge(config, options, compares=compares)
     except (OSError, ValueError, RuntimeError) as error:
         raise PaveError(f"{path}: mergekit cannot plan this merge: {' '.join(str(error).split())}") from error
 
@@ -152,7 +152,7 @@ def _read_config(path: str) -> MergeConfiguration:
 
 @main.group()
 def cache() -> None:
-    """Look after the cache of covariances and subspaces."""
+    """Look after the cache: covariances, subspaces, and which weights equal a base model's."""
 
 
 _cache_dir = click.option("--cache-dir", help="The cache, where a config sets pave.cache_dir.")
@@ -169,6 +169,8 @@ def list_cache(cache_dir: str | None) -> None:
         model = manifests[0]["model"] if manifests else "(incomplete)"
         if entry.kind == "covariance":
             content = f"{len(manifests[0]['layers'])} layers, {manifests[0]['tokens']} tokens" if manifests else "-"
+        elif entry.kind == "comparison":
+            content = f"{len(manifests[0]['equal'])} equal weights" if manifests else "-"
         else:
             content = f"{len(manifests)} weights"
         click.echo(f"{entry.key[:12]}  {entry.kind:10}  {readable(entry.size):>8}  {content:28}  {model}")
@@ -209,7 +211,7 @@ def export(key: str, folder: Path, cache_dir: str | None) -> None:
     """Copy the covariances under KEY to FOLDER, ready to be published and named as `covariance:` in a config."""
     entry = _find(key, cache_dir)
     if entry.kind != "covariance":
-        raise PaveError(f"{entry.key[:12]} holds subspaces, which belong to one machine; export covariances")
+        raise PaveError(f"{entry.key[:12]} is a {entry.kind}, which belongs to one machine; export covariances")
     caches.copy(entry.folder, folder)
     click.echo(f"exported to {folder}")
 

@@ -19,10 +19,11 @@ from mergekit_pave.calibration.blame import NotFiniteError, explained
 from mergekit_pave.calibration.layers import Linear, backbone, find_linears
 from mergekit_pave.calibration.observe import DivergedError, UnalignedInputError
 from mergekit_pave.calibration.run import measure_model
+from mergekit_pave.comparison import equal_matrices
 from mergekit_pave.config import DEFAULT_CALIBRATION, PaveConfig, Regularization
 from mergekit_pave.covariance import Covariance, Covariances
-from mergekit_pave.purification import decompose_weight, missed_layers, purify_weight
-from mergekit_pave.report import NEVER_CALLED, left_experts, never_called, summary, warnings
+from mergekit_pave.purification import decompose_weight, leave_slices, missed_layers, purify_weight
+from mergekit_pave.report import NEVER_CALLED, UNCHANGED, left_experts, left_weights, summary, warnings
 
 LOG = logging.getLogger(__name__)
 
@@ -55,7 +56,8 @@ def purify_model(
         batches: what the model's tokenizer or image processor returns with `return_tensors="pt"`, one batch or several; with
             `attention_mask` where there is padding, which never counts; for an encoder-decoder model with `decoder_input_ids`.
         rank_ratio: share of singular components kept, 0 < x <= 1.
-        base: what the model was fine-tuned from, or its state dict; for the target `task_vector`, and for `change_norm`.
+        base: what the model was fine-tuned from, or its state dict; for the target `task_vector`, for `change_norm`, and to leave
+            weights as they are that fine-tuning has not changed.
         target: what is purified: the weights, as published, or only what fine-tuning changed.
         regularization: λ as a number, or {"relative": share of C's mean diagonal}, by default 0.01 of it.
         include, exclude: parts of the names of parameters: purify only these, leave these alone.
@@ -82,21 +84,17 @@ def purify_model(
     known = _measure(model, _as_batches(model, batches), name, quiet)
     every, _, _ = find_linears(model)
     size = sum(linear.size for linear in every.values())
-    missed = missed_layers(name, tuple(linears.values()), size, known)
-    left = {tensor: NEVER_CALLED for tensor, linear in linears.items() if linear in missed}
-    tails = {
-        tensor: decompose_weight(
-            model.get_parameter(tensor).detach(),
-            linear,
-            known,
-            shift,
-            _drop(linear, rank_ratio),
-            min_tokens if linear.experts else 0,
-            (name, tensor),
-        )
-        for tensor, linear in linears.items()
-        if tensor not in left
-    }
+    equal = {tensor: equal_matrices(model.get_parameter(tensor), value) for tensor, value in bases.items()}
+    left = {tensor: UNCHANGED for tensor, numbers in equal.items() if len(numbers) == len(linears[tensor].layers)}
+    changed = tuple(linear for tensor, linear in linears.items() if tensor not in left)
+    missed = missed_layers(name, changed, size, known) if changed else []
+    left |= {tensor: NEVER_CALLED for tensor, linear in linears.items() if linear in missed}
+    tails = {}
+    for tensor, linear in linears.items():
+        if tensor not in left:
+            weight, least = model.get_parameter(tensor).detach(), min_tokens if linear.experts else 0
+            tail = decompose_weight(weight, linear, known, shift, _drop(linear, rank_ratio), least, (name, tensor))
+            tails[tensor] = leave_slices(tail, least, [linear.experts[i] for i in equal.get(tensor, ())])
 
     rows: list[dict[str, Any]] = []
     for tensor, tail in tails.items():
@@ -116,8 +114,9 @@ def purify_model(
         rows += purified["stats"]
         left |= purified["left"]
     report = {"tensors": len(model.state_dict()), "purified": rows, "models": {name: {"left_as_they_are": left}}}
-    LOG.info(summary(report))
-    for line in left_experts(report) + never_called(report) + warnings(report):
+    if rows:
+        LOG.info(summary(report))
+    for line in left_experts(report) + left_weights(report) + warnings(report):
         LOG.warning(line)
     return rows
 

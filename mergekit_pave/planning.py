@@ -13,8 +13,8 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -24,6 +24,7 @@ from mergekit.common import ModelReference
 from mergekit.config import evaluate_setting
 from mergekit.io.tasks import GatherTensors
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from mergekit_pave import cache, versions
 from mergekit_pave.allocation import fair_share, most_dropped
@@ -32,9 +33,10 @@ from mergekit_pave.calibration.data import Sample, load_samples
 from mergekit_pave.calibration.estimate import readable
 from mergekit_pave.calibration.layers import Architecture, Linear, describe
 from mergekit_pave.calibration.run import Job, Runtime, covariance_key
+from mergekit_pave.comparison import Comparison
 from mergekit_pave.config import Data, PaveConfig, PaveModel, RelativeRegularization, looks_local
 from mergekit_pave.errors import PaveError
-from mergekit_pave.report import FORMAT, NEVER_CALLED
+from mergekit_pave.report import FORMAT, NEVER_CALLED, UNCHANGED
 from mergekit_pave.tasks import (
     AllocateRanks,
     CalibrateModel,
@@ -90,12 +92,14 @@ class Environment:
 
     Attributes:
         reads: the tensors that a merge of whole models would read of one, each with all names that it may have.
+        compares: weights may be read, to find those that equal the base model's.
     """
 
     runtime: Runtime
     transformers_cache: Optional[str]
     checkpoint: Callable[[ModelReference], Checkpoint]
     reads: Callable[[ModelReference], list[list[str]]]
+    compares: bool
 
 
 @dataclass(frozen=True)
@@ -133,8 +137,10 @@ class Plan:
         header: the report without its rows.
         closed_forms: what regmean merges in closed form, by place.
         warnings: what should make a user look twice before any work is done.
+        compared: it is known which weights equal the base model's; otherwise only what the cache says of it.
     """
 
+    compared: bool
     weights: list[PlannedWeight] = field(default_factory=list)
     gathers: dict[int, GatherPurified] = field(default_factory=dict)
     calibrations: list[CalibrateModel | GivenCovariance] = field(default_factory=list)
@@ -165,12 +171,14 @@ class ClosedForm:
 
 @dataclass(frozen=True)
 class _Choice:
-    """One weight of one model that is purified: its layer and the components it would drop on its own."""
+    """One weight of one model that is purified: its layer, the components it would drop on its own, and the experts that stay as
+    they are, for they equal the base model's."""
 
     model: ModelReference
     tensor: str
     linear: Linear
     share: int
+    unchanged: tuple[int, ...] = ()
 
 
 def make_plan(config: PaveConfig, tensors: list[PlannedTensor], environment: Environment) -> Plan:
@@ -206,10 +214,14 @@ def make_plan(config: PaveConfig, tensors: list[PlannedTensor], environment: Env
         if not wanted:  # nothing of it is purified, and no covariance of it is asked for
             del sources[model]
             continue
-        source.prepare(tuple(dict.fromkeys(wanted)), tuple(dict.fromkeys(own)))
+        source.prepare(tuple(dict.fromkeys(wanted)))
+    compared = _leave_unchanged(chosen, tensors, sources, reasons, environment)
+    for model, source in sources.items():
+        own = [choice.linear for choices in chosen.values() for choice in choices if choice.model == model]
+        source.settle((*own, *needed.get(model, {}).values()), own)
         _leave_never_called(model, source.calibration, chosen, reasons.setdefault(model, {}))
 
-    plan = Plan(warnings=_warnings(sources))
+    plan = Plan(compared=compared, warnings=_warnings(sources))
     for place, choices in chosen.items():
         if choices:
             _add_tensor(plan, config, tensors[place], place, choices, sources)
@@ -310,7 +322,7 @@ def _warnings(sources: dict[ModelReference, _Source]) -> list[str]:
     """What the samples alone give away: that they are few, or the same for two models."""
     found = []
     for model, source in sources.items():
-        widest = max(linear.shape[1] for linear in source.calibration.wanted)
+        widest = max((linear.shape[1] for linear in source.calibration.wanted), default=0)
         if source.tokens < widest:
             found.append(
                 f"{model}: {source.tokens} calibration tokens for layers that are up to {widest} wide; directions that no token "
@@ -325,6 +337,54 @@ def _warnings(sources: dict[ModelReference, _Source]) -> list[str]:
                 "cannot be told from what the other's does; give each model samples of its own task"
             )
     return found
+
+
+def _leave_unchanged(
+    chosen: dict[int, list[_Choice]],
+    tensors: list[PlannedTensor],
+    sources: dict[ModelReference, _Source],
+    reasons: dict[ModelReference, dict[str, str]],
+    environment: Environment,
+) -> bool:
+    """Take out what equals the base model's. Returns whether all of it is known."""
+    pairs: dict[tuple[ModelReference, ModelReference], dict[str, Callable]] = {}
+    bases: dict[int, ModelReference] = {
+        place: tensors[place].base for place in chosen if tensors[place].base in tensors[place].gather.weight_info
+    }
+    for place, base in bases.items():
+        gather = tensors[place].gather
+        for choice in chosen[place]:
+            read = functools.partial(_read_both, gather, choice.model, base)
+            pairs.setdefault((choice.model, base), {})[_pair_name(choice, gather, base)] = read
+    comparisons = {}
+    for (model, base), of_models in pairs.items():
+        checkpoint = environment.checkpoint(base)
+        identity = cache.weights_identity(checkpoint.folder, list(checkpoint.files.values()))
+        comparison = sources[model].comparison(identity, str(base))
+        if environment.compares:
+            comparison.compare(of_models, environment.runtime.quiet)
+        comparisons[model, base] = comparison
+    for place, base in bases.items():
+        for choice in list(chosen[place]):
+            equal = comparisons[choice.model, base].known(_pair_name(choice, tensors[place].gather, base))
+            if len(equal) == len(choice.linear.layers):
+                chosen[place].remove(choice)
+                reasons[choice.model][choice.tensor] = UNCHANGED
+            elif equal:
+                experts = tuple(choice.linear.experts[i] for i in equal)
+                chosen[place][chosen[place].index(choice)] = replace(choice, unchanged=experts)
+    return environment.compares or not pairs
+
+
+def _read_both(gather: GatherTensors, *models: ModelReference) -> list[Optional[Tensor]]:
+    tasks = [load_stored(gather, model).model_copy(update={"device": None}) for model in models]
+    return [task.execute() for task in tasks]
+
+
+def _pair_name(choice: _Choice, gather: GatherTensors, base: ModelReference) -> str:
+    """In a frankenmerge a weight may be merged with that of another layer of the base model."""
+    other = gather.weight_info[base].name
+    return choice.tensor if other == choice.tensor else f"{choice.tensor} / {other}"
 
 
 def _leave_never_called(
@@ -394,22 +454,38 @@ class _Source:
                     "be shown what it shall answer; name its column, or give a template over columns"
                 )
 
-    def prepare(self, layers: tuple[Linear, ...], purified: tuple[Linear, ...]) -> None:
+    def prepare(self, layers: tuple[Linear, ...]) -> None:
         """Read and tokenise the samples, which checks all of the `data` entry, and name the artefacts.
+
+        Args:
+            layers: those whose covariances may be needed.
+        """
+        self._root = cache.cache_root(self._pave.cache_dir)
+        key = self._use_given(layers) if self.entry.covariance else self._use_data()
+        regularization = self._pave.setting(self.model, "regularization")
+        described = regularization.model_dump() if isinstance(regularization, RelativeRegularization) else regularization
+        self._tails = self._root / "subspace" / cache.key("subspace", key, described)
+
+    def settle(self, layers: Iterable[Linear], purified: Iterable[Linear]) -> None:
+        """Name the task that sees to the covariances.
 
         Args:
             layers: those whose covariances are needed.
             purified: those among them that are to be purified.
         """
-        size = sum(linear.size for linear in self.architecture.linears.values())
-        self._wanted = {"model": str(self.model), "wanted": layers, "purified": purified, "size": size}
-        root = cache.cache_root(self._pave.cache_dir)
-        key = self._use_given() if self.entry.covariance else self._use_data(root)
-        regularization = self._pave.setting(self.model, "regularization")
-        described = regularization.model_dump() if isinstance(regularization, RelativeRegularization) else regularization
-        self._tails = root / "subspace" / cache.key("subspace", key, described)
+        self.calibration = self._calibrate(
+            model=str(self.model),
+            wanted=tuple(dict.fromkeys(layers)),
+            purified=tuple(dict.fromkeys(purified)),
+            size=sum(linear.size for linear in self.architecture.linears.values()),
+        )
 
-    def _use_data(self, root: Path) -> str:
+    def comparison(self, base_identity: str, base: str) -> Comparison:
+        """What is known of the weights beside those of a base model."""
+        identity = cache.weights_identity(self.folder, self._shards)
+        return Comparison(self._root, (identity, base_identity), (str(self.model), base))
+
+    def _use_data(self) -> str:
         settings = self._pave.calibration_of(self.model)
         samples = load_samples(self.entry.sources, settings, str(self.model))
         positions, shift = self.architecture.positions, self.architecture.shift
@@ -446,11 +522,11 @@ class _Source:
             batch_size=settings.batch_size,
             about=about,
         )
-        folder = str(root / "covariance" / key)
-        self.calibration = CalibrateModel(folder=folder, job=job, runtime=self._environment.runtime, **self._wanted)
+        folder = str(self._root / "covariance" / key)
+        self._calibrate = functools.partial(CalibrateModel, folder=folder, job=job, runtime=self._environment.runtime)
         return key
 
-    def _use_given(self) -> str:
+    def _use_given(self, layers: tuple[Linear, ...]) -> str:
         where = f"pave.models[{self.model}].covariance"
         folder = Path(self.entry.covariance).expanduser()
         if not folder.exists():
@@ -470,14 +546,14 @@ class _Source:
             raise PaveError(f"{where}: these were measured by another version of mergekit-pave; use `data` instead")
         if manifest["weights"] != cache.weights_fingerprint(self.folder, self._shards):
             raise PaveError(f"{where}: these were measured on other weights, those of {manifest['model']}; use `data` instead")
-        if unknown := sorted({linear.module for linear in self._wanted["wanted"]}.difference(manifest["watched"])):
+        if unknown := sorted({linear.module for linear in layers}.difference(manifest["watched"])):
             raise PaveError(
                 f"{where}: these were measured with transformers {manifest['versions']['transformers']}, which has no layer "
                 f"{unknown[0]}; use `data` instead"
             )
         self.samples, self.tokens, self.data = manifest["samples"], manifest["tokens"], manifest["data"]
         self.contents = set()  # nobody knows
-        self.calibration = GivenCovariance(folder=str(folder), **self._wanted)
+        self._calibrate = functools.partial(GivenCovariance, folder=str(folder))
         return cache.digest(manifest["files"], self._identity())
 
     def _identity(self) -> str:
@@ -736,7 +812,7 @@ def _add_tensor(
                 regularization=regularization,
             )
         )
-        tails.append(LoadTail(model=choice.model, tensor=choice.tensor, **needed))
+        tails.append(LoadTail(model=choice.model, tensor=choice.tensor, unchanged=choice.unchanged, **needed))
         if not cached:
             decomposition = DecomposeWeight(
                 model=choice.model,

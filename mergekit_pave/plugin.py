@@ -278,6 +278,7 @@ def _environment(planner: MergePlanner) -> Environment:
         transformers_cache=options.transformers_cache,
         checkpoint=_checkpoint,
         reads=functools.partial(_reads, planner),
+        compares=planner.__dict__.get("_pave_compares", True),
     )
 
 
@@ -328,8 +329,11 @@ def _checkpoint(model: ModelReference) -> Checkpoint:
     return Checkpoint(index.base_path, index.tensor_paths)
 
 
-def plan_merge(config: MergeConfiguration, options: MergeOptions) -> Plan:
+def plan_merge(config: MergeConfiguration, options: MergeOptions, *, compares: bool = True) -> Plan:
     """What purification would add to a merge, without merging.
+
+    Args:
+        compares: see `Environment`.
 
     Raises:
         PaveError: the config has no `pave:` block, or the block does not fit.
@@ -349,6 +353,7 @@ def plan_merge(config: MergeConfiguration, options: MergeOptions) -> Plan:
         options=options,
         out_model_config=base.config(trust_remote_code=options.trust_remote_code),
     )
+    planner._pave_compares = compares
     planner._plan()
     if config.pave is None:
         raise PaveError(f"{told}; {config.merge_method} alone needs no plan, calibration or report: merge it with mergekit-yaml")

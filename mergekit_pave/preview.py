@@ -66,6 +66,7 @@ def preview(plan: Plan, device: str, samples: dict[str, list[dict[str, Any]]]) -
     return {
         "tensors": plan.header["tensors"],
         "device": device,
+        "compared": plan.compared,
         "models": models,
         **({"regmean": {"closed_form": len(plan.closed_forms)} | regmean} if regmean else {}),
         "warnings": plan.warnings + found,
@@ -105,6 +106,8 @@ def as_text(preview: dict[str, Any]) -> str:
     """The preview for people."""
     outputs = {row["output"] for model in preview["models"].values() for row in model["purified"]}
     lines = [f"{len(outputs)} of {preview['tensors']} tensors will be purified."]
+    if not preview["compared"]:
+        lines[0] += " Those that equal the base model's will stay as they are; which these are, the merge finds out."
     if "regmean" in preview:
         others = regmean_reasons(preview["regmean"]) or "none"
         lines.append(f"{preview['regmean']['closed_form']} will be merged in closed form; as task_arithmetic does: {others}.")

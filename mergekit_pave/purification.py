@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from mergekit_pave.config import RelativeRegularization
 from mergekit_pave.covariance import Covariance, Covariances
 from mergekit_pave.errors import PaveError
 from mergekit_pave.memory import empty_in_huge_pages
-from mergekit_pave.report import FEW_TOKENS, NEVER_CALLED
+from mergekit_pave.report import FEW_TOKENS, NEVER_CALLED, UNCHANGED
 from mergekit_pave.subspace import coefficients, drop_components, matrices, tail_components
 
 
@@ -103,6 +103,18 @@ def decompose_weight(
     }
 
 
+def leave_slices(tail: Mapping[str, Any], min_tokens: int, unchanged: Collection[int]) -> dict[str, Any]:
+    """The tails without those of experts that saw fewer tokens, or that equal the base model's: under `left` these have None."""
+    slices = tail["slices"]
+    kept = [i for i, own in enumerate(slices) if own["tokens"] >= min_tokens and own["expert"] not in unchanged]
+    left = {str(own["expert"]): own["tokens"] for i, own in enumerate(slices) if i not in kept}
+    left = tail["left"] | left | {str(expert): None for expert in unchanged}
+    if len(kept) == len(slices):
+        return {**tail, "left": left}
+    tensors = {name: tail[name][kept] for name in ("directions", "coefficients", "values")}
+    return {**tensors, "slices": [slices[i] for i in kept], "left": left}
+
+
 def shift_of(covariance: Covariance, regularization: float | RelativeRegularization) -> float:
     """λ as a number."""
     if isinstance(regularization, RelativeRegularization):
@@ -163,5 +175,5 @@ def purify_weight(
     left = {}
     for expert, tokens in tail["left"].items():
         name = f"{row['tensor']}[{expert}]" if weight.dim() == 3 else row["tensor"]
-        left[name] = f"{FEW_TOKENS} ({tokens})" if expert else NEVER_CALLED
+        left[name] = UNCHANGED if tokens is None else f"{FEW_TOKENS} ({tokens})" if expert else NEVER_CALLED
     return {"tensor": result, "stats": stats, "left": left}

@@ -17,6 +17,7 @@ from mergekit_pave.errors import PaveError
 FORMAT = 1  # of the report: raised when a reader of the one before would misread it. A report without a number has 1.
 FEW_TOKENS = "an expert that saw too few calibration tokens"
 NEVER_CALLED = "never called during calibration"
+UNCHANGED = "equal to the base model's"
 
 
 def read_report(out_path: str) -> dict[str, Any]:
@@ -106,6 +107,8 @@ def complete(header: dict[str, Any], stats: Iterable[tuple[str, dict[str, Any]]]
     for model, done in stats:
         report["purified"] += done["rows"]
         report["models"][model]["left_as_they_are"] |= done["left"]
+    for model, sums in by_model(report).items():
+        report["models"][model]["removed_more_than_changed"] = sums["exceeding"]
     report["warnings"] += warnings(report)
     return report
 
@@ -116,7 +119,10 @@ def kind(tensor: str) -> str:
 
 
 def by_model(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Per model: tensors purified, mean shares of rank and energy, tokens seen, and the removed part beside the change."""
+    """Per model: tensors purified, mean shares of rank and energy, tokens seen, and the removed part beside the change.
+
+    `exceeding` counts the tensors whose removed part is larger than their change.
+    """
     rows = defaultdict(list)
     for row in report["purified"]:
         rows[row["model"]].append(row)
@@ -125,6 +131,10 @@ def by_model(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
         changes = [row["change_norm"] for row in of_model]
         removed = sum(row["removed_norm"] ** 2 for row in of_model) ** 0.5
         changed = None if None in changes else sum(change**2 for change in changes) ** 0.5
+        tensors: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        for row in of_model if changed is not None else ():
+            tensors[row["output"]][0] += row["removed_norm"] ** 2
+            tensors[row["output"]][1] += row["change_norm"] ** 2
         result[model] = {
             "tensors": len({row["output"] for row in of_model}),
             "mean_kept": sum(row["kept"] / row["components"] for row in of_model) / len(of_model),
@@ -133,6 +143,7 @@ def by_model(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
             "tokens": max(row["tokens"] for row in of_model),
             "removed_norm": removed,
             "change_norm": changed,
+            "exceeding": sum(removed > changed for removed, changed in tensors.values()),
         }
     return result
 
@@ -146,6 +157,8 @@ def summary(report: dict[str, Any]) -> str:
         part = f"{model} kept {100 * sums['mean_kept']:.1f} % of its rank"
         if sums["change_norm"]:
             part += f", removed {sums['removed_norm'] / sums['change_norm']:.2g} x its change"
+            if sums["exceeding"]:
+                part += f" (more than it in {sums['exceeding']} of {sums['tensors']} tensors)"
         parts.append(part)
     return f"PAVE purified {outputs} of {report['tensors']} tensors: {'; '.join(parts)}"
 
@@ -192,14 +205,15 @@ def _experts(report: dict[str, Any]) -> Iterator[tuple[str, int, int]]:
         yield model, left, left + sum("expert" in row and row["model"] == model for row in report["purified"])
 
 
-def never_called(report: dict[str, Any]) -> list[str]:
-    """A line for each model with layers that calibration did not reach, in which a star stands for any number."""
+def left_weights(report: dict[str, Any]) -> list[str]:
+    """A line for each model with weights that could have been purified, and why not; a star stands for any number."""
     lines = []
     for model, source in report["models"].items():
-        left = [tensor for tensor, reason in source["left_as_they_are"].items() if reason == NEVER_CALLED]
-        if left:
-            kinds = dict.fromkeys(map(kind, left))
-            lines.append(f"{model}: {len(left)} weights stay as they are, {NEVER_CALLED}: {', '.join(kinds)}")
+        for why in (NEVER_CALLED, UNCHANGED):
+            left = [tensor for tensor, reason in source["left_as_they_are"].items() if reason == why]
+            if left:
+                kinds = dict.fromkeys(map(kind, left))
+                lines.append(f"{model}: {len(left)} weights stay as they are, {why}: {', '.join(kinds)}")
     return lines
 
 
@@ -214,7 +228,8 @@ def warnings(report: dict[str, Any]) -> list[str]:
         if sums["change_norm"] and sums["removed_norm"] > sums["change_norm"]:
             found.append(
                 f"{model}: the removed part is {sums['removed_norm'] / sums['change_norm']:.2g} times as large as what "
-                "fine-tuning changed, so it is mostly weight of the base model. Look at the quality of the merge; a larger "
+                f"fine-tuning changed ({sums['exceeding']} of {sums['tensors']} tensors lost more than their change), so it is "
+                "mostly weight of the base model. Look at the quality of the merge; a larger "
                 "rank_ratio removes less, and `target: task_vector` only from the change"
             )
     return found

@@ -47,14 +47,14 @@ from mergekit_pave.calibration.run import StoredCovariances, calibrate, stored_c
 from mergekit_pave.config import RelativeRegularization
 from mergekit_pave.errors import PaveError
 from mergekit_pave.files import replacing
-from mergekit_pave.purification import decompose_weight, missed_layers, purify_weight
+from mergekit_pave.purification import decompose_weight, leave_slices, missed_layers, purify_weight
 from mergekit_pave.regmean import Layer, data_share
 from mergekit_pave.report import (
     FEW_TOKENS,
     NEVER_CALLED,
     complete,
     left_experts,
-    never_called,
+    left_weights,
     regmean_summary,
     regmean_warnings,
     summary,
@@ -182,11 +182,16 @@ class DecomposeWeight(_TensorTask):
 
 class LoadTail(_TensorTask):
     """The tails of the matrices of one weight from the cache. Value: see `decompose_weight`; they may have more than `count`
-    components."""
+    components.
+
+    Attributes:
+        unchanged: the experts that have none, for they equal the base model's.
+    """
 
     folder: str
     count: int
     min_tokens: int
+    unchanged: tuple[int, ...] = ()
 
     def arguments(self) -> dict[str, Task]:
         return {}
@@ -206,11 +211,7 @@ class LoadTail(_TensorTask):
             tensors = Artefact(Path(self.folder)).read(*manifest["files"])
         except PaveError:
             return None
-        enough = [i for i, known in enumerate(manifest["slices"]) if known["tokens"] >= self.min_tokens]
-        few = {str(known["expert"]): known["tokens"] for i, known in enumerate(manifest["slices"]) if i not in enough}
-        if few:
-            tensors = {name: tensor[enough] for name, tensor in tensors.items()}
-        return {**tensors, "slices": [manifest["slices"][i] for i in enough], "left": manifest["left"] | few}
+        return leave_slices({**tensors, "slices": manifest["slices"], "left": manifest["left"]}, self.min_tokens, self.unchanged)
 
 
 def has_tail(folder: Path, count: int, min_tokens: int) -> bool:
@@ -494,7 +495,7 @@ class WriteReport(Task[None]):
                 LOG.info(summary(report))
             if "regmean" in report:
                 LOG.info(regmean_summary(report["regmean"]))
-            for line in left_experts(report) + never_called(report):
+            for line in left_experts(report) + left_weights(report):
                 LOG.info(line)
             for warning in warnings(report) + (regmean_warnings(report["regmean"]) if "regmean" in report else []):
                 LOG.warning(warning)

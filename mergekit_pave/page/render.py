@@ -22,7 +22,7 @@ from mergekit_pave.page.drawing import Plot, png, svg
 from mergekit_pave.page.measure import Interference
 from mergekit_pave.page.measured import Measured, Overlap
 from mergekit_pave.page.places import grids, short_models
-from mergekit_pave.report import by_model, left_experts, never_called
+from mergekit_pave.report import by_model, left_experts, left_weights
 
 _TOP = 8  # rows of the table of what changed most
 
@@ -177,7 +177,7 @@ def _html(name: str, report: dict[str, Any], measured: Measured | None, config: 
         targets=sorted({source["settings"]["target"] for source in report["models"].values()}, reverse=True),
         tiles=_tiles(report),
         warnings=report["warnings"],
-        notes=left_experts(report) + never_called(report) + _missing(measured),
+        notes=left_experts(report) + left_weights(report) + _missing(measured),
         models=_models(report),
         not_purified=report["not_purified"],
         sections=sections,

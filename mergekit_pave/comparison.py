@@ -1,0 +1,78 @@
+"""Which weights are what they were in the base model: these have no task vector, so there is nothing to purify.
+
+LoRA on a few layers, frozen layers, and the untouched tower or experts of a larger model all leave such weights. They are found
+when a merge is planned. A changed weight differs in its first row, so it costs next to nothing; one that did not change is read
+whole, once, and the cache remembers it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mergekit_pave import cache
+from mergekit_pave.progress import bar
+
+_BLOCK = 1 << 22  # elements that are compared at a time
+
+
+def equal_matrices(weight: Tensor | None, base: Tensor | None) -> tuple[int, ...]:
+    """The numbers of the matrices of a weight that have the same values as those of the base model's.
+
+    Args:
+        weight: as it is stored: a matrix, number 0, or a stack of those of experts.
+        base: likewise, in whichever precision.
+    """
+    if weight is None or base is None or weight.shape != base.shape:
+        return ()
+    pairs = zip(weight, base) if weight.dim() == 3 else [(weight, base)]
+    return tuple(i for i, (own, other) in enumerate(pairs) if _equal(own, other))
+
+
+def _equal(left: Tensor, right: Tensor) -> bool:
+    precision = torch.promote_types(left.dtype, right.dtype)
+    rows = max(1, _BLOCK // left.shape[1])
+    blocks = [left[:1], *left.split(rows)], [right[:1], *right.split(rows)]
+    return all(torch.equal(own.to(precision), other.to(own.device, precision)) for own, other in zip(*blocks))
+
+
+class Comparison:
+    """What is known of the weights of one model beside those of one base model.
+
+    Args:
+        root: of the cache.
+        identities: of the two models' weights.
+        names: of the two models, for people.
+    """
+
+    def __init__(self, root: Path, identities: tuple[str, str], names: tuple[str, str]):
+        self._artefact = cache.Artefact(root / "comparison" / cache.key("comparison", *identities))
+        self._names = names
+        manifest = self._artefact.manifest()
+        self._equal: dict[str, list[int]] = manifest["equal"] if manifest else {}
+
+    def known(self, tensor: str) -> tuple[int, ...]:
+        """The matrices of a weight that are known to equal the base model's."""
+        return tuple(self._equal.get(tensor, ()))
+
+    def compare(self, pairs: dict[str, Callable[[], Sequence[Tensor | None]]], quiet: bool) -> None:
+        """Compare weights that are not known yet, and remember which of them are equal.
+
+        Args:
+            pairs: by the weight's name, what reads it and the base model's, where there are such.
+        """
+        unknown = {tensor: read for tensor, read in pairs.items() if tensor not in self._equal}
+        found = {}
+        with bar(len(unknown), f"Comparing {self._names[0]} with {self._names[1]}", "weights", quiet) as progress:
+            for tensor, read in unknown.items():
+                if equal := equal_matrices(*read()):
+                    found[tensor] = list(equal)
+                progress.update()
+        if found:
+            self._equal |= found
+            model, base = self._names
+            with self._artefact.lock():
+                self._artefact.complete({"files": {}, "model": model, "base": base, "equal": self._equal})
