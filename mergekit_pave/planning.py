@@ -55,6 +55,8 @@ from mergekit_pave.tasks import (
 LOG = logging.getLogger(__name__)
 
 _NOT_LINEAR = "not the weight of a linear layer"
+# Merge methods whose base model is one of two fine-tunes, as good as the other.
+_BETWEEN_TWO = {"slerp", "nearswap", "arcee_fusion"}
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ class Environment:
     Attributes:
         reads: the tensors that a merge of whole models would read of one, each with all names that it may have.
         compares: weights may be read, to find those that equal the base model's.
+        merge_method: the name of the method.
     """
 
     runtime: Runtime
@@ -100,6 +103,7 @@ class Environment:
     checkpoint: Callable[[ModelReference], Checkpoint]
     reads: Callable[[ModelReference], list[list[str]]]
     compares: bool
+    merge_method: str
 
 
 @dataclass(frozen=True)
@@ -221,7 +225,7 @@ def make_plan(config: PaveConfig, tensors: list[PlannedTensor], environment: Env
         source.settle((*own, *needed.get(model, {}).values()), own)
         _leave_never_called(model, source.calibration, chosen, reasons.setdefault(model, {}))
 
-    plan = Plan(compared=compared, warnings=_warnings(sources))
+    plan = Plan(compared=compared, warnings=[*_warnings(sources), *_base_is_merged(tensors, purified, environment)])
     for place, choices in chosen.items():
         if choices:
             _add_tensor(plan, config, tensors[place], place, choices, sources)
@@ -337,6 +341,18 @@ def _warnings(sources: dict[ModelReference, _Source]) -> list[str]:
                 "cannot be told from what the other's does; give each model samples of its own task"
             )
     return found
+
+
+def _base_is_merged(tensors: list[PlannedTensor], purified: set[ModelReference], environment: Environment) -> list[str]:
+    """What purification and its figures mean where the base model is one of two fine-tunes that are merged."""
+    if environment.merge_method not in _BETWEEN_TWO or not purified:
+        return []
+    bases = dict.fromkeys(str(planned.base) for planned in tensors if planned.base)
+    return [
+        f"{environment.merge_method} merges {' and '.join(bases)}, which the config names as the base model, as one of two ends. "
+        "It is merged as it is, and what is called the change of the other model is its distance from it, not from the model "
+        "that both come from"
+    ]
 
 
 def _leave_unchanged(

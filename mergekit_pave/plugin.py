@@ -279,6 +279,7 @@ def _environment(planner: MergePlanner) -> Environment:
         checkpoint=_checkpoint,
         reads=functools.partial(_reads, planner),
         compares=planner.__dict__.get("_pave_compares", True),
+        merge_method=planner.config.merge_method,
     )
 
 

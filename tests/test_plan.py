@@ -13,6 +13,7 @@ import yaml
 from click.testing import CliRunner
 from merging import config_for, entries, forget_checkpoints, merge, write_config
 from models import model_config, published_shapes, read_rows, write_hollow, write_rows
+from reference import weights
 from transformers.core_model_loading import WeightTransform
 
 from mergekit_pave.cli import main
@@ -238,3 +239,19 @@ def test_a_model_that_is_not_there_is_told_with_the_folder_in_which_it_was_looke
     result = CliRunner().invoke(main, ["plan", str(write_config(config, tmp_path / "plan.yml"))])
     assert result.exit_code != 0
     assert f"there is no model at ./elsewhere (looked in {tmp_path})" in result.output
+
+
+@pytest.mark.parametrize(("method", "parameters"), [("slerp", {"t": 0.3}), ("nearswap", {"t": 0.01}), ("arcee_fusion", {})])
+def test_a_base_that_is_one_of_two_ends(llama, tmp_path, cache, caplog, method, parameters):
+    """What stands beside the removed part is the distance to the other fine-tune, which is said wherever it is shown."""
+    one, other = llama.tuned[:2]
+    config = config_for(llama, {}, models=1) | {"merge_method": method, "base_model": str(other), "parameters": parameters}
+    config["models"] = [{"model": str(one)}, {"model": str(other)}]
+    said = f"{method} merges {other}, which the config names as the base model, as one of two ends."
+    assert said in plan(config, tmp_path)
+    merge(config, tmp_path / "out")
+    assert said in caplog.text
+    assert said in (tmp_path / "out" / "README.md").read_text()
+    distance = {row["tensor"]: row["change_norm"] for row in read_report(str(tmp_path / "out"))["purified"]}
+    ends = [weights(folder) for folder in (one, other)]
+    assert distance == {name: pytest.approx((ends[0][name] - ends[1][name]).norm().item(), rel=1e-4) for name in distance}
