@@ -20,8 +20,8 @@ from pydantic import ValidationError
 from mergekit_pave import cache as caches
 from mergekit_pave import plugin, preview, versions
 from mergekit_pave._refusals import tool_of
+from mergekit_pave.calibration.estimate import readable
 from mergekit_pave.errors import PaveError
-from mergekit_pave.files import readable
 from mergekit_pave.page.measured import measure
 from mergekit_pave.page.picture import require_matplotlib
 from mergekit_pave.planning import Plan

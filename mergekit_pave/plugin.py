@@ -21,7 +21,7 @@ import inspect
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 
 from mergekit_pave import _field
-from mergekit_pave._conversion import Conversions, known_once
+from mergekit_pave._conversion import Conversions
 from mergekit_pave.calibration import distributed
 from mergekit_pave.calibration.layers import describe
 from mergekit_pave.calibration.run import Runtime
@@ -79,13 +79,11 @@ def register() -> None:
 
 
 def _noting_position(plan_tensor):
-    signature = inspect.signature(plan_tensor)
-
     @functools.wraps(plan_tensor)
     def wrapper(self, *args, **kwargs):
         if not _is_ours(self):
             return plan_tensor(self, *args, **kwargs)
-        bound = signature.bind(self, *args, **kwargs).arguments
+        bound = inspect.signature(plan_tensor).bind(self, *args, **kwargs).arguments
         weights, models, reader = bound["weights_in"], bound["models"], bound["cfg_reader"]
         if bound["weight"].optional and all(map(functools.partial(_has, self), models, weights)):
             # mergekit asks for it by fewer names than it reads it by, and would leave it out.
@@ -180,9 +178,7 @@ def _with_stored_names(planner: MergePlanner) -> ModelArchitecture:
     definitions = [module.definition for module in modules.values()]
     infos = [info for d in definitions for info in (*d.pre_weights, *d.layer_templates.weights, *d.post_weights)]
     known = {name for info in infos for name in (info.name, *(info.aliases or ()), *(info.tied_names or ()))}
-    # Of all layers the first, as a checkpoint may have one more for predicting several tokens, which transformers leaves out.
-    names = {name for model in config.referenced_models() for name in _checkpoint(model).files}
-    stored = {_template(name): name for name in sorted(names, key=lambda name: (int(_layer(name) or 0), name), reverse=True)}
+    stored = {_template(name): name for model in config.referenced_models() for name in sorted(_checkpoint(model).files)}
     models = sorted(config.referenced_models(), key=str)
     one = models[0] if _is_regmean(planner) else next(filter(config.pave.entry, models), None)
     if one is None or not infos or stored.keys() <= known:
@@ -315,14 +311,14 @@ class _Known:
 
     infos: list[WeightInfo]
     names: frozenset[str]
-    stored: frozenset[str]
+    stored: Collection[str]
     conversions: Conversions
 
 
 def _known(planner: MergePlanner, model: ModelReference) -> _Known:
     known = planner.__dict__.setdefault("_pave_known", {})
     if model not in known:
-        architecture, stored = planner._model_arch(model), frozenset(_checkpoint(model).files)
+        architecture, stored = planner._model_arch(model), _checkpoint(model).files.keys()
         infos = architecture.all_weights()
         conversions = Conversions(architecture.config.model_type, stored)
         known[model] = _Known(infos, frozenset(info.name for info in infos), stored, conversions)
@@ -352,11 +348,9 @@ def plan_merge(config: MergeConfiguration, options: MergeOptions, *, compares: b
         raise PaveError(told)
     LoaderCache().setup(options=options)
     base = config.base_model or config.referenced_models()[0]
-    with known_once():
-        architecture = get_architecture_info(config, options)
     planner = MergePlanner(
         config,
-        architecture,
+        get_architecture_info(config, options),
         options=options,
         out_model_config=base.config(trust_remote_code=options.trust_remote_code),
     )

@@ -22,6 +22,16 @@ import torch  # noqa: E402
 from models import Family, make_family  # noqa: E402
 
 torch.set_num_threads(1)
+if os.environ.get("PRETEND_DEVICE"):  # any test can be run on it; tests/test_device.py does so with some
+    import pretend_device
+
+    pretend_device.register()
+    pretend_device.take_all_merges()
+
+    @pytest.fixture(autouse=True)
+    def nothing_is_left_on_the_device():
+        with pretend_device.all_freed():
+            yield
 
 
 def pytest_unconfigure():

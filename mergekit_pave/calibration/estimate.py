@@ -70,3 +70,12 @@ def estimate(architecture: Architecture, encoded: list[Encoded], batch_size: int
         batch=lengths[-1] * batch_size * 4 * wide * itemsize,
         operations=operations,
     )
+
+
+def readable(size: float) -> str:
+    """Bytes for people."""
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"

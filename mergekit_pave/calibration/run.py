@@ -19,14 +19,13 @@ from mergekit_pave import cache
 from mergekit_pave.calibration import distributed
 from mergekit_pave.calibration.batches import Batch, Encoded
 from mergekit_pave.calibration.blame import NotFiniteError, explained
-from mergekit_pave.calibration.estimate import Estimate, estimate
+from mergekit_pave.calibration.estimate import Estimate, estimate, readable
 from mergekit_pave.calibration.layers import Architecture, backbone, find_blocks, inference_dtype, load_model, model_class
 from mergekit_pave.calibration.lockstep import run_in_lockstep
 from mergekit_pave.calibration.observe import DivergedError, Observer, ReenteredError, UnalignedInputError
 from mergekit_pave.calibration.weights import StreamedModel, UnknownWeightError, stored_weights
 from mergekit_pave.covariance import Covariance, Covariances
 from mergekit_pave.errors import PaveError
-from mergekit_pave.files import readable
 from mergekit_pave.progress import bar
 
 LOG = logging.getLogger(__name__)

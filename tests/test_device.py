@@ -1,0 +1,27 @@
+"""The pretend accelerator of tests/pretend_device.py: runs what is to be run on it, in a process of its own."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from merging import command
+
+HERE = Path(__file__).parent
+# Beside tests/on_device, tests that hold for any device. Most of them compare with an independent reference.
+TOO = (
+    "test_end_to_end.py::test_forms_of_data[gpt2-column]",
+    "test_end_to_end.py::test_forms_of_data[bert-pair]",
+    "test_experts.py::test_every_expert_is_exact[gpt_oss-7]",
+)
+
+needs_python_backends = pytest.mark.skipif(
+    not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this PyTorch has no backends in Python",
+)
+
+
+@needs_python_backends
+def test_on_the_device():
+    tests = [HERE / "on_device", *(HERE / name for name in TOO)]
+    done = command("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, PRETEND_DEVICE="1")
+    assert done.returncode == 0, done.stdout[-20000:]
