@@ -29,7 +29,7 @@ from mergekit_pave.files import replacing
 
 MANIFEST = "manifest.json"
 # Part of every key of a kind: raise it when the same inputs would lead to other numbers or other files.
-FORMATS = {"covariance": 1, "subspace": 1, "comparison": 1}
+FORMATS = {"covariance": 2, "subspace": 1, "comparison": 1}
 
 
 def cache_root(configured: str | None) -> Path:

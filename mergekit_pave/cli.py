@@ -168,12 +168,15 @@ def list_cache(cache_dir: str | None) -> None:
         manifests = [manifest for artefact in entry.artefacts if (manifest := artefact.manifest())]
         model = manifests[0]["model"] if manifests else "(incomplete)"
         if entry.kind == "covariance":
-            content = f"{len(manifests[0]['layers'])} layers, {manifests[0]['tokens']} tokens" if manifests else "-"
+            content = "-"
+            if manifests:
+                known = manifests[0]
+                content = f"{len(known['layers'])} layers, {known['tokens']} tokens, {known.get('dtype', 'format 1')}"
         elif entry.kind == "comparison":
             content = f"{len(manifests[0]['equal'])} equal weights" if manifests else "-"
         else:
             content = f"{len(manifests)} weights"
-        click.echo(f"{entry.key[:12]}  {entry.kind:10}  {readable(entry.size):>8}  {content:28}  {model}")
+        click.echo(f"{entry.key[:12]}  {entry.kind:10}  {readable(entry.size):>8}  {content:38}  {model}")
     click.echo(f"{readable(sum(entry.size for entry in entries))} in {caches.cache_root(cache_dir)}")
 
 
@@ -222,6 +225,7 @@ def export(key: str, folder: Path, cache_dir: str | None) -> None:
 def import_folder(folder: Path, cache_dir: str | None) -> None:
     """Copy exported covariances from FOLDER into the cache, where a model from the Hub finds them for the same data.
 
+    It has to run in the precision that they were measured in, which on a CPU is float32 and on a GPU the model's own.
     For a local model, whose files have times of their own here, name FOLDER as `covariance:` in the config instead.
     """
     manifest = caches.Artefact(folder).manifest()
@@ -232,7 +236,8 @@ def import_folder(folder: Path, cache_dir: str | None) -> None:
         click.echo(f"{manifest['key'][:12]}, covariances of {manifest['model']}, is in the cache already")
         return
     caches.copy(folder, target)
-    click.echo(f"imported as {manifest['key'][:12]}, covariances of {manifest['model']}")
+    measured = f", measured in {manifest['dtype']}" if "dtype" in manifest else ""
+    click.echo(f"imported as {manifest['key'][:12]}, covariances of {manifest['model']}{measured}")
 
 
 def _speaks() -> bool:

@@ -31,7 +31,7 @@ from mergekit_pave.allocation import fair_share, most_dropped
 from mergekit_pave.calibration.batches import encode
 from mergekit_pave.calibration.data import Sample, load_samples
 from mergekit_pave.calibration.estimate import readable
-from mergekit_pave.calibration.layers import Architecture, Linear, describe
+from mergekit_pave.calibration.layers import Architecture, Linear, describe, inference_dtype
 from mergekit_pave.calibration.run import Job, Runtime, covariance_key
 from mergekit_pave.comparison import Comparison
 from mergekit_pave.config import Data, PaveConfig, PaveModel, RelativeRegularization, looks_local
@@ -286,7 +286,7 @@ def _closed_form_layers(
         model = next(model for model in planned.models if model != planned.base)
         if model not in known:
             trust = environment.runtime.trust_remote_code
-            known[model] = describe(model.config(trust_remote_code=trust), environment.checkpoint(model).folder, trust)
+            known[model] = describe(model.config(trust_remote_code=trust), model.model.path, trust, model.model.revision)
         layer, reason = _linear(known[model], planned.gather.weight_info[model] if planned.gather else None)
         if layer:
             layers[place] = layer
@@ -332,6 +332,12 @@ def _warnings(sources: dict[ModelReference, _Source]) -> list[str]:
                 f"{model}: {source.tokens} calibration tokens for layers that are up to {widest} wide; directions that no token "
                 f"shows are told apart by the weights alone. Several times {widest} tokens make the result steadier: raise "
                 "calibration.samples or max_tokens"
+            )
+        for dtype, folder in source.elsewhere.items():
+            found.append(
+                f"{model}: it will be measured in {source.dtype}, though with these samples it has been in {dtype}, on another "
+                f"kind of device. To use that, merge with the options of that run, or give the model `covariance: {folder}` "
+                "instead of data"
             )
     for (model, source), (other, beside) in itertools.combinations(sources.items(), 2):
         shared, smaller = len(source.contents & beside.contents), min(len(source.contents), len(beside.contents))
@@ -451,12 +457,14 @@ class _Source:
         self._environment = environment
         self.model = model
         self.entry = config.listed(model)
+        self.elsewhere: dict[str, Path] = {}
         checkpoint = environment.checkpoint(model)
         self.folder, self._shards = checkpoint.folder, list(checkpoint.files.values())
-        self._config = model.config(trust_remote_code=environment.runtime.trust_remote_code)
+        trust = environment.runtime.trust_remote_code
+        self._config = model.config(trust_remote_code=trust)
         if getattr(self._config, "quantization_config", None):
             raise PaveError(f"pave.models: {model} is quantised, which cannot be calibrated; give it `purify: false`")
-        self.architecture: Architecture = describe(self._config, self.folder, environment.runtime.trust_remote_code)
+        self.architecture: Architecture = describe(self._config, model.model.path, trust, model.model.revision)
         for data in self.entry.sources if self.entry.data else ():
             if data.image is not None and "pixel_values" not in self.architecture.inputs:
                 raise PaveError(f"pave.models[{model}].data.image: the model takes no images")
@@ -517,7 +525,16 @@ class _Source:
         self.contents = {sample.content for sample in samples if sample.problem is None}
         self.tokens = sum(sample.tokens for sample in encoded)
         self.data = [data.model_dump(mode="json", exclude_defaults=True) | {"split": data.split} for data in self.entry.sources]
-        key = covariance_key(self._identity(), encoded)
+        watched = sorted(linear.module for linear in self.architecture.linears.values())
+        weights = cache.weights_identity(self.folder, self._shards)
+
+        def key_for(precision: str) -> str:
+            # Another version of transformers may compute otherwise, or have other layers.
+            return covariance_key(cache.digest(weights, self.architecture.computation, watched, precision), encoded)
+
+        device = self._environment.runtime.device
+        self.dtype, *others = (_precision(self._config, kind) for kind in (device, "cpu", "cuda"))
+        key = key_for(self.dtype)
         about = {
             "key": key,
             "format": cache.FORMATS["covariance"],
@@ -526,7 +543,8 @@ class _Source:
             "data": self.data,
             "samples": self.samples,
             "tokens": self.tokens,
-            "watched": self._watched(),
+            "dtype": self.dtype,
+            "watched": watched,
             "versions": versions.installed(),
         }
         job = Job(
@@ -539,6 +557,9 @@ class _Source:
             about=about,
         )
         folder = str(self._root / "covariance" / key)
+        if cache.Artefact(Path(folder)).manifest() is None:
+            folders = {other: self._root / "covariance" / key_for(other) for other in others if other != self.dtype}
+            self.elsewhere = {other: found for other, found in folders.items() if cache.Artefact(found).manifest()}
         self._calibrate = functools.partial(CalibrateModel, folder=folder, job=job, runtime=self._environment.runtime)
         return key
 
@@ -553,7 +574,7 @@ class _Source:
         if manifest is None or "weights" not in manifest:
             raise PaveError(f"{where}: {folder} has no covariances (there is no complete {cache.MANIFEST} in it)")
         try:
-            known = manifest["format"] == cache.FORMATS["covariance"]
+            known = manifest["format"] == cache.FORMATS["covariance"] and isinstance(manifest["dtype"], str)
             for data in manifest["data"]:
                 Data.model_validate(data)
         except (KeyError, TypeError, ValueError):
@@ -568,22 +589,10 @@ class _Source:
                 f"{unknown[0]}; use `data` instead"
             )
         self.samples, self.tokens, self.data = manifest["samples"], manifest["tokens"], manifest["data"]
+        self.dtype = manifest["dtype"]
         self.contents = set()  # nobody knows
         self._calibrate = functools.partial(GivenCovariance, folder=str(folder))
-        return cache.digest(manifest["files"], self._identity())
-
-    def _identity(self) -> str:
-        """Key of the weights and of what is computed with them."""
-        described = self._config.to_dict()
-        for volatile in ("transformers_version", "_name_or_path"):
-            described.pop(volatile, None)
-        code = [path.read_bytes() for path in sorted(Path(self.folder).glob("*.py"))]
-        # Another version of transformers may call layers otherwise, or have other ones.
-        watched = self._watched()
-        return cache.digest(cache.weights_identity(self.folder, self._shards), json.dumps(described, default=str), watched, *code)
-
-    def _watched(self) -> list[str]:
-        return sorted(linear.module for linear in self.architecture.linears.values())
+        return cache.digest(manifest["files"], cache.weights_identity(self.folder, self._shards))
 
     def tail_folder(self, tensor: str) -> Path:
         return self._tails / tensor.replace("/", "_")
@@ -608,6 +617,11 @@ class _Source:
                 failure = error
         reason = " ".join(str(failure).split())
         raise PaveError(f"{self.model}: its {what} cannot be loaded, and calibration needs it: {reason}") from failure
+
+
+def _precision(config: transformers.PretrainedConfig, device: str) -> str:
+    """The name of the precision that a model runs in."""
+    return str(inference_dtype(config, device)).removeprefix("torch.")
 
 
 def _download(repository: str, where: str) -> Path:
@@ -887,6 +901,7 @@ def _header(
                 "covariance": source.entry.covariance,
                 "settings": _resolved(source.entry, block),
                 "calibration": config.calibration_of(model).model_dump() if source.entry.data else None,
+                "dtype": source.dtype,
                 "samples": source.samples,
                 "tokens": source.tokens,
                 "left_as_they_are": reasons[model],

@@ -185,7 +185,7 @@ def _with_stored_names(planner: MergePlanner) -> ModelArchitecture:
         return architecture
 
     trust = planner.options.trust_remote_code
-    described = describe(one.config(trust_remote_code=trust), _checkpoint(one).folder, trust)
+    described = describe(one.config(trust_remote_code=trust), one.model.path, trust, one.model.revision)
     other: dict[str, list[str]] = {}  # names of the same tensor
     parts: dict[str, list[str]] = {}  # names of tensors that make it up
     for template in sorted(stored.keys() - known):

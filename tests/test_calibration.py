@@ -76,8 +76,7 @@ def test_padding_and_batch_size_change_nothing_but_rounding(families, kind):
 
 def test_one_block_at_a_time_is_loaded(llama):
     job = job_for(llama.tuned[0], texts())
-    cls = run.model_class(job.config, job.folder, False)
-    streamed = run.StreamedModel(cls, job.config, job.folder, torch.float32, "cpu")
+    streamed = run.StreamedModel(job.architecture.cls, job.config, job.folder, torch.float32, "cpu")
     layers = streamed.model.model.layers
     most = []
 

@@ -19,6 +19,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
+from mergekit_pave.calibration.computation import computation
 from mergekit_pave.calibration.experts import find_experts, find_routers, part_of_experts, projections
 from mergekit_pave.errors import PaveError
 
@@ -69,6 +70,8 @@ class Architecture:
     """What is known of a model from its configuration alone.
 
     Attributes:
+        cls: the model's class.
+        computation: a digest of what the backbone computes, apart from weights.
         linears: backbone layers by the name of their weight.
         heads: names of the weights of linear layers outside the backbone, and of those that something else uses, too.
         routers: names of the weights that choose among experts.
@@ -86,6 +89,8 @@ class Architecture:
         shift: what an encoder-decoder model's decoder is given where these token ids are its target; None of other models.
     """
 
+    cls: Any
+    computation: str
     linears: dict[str, Linear]
     heads: frozenset[str]
     routers: frozenset[str]
@@ -135,23 +140,30 @@ class Architecture:
         return None
 
 
-def model_class(config: transformers.PretrainedConfig, folder: str, trust_remote_code: bool) -> Any:
+def model_class(config: transformers.PretrainedConfig, path: str, trust_remote_code: bool, revision: str | None = None) -> Any:
     """The model's own architecture class.
 
+    Args:
+        path: the model's folder or its name on the Hub, where remote code is.
+
     Raises:
-        PaveError: transformers does not have it, and remote code is absent or not trusted.
+        PaveError: transformers does not have it, and remote code is absent, not trusted or cannot be loaded.
     """
     name = (config.architectures or ["(none in config.json)"])[0]
     if hasattr(transformers, name):
         return getattr(transformers, name)
     remote = next((ref for ref in getattr(config, "auto_map", {}).values() if str(ref).endswith(f".{name}")), None)
     if remote is None:
-        raise PaveError(
-            f"{folder}: transformers {transformers.__version__} has no architecture {name}, so it cannot be calibrated"
-        )
+        raise PaveError(f"{path}: transformers {transformers.__version__} has no architecture {name}, so it cannot be calibrated")
     if not trust_remote_code:
-        raise PaveError(f"{folder}: {name} is remote code; calibration has to run it, so pass --trust-remote-code")
-    return get_class_from_dynamic_module(remote, folder)
+        raise PaveError(f"{path}: {name} is remote code; calibration has to run it, so pass --trust-remote-code")
+    try:
+        return get_class_from_dynamic_module(remote, path, revision=revision)
+    except (OSError, ImportError, AttributeError, SyntaxError) as error:
+        reason = " ".join(str(error).split())
+        raise PaveError(
+            f"{path}: the code of {name} ({remote}) cannot be loaded, and calibration has to run it: {reason}"
+        ) from error
 
 
 def empty_model(cls: Any, config: transformers.PretrainedConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -190,14 +202,23 @@ def backbone(model: transformers.PreTrainedModel) -> nn.Module:
     return base if model.main_input_name in inspect.signature(base.forward).parameters else model
 
 
-def describe(config: transformers.PretrainedConfig, folder: str, trust_remote_code: bool) -> Architecture:
-    """Find the linear layers of a model without reading its weights."""
-    model = empty_model(model_class(config, folder, trust_remote_code), config)
+def describe(
+    config: transformers.PretrainedConfig, path: str, trust_remote_code: bool, revision: str | None = None
+) -> Architecture:
+    """Find the linear layers of a model without reading its weights.
+
+    Args, Raises:
+        See `model_class`.
+    """
+    cls = model_class(config, path, trust_remote_code, revision)
+    model = empty_model(cls, config)
     model.tie_weights()
     linears, heads, routers = find_linears(model)
     weights = {name: tuple(value.shape) for name, value in model.named_parameters(remove_duplicate=False)}
     most = max((len(linear.experts) for linear in linears.values()), default=0)
     return Architecture(
+        cls=cls,
+        computation=computation(backbone(model), config),
         linears=linears,
         heads=heads,
         routers=routers,
@@ -212,7 +233,7 @@ def describe(config: transformers.PretrainedConfig, folder: str, trust_remote_co
         blocks=_sizes(model),
         conversions=get_model_conversion_mapping(model, add_legacy=False),
         inputs=frozenset(inspect.signature(backbone(model).forward).parameters),
-        shift=_target_shift(model, folder),
+        shift=_target_shift(model, path),
     )
 
 
@@ -295,7 +316,7 @@ def _sizes(model: nn.Module) -> dict[str, int]:
     return sizes | {"": sum(p.numel() for p in base.parameters()) - sum(sizes.values())}
 
 
-def _target_shift(model: nn.Module, folder: str) -> Callable[[list[int]], list[int]] | None:
+def _target_shift(model: nn.Module, path: str) -> Callable[[list[int]], list[int]] | None:
     """The shift to the right that the model itself makes of labels.
 
     Raises:
@@ -305,7 +326,7 @@ def _target_shift(model: nn.Module, folder: str) -> Callable[[list[int]], list[i
         return None
     if model.main_input_name != "input_ids":
         raise PaveError(
-            f"{folder}: an encoder that reads {model.main_input_name} cannot be calibrated, only one that reads text; give the "
+            f"{path}: an encoder that reads {model.main_input_name} cannot be calibrated, only one that reads text; give the "
             "model `purify: false`"
         )
     prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
@@ -317,7 +338,7 @@ def _target_shift(model: nn.Module, folder: str) -> Callable[[list[int]], list[i
     try:
         torch.tensor(shift([0]))
     except (ValueError, TypeError, RuntimeError, AttributeError):
-        raise PaveError(f"{folder}: config.json has no decoder_start_token_id, so its decoder cannot be run") from None
+        raise PaveError(f"{path}: config.json has no decoder_start_token_id, so its decoder cannot be run") from None
     return shift
 
 
@@ -344,13 +365,12 @@ def inference_dtype(config: transformers.PretrainedConfig, device: str) -> torch
     return torch.bfloat16 if own == torch.float16 else own
 
 
-def load_model(config: transformers.PretrainedConfig, folder: str, device: str, trust_remote_code: bool) -> nn.Module:
+def load_model(cls: Any, config: transformers.PretrainedConfig, folder: str, device: str) -> nn.Module:
     """The whole model, ready for inference.
 
     Raises:
         PaveError: the checkpoint lacks weights of the backbone, which would be filled with random numbers.
     """
-    cls = model_class(config, folder, trust_remote_code)
     dtype = inference_dtype(config, device)
     try:
         model, info = cls.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)

@@ -20,7 +20,7 @@ from mergekit_pave.calibration import distributed
 from mergekit_pave.calibration.batches import Batch, Encoded
 from mergekit_pave.calibration.blame import NotFiniteError, explained
 from mergekit_pave.calibration.estimate import Estimate, estimate, readable
-from mergekit_pave.calibration.layers import Architecture, backbone, find_blocks, inference_dtype, load_model, model_class
+from mergekit_pave.calibration.layers import Architecture, backbone, find_blocks, inference_dtype, load_model
 from mergekit_pave.calibration.lockstep import run_in_lockstep
 from mergekit_pave.calibration.observe import DivergedError, Observer, ReenteredError, UnalignedInputError
 from mergekit_pave.calibration.weights import StreamedModel, UnknownWeightError, stored_weights
@@ -75,8 +75,8 @@ class Runtime:
 Measured = Iterator[tuple[list[str], Covariance]]
 
 
-def covariance_key(weights: str, encoded: list[Encoded]) -> str:
-    """Key of the covariances: the weights, and exactly the tokens that the model sees and that count.
+def covariance_key(model: str, encoded: list[Encoded]) -> str:
+    """Key of the covariances: the model with all that it computes, and exactly the tokens that the model sees and that count.
 
     The tokens stand for the data set, its columns, the tokenizer, the chat template, the seed and all limits at once.
     """
@@ -88,7 +88,7 @@ def covariance_key(weights: str, encoded: list[Encoded]) -> str:
             [texts, sample.counted, sample.counted_target, list(images)],
             *(image.numpy().tobytes() for image in images.values()),
         ]
-    return cache.key("covariance", weights, *parts)
+    return cache.key("covariance", model, *parts)
 
 
 def calibrate(job: Job, artefact: cache.Artefact, runtime: Runtime) -> None:
@@ -182,9 +182,8 @@ def measure_in_lockstep(job: Job, runtime: Runtime, batch_size: int, apart: froz
         DivergedError: a layer's role has to be among those that are measured `apart`.
         NotFiniteError: a layer's input is not finite.
     """
-    cls = model_class(job.config, job.folder, runtime.trust_remote_code)
     dtype = inference_dtype(job.config, runtime.device)
-    streamed = StreamedModel(cls, job.config, job.folder, dtype, runtime.device)
+    streamed = StreamedModel(job.architecture.cls, job.config, job.folder, dtype, runtime.device)
     run = _runner(streamed.model, unpadded=batch_size == 1)
     observer = Observer(streamed.model, job.layers, job.name, apart, unpadded=batch_size == 1)
     batches = [batch.to(runtime.device) for batch in distributed.share(job.encoded, batch_size)]
@@ -212,7 +211,7 @@ def measure_whole(job: Job, runtime: Runtime, batch_size: int, apart: frozenset[
         UnalignedInputError: only batches without padding will do.
         DivergedError, NotFiniteError: as above.
     """
-    model = load_model(job.config, job.folder, runtime.device, runtime.trust_remote_code)
+    model = load_model(job.architecture.cls, job.config, job.folder, runtime.device)
     batches = distributed.share(job.encoded, batch_size)
     unpadded = batch_size == 1
     measure = functools.partial(measure_model, model, job.layers, job.name, batches, apart, unpadded)
