@@ -1,6 +1,7 @@
 """Ranks across the models that are merged into one tensor ("spectral rank allocation", PAVE section 3.3)."""
 
 import heapq
+import math
 from collections.abc import Sequence
 
 
@@ -30,7 +31,7 @@ def allocate_ranks(tails: Sequence[Sequence[float]], shares: Sequence[int], caps
         The number of dropped components per model; they sum to `sum(shares)`.
 
     Raises:
-        ValueError: the three do not fit each other.
+        ValueError: the three do not fit each other, or a value is not finite.
     """
     if not len(tails) == len(shares) == len(caps):
         raise ValueError(f"one each a model: {len(tails)} tails, {len(shares)} shares and {len(caps)} caps are given")
@@ -38,6 +39,8 @@ def allocate_ranks(tails: Sequence[Sequence[float]], shares: Sequence[int], caps
         raise ValueError(f"the shares {list(shares)} add up to more than the caps {list(caps)}")
     if short := [model for model, tail in enumerate(tails) if len(tail) < caps[model]]:
         raise ValueError(f"the tail of model {short[0]} has {len(tails[short[0]])} values, fewer than its cap {caps[short[0]]}")
+    if odd := [model for model, tail in enumerate(tails) if not all(map(math.isfinite, tail))]:
+        raise ValueError(f"the tail of model {odd[0]} has values that are not finite")
     dropped = [0] * len(tails)
     queue = [(tail[0], model) for model, tail in enumerate(tails) if caps[model] > 0]
     heapq.heapify(queue)

@@ -3,18 +3,21 @@
 Few rows are kept as they are, in the model's own precision: exact, and the cheaper thing to multiply by too. Of more,
 products of a thousand rows at a time are summed in float64. The products of the first two thousand are float64 as well;
 later ones are float32, twice as fast, because over many their rounding averages out to that of the model's own
-forward pass. (A sum in float32 would move the directions that PAVE drops, which belong to the smallest eigenvalues,
-about ten times further.)
+forward pass; unless their squares would be out of its range. (A sum in float32 would move the directions that PAVE drops,
+which belong to the smallest eigenvalues, about ten times further.)
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from mergekit_pave.exact import float32_products, float64_device, in_float64
 
 
 @dataclass(frozen=True)
@@ -36,12 +39,10 @@ class Covariance:
         """Covariance of the rows of one (N, d) tensor.
 
         Raises:
-            ValueError: it is no float matrix, has no rows, or is not finite.
+            ValueError: it is no float matrix, has no rows, or it or its second moment is not finite.
         """
         if rows.dim() != 2 or not len(rows) or not rows.is_floating_point():
             raise ValueError(f"rows must be a float matrix (tokens, width), not {rows.dtype} of shape {tuple(rows.shape)}")
-        if not rows.isfinite().all():
-            raise ValueError("rows have values that are not finite")
         moment = SecondMoment(rows.shape[1])
         moment.add(rows)
         return moment.result()
@@ -53,7 +54,7 @@ class Covariance:
             return parts[0]
         moment = SecondMoment(parts[0].dim)
         for part in parts:
-            moment.add_all(part)
+            moment.add_all(part.to(parts[0].device))
         return moment.result()
 
     @property
@@ -61,14 +62,20 @@ class Covariance:
         """d, the width of the layer's input."""
         return (self.gram if self.rows is None else self.rows).shape[-1]
 
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return (self.gram if self.rows is None else self.rows).device
+
     def to(self, device: torch.device) -> Covariance:
-        """The same covariance on another device."""
+        """The same covariance on another device, or on the CPU where that one has no float64."""
+        device = float64_device(device)
         rows, gram = (x if x is None else x.to(device) for x in (self.rows, self.gram))
         return Covariance(self.tokens, rows, gram)
 
     def mean_diagonal(self) -> float:
         """Mean of C's diagonal, i.e. the mean square of an input element."""
-        total = self.gram.diagonal().sum() if self.rows is None else self.rows.double().square().sum()
+        total = self.gram.diagonal().sum() if self.rows is None else in_float64(self.rows).square().sum()
         return total.item() / (self.tokens * self.dim)
 
     def multiply(self, weight: Tensor, shift: float) -> Tensor:
@@ -86,7 +93,7 @@ class Covariance:
 
     def unscaled(self) -> Tensor:
         """X^T X, (d, d) float64."""
-        return mirror_upper(upper_gram(self.rows.double())) if self.gram is None else self.gram
+        return mirror_upper(upper_gram(in_float64(self.rows))) if self.gram is None else self.gram
 
     def matrix(self) -> Tensor:
         """C itself, (d, d) float64."""
@@ -118,16 +125,29 @@ class SecondMoment:
 
     _CHUNK = 1024  # rows in one product: fewer would spend their time on reading the sum, more would lose precision
     _EXACT = 2048  # rows that are multiplied in float64
+    _RANGE = 1e-12, 1e15  # of the largest magnitude in a product in float32: what matters beside its square has to be there, too
 
     def __init__(self, dim: int):
         self.tokens = 0
         self._dim = dim
         self._rows: list[Tensor] = []
         self._pending = 0
+        self._largest = 0.0  # magnitude among them
         self._gram: Tensor | None = None
 
     def add(self, rows: Tensor) -> None:
-        """Add the rows of one (n, d) batch, which must not change afterwards."""
+        """Add the rows of one (n, d) batch, which must not change afterwards.
+
+        Raises:
+            ValueError: a value is not finite.
+        """
+        if not len(rows):
+            return
+        rows = rows.to(float64_device(rows.device))
+        largest = max(abs(extreme.item()) for extreme in rows.aminmax())
+        if not math.isfinite(largest):
+            raise ValueError("rows have values that are not finite")
+        self._largest = max(self._largest, largest)
         self.tokens += rows.shape[0]
         self._rows.append(rows)
         self._pending += rows.shape[0]
@@ -150,20 +170,32 @@ class SecondMoment:
     def _sum_pending(self) -> None:
         summed = self.tokens - self._pending
         pending = self._rows[0] if len(self._rows) == 1 else torch.cat(self._rows)  # which copies even a single one
+        fits = self._RANGE[0] < self._largest < self._RANGE[1]
         for rows in pending.split(self._CHUNK):
-            least = torch.float64 if summed < self._EXACT else torch.float32
-            add_upper_gram(self._gram, rows.to(torch.promote_types(rows.dtype, least)))
+            least = torch.float32 if fits and summed >= self._EXACT else torch.float64
+            with float32_products(rows.device):
+                add_upper_gram(self._gram, rows.to(torch.promote_types(rows.dtype, least)))
             summed += rows.shape[0]
         self._rows.clear()
         self._pending = 0
+        self._largest = 0.0
 
     def result(self) -> Covariance:
-        """The covariance of all rows added so far; at least one."""
+        """The covariance of all rows added so far; at least one.
+
+        Raises:
+            ValueError: the values are so large that their squares are not finite, even in float64.
+        """
         if self._gram is None:
-            return Covariance(self.tokens, rows=torch.cat(self._rows))
-        if self._pending:
-            self._sum_pending()
-        return Covariance(self.tokens, gram=mirror_upper(self._gram))
+            result = Covariance(self.tokens, rows=torch.cat(self._rows))
+        else:
+            if self._pending:
+                self._sum_pending()
+            result = Covariance(self.tokens, gram=mirror_upper(self._gram))
+        # Squares of all other types are far from the end of float64. No element of C is larger than the largest on its diagonal.
+        if (self._gram is not None or result.rows.dtype == torch.float64) and not math.isfinite(result.mean_diagonal()):
+            raise ValueError("rows have values so large that their second moment is not finite")
+        return result
 
 
 class Covariances(ABC):

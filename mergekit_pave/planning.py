@@ -46,7 +46,6 @@ from mergekit_pave.tasks import (
     LoadTail,
     Measured,
     PurificationStats,
-    PurifiedTensor,
     PurifyTensor,
     has_tail,
     load_stored,
@@ -865,7 +864,7 @@ def _add_tensor(
             )
     purified = {}
     for position, choice in enumerate(choices):
-        purify = PurifyTensor(
+        purify = purified[choice.model] = PurifyTensor(
             model=choice.model,
             tensor=choice.tensor,
             weight=load_stored(gather, choice.model),
@@ -877,7 +876,6 @@ def _add_tensor(
             target=config.setting(choice.model, "target"),
             dtype=gather.weight_info[choice.model].force_dtype or gather.dtype,
         )
-        purified[choice.model] = PurifiedTensor(model=choice.model, tensor=choice.tensor, purify=purify)
         plan.stats.append(PurificationStats(model=choice.model, tensor=choice.tensor, purify=purify))
     plan.gathers[place] = GatherPurified(
         weight_info=gather.weight_info, dtype=gather.dtype, device=gather.device, purified=purified

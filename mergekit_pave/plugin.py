@@ -46,6 +46,7 @@ from mergekit_pave.calibration.run import Runtime
 from mergekit_pave.card import with_section
 from mergekit_pave.config import looks_local
 from mergekit_pave.errors import PaveError
+from mergekit_pave.failures import advising
 from mergekit_pave.licence import common_licence
 from mergekit_pave.page.picture import draw_ranks
 from mergekit_pave.planning import (
@@ -411,6 +412,10 @@ def _decompose(tasks: list[DecomposeWeight], options: MergeOptions) -> None:
     else:
         executor = Executor(tasks, math_device=options.device, storage_device=storage)
     # Over several GPUs the executor yields nothing before all is done, and draws a bar that knows better.
-    with bar(len(tasks), "Decomposing", "weights", hidden=options.quiet or options.multi_gpu) as progress:
+    with (
+        # The tasks name the tensor that they fail at; what is left is moving one to its device.
+        advising("decomposing", options.device),
+        bar(len(tasks), "Decomposing", "weights", hidden=options.quiet or options.multi_gpu) as progress,
+    ):
         for _ in executor.run(quiet=options.quiet or not options.multi_gpu):
             progress.update()

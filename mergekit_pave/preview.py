@@ -10,6 +10,7 @@ import torch
 
 from mergekit_pave.calibration.estimate import readable
 from mergekit_pave.calibration.layers import Linear, inference_dtype
+from mergekit_pave.exact import float64_device
 from mergekit_pave.planning import Plan
 from mergekit_pave.report import by_model, kind, regmean_reasons, warnings
 
@@ -23,7 +24,7 @@ def preview(plan: Plan, device: str, samples: dict[str, list[dict[str, Any]]]) -
     Seconds are operations over the speed of this machine, measured on the spot. Like all of the estimate they are rather
     too high: which layers share an input, and so one sum, shows only when the model runs.
     """
-    exact = _speed(torch.float64, device)
+    exact = _speed(torch.float64, float64_device(torch.device(device)))
     todo = {task.job.name: task.job for task in plan.to_calibrate}
     cached = {task.model for task in plan.calibrations if task.is_done}
     models = {}
@@ -82,7 +83,7 @@ def _removed(rows: list[dict[str, Any]]) -> dict[str, float] | None:
     return None
 
 
-def _speed(dtype: torch.dtype, device: str) -> float:
+def _speed(dtype: torch.dtype, device: str | torch.device) -> float:
     """Operations a second in a product of matrices."""
     size = 1024
     x = torch.randn(size, size, device=device).to(dtype)

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from mergekit_pave.calibration.layers import Linear
 from mergekit_pave.config import RelativeRegularization
 from mergekit_pave.covariance import Covariance, Covariances
 from mergekit_pave.errors import PaveError
+from mergekit_pave.exact import float64_device
 from mergekit_pave.memory import empty_in_huge_pages
 from mergekit_pave.report import FEW_TOKENS, NEVER_CALLED, UNCHANGED
 from mergekit_pave.subspace import coefficients, drop_components, matrices, tail_components
@@ -62,10 +64,11 @@ def decompose_weight(
     Returns:
         {directions: U_t, (tails, d_out, count), coefficients: U_t^T W, (tails, count, d_in), values: (tails, count), ascending,
         slices: what else is known of each: [{expert, largest, energy, tokens}], left: {expert, or "": the tokens it saw, which
-        are too few}}.
+        are too few}}. The first two are float32 tensors, on the CPU where the weight's device has no float64; values are a
+        float64 array, which executors do not move to such a device.
 
     Raises:
-        PaveError: the weight is not finite or not that of the layer.
+        PaveError: the weight is not finite, too large or not that of the layer.
     """
     model, tensor = where
     if weight.shape != layer.stored_shape or not weight.is_floating_point():
@@ -76,6 +79,7 @@ def decompose_weight(
         )
     if not weight.isfinite().all():
         raise PaveError(f"{model}: {tensor} has values that are not finite")
+    weight = weight.to(float64_device(weight.device))
     tails, removed, slices, left = [], [], [], {}
     for matrix, names, expert in zip(matrices(weight, layer.transposed), layer.layers, layer.experts or (None,), strict=True):
         if known.tokens(names) < max(1, min_tokens):
@@ -88,7 +92,10 @@ def decompose_weight(
                 f"{model}: all calibration inputs of {names[0]} are zero, so a relative regularization is zero too; "
                 "set an absolute pave.regularization or exclude the layer"
             )
-        tail = tail_components(matrix, covariance, shift, count)
+        try:
+            tail = tail_components(matrix, covariance, shift, count)
+        except OverflowError as error:
+            raise PaveError(f"{model}: {tensor} cannot be decomposed: {error}") from error
         # float32 adds an error of about 1e-7 of ||W||, which is what storing W' in float32 costs, too.
         tails.append(dataclasses.replace(tail, directions=tail.directions.float()))
         removed.append(coefficients(matrix, tails[-1].directions))
@@ -97,7 +104,7 @@ def decompose_weight(
     return {
         "directions": torch.stack([tail.directions for tail in tails]) if tails else torch.zeros(0, d_out, count, **like),
         "coefficients": torch.stack(removed) if removed else torch.zeros(0, count, d_in, **like),
-        "values": torch.stack([tail.values for tail in tails]) if tails else torch.zeros(0, count, **like).double(),
+        "values": np.stack([tail.values.cpu().numpy() for tail in tails]) if tails else np.zeros((0, count)),
         "slices": slices,
         "left": left,
     }
@@ -138,7 +145,7 @@ def purify_weight(
     Args:
         weight: W, as it is stored.
         base: W_base likewise, if there is one; the target `task_vector` needs it.
-        tail: see `decompose_weight`.
+        tail: see `decompose_weight`; like the base on any device.
         drops: how many components each of its slices loses.
         dtype: of the result.
         row: what each row of the report says beside its figures, the name of the `tensor` among it.
@@ -147,15 +154,16 @@ def purify_weight(
         {tensor: W', stats: a row of the report for each matrix, left: {a matrix that stays as it is: why}}.
     """
     own = matrices(weight, transposed)
-    bases = None if base is None else matrices(base, transposed)
+    bases = None if base is None else matrices(base.to(weight.device), transposed)
     # What has no tail stays as it is: an expert with too few tokens, a layer that was never called.
     every = len(tail["slices"]) == len(own)
     result = empty_in_huge_pages(weight, dtype) if every else weight.to(dtype, copy=True)
     stats = []
     for place, (known, drop) in enumerate(zip(tail["slices"], drops, strict=True)):
         i = known["expert"] if weight.dim() == 3 else 0
-        directions, of_base = tail["directions"][place, :, :drop], None if bases is None else bases[i]
-        known_along = tail["coefficients"][place, :drop]
+        directions = tail["directions"][place, :, :drop].to(weight.device)
+        of_base = None if bases is None else bases[i]
+        known_along = tail["coefficients"][place, :drop].to(weight.device)
         along = known_along if target == "weights" else coefficients(own[i], directions, of_base)
         out = matrices(result, transposed)[i]
         removed, change = drop_components(own[i], directions, along, of_base, out=out)
@@ -166,7 +174,7 @@ def purify_weight(
                 **({} if known["expert"] is None else {"expert": known["expert"]}),
                 "components": components,
                 "kept": components - drop,
-                "energy_dropped": tail["values"][place, :drop].square().sum().item() / (known["energy"] or 1.0),
+                "energy_dropped": np.square(tail["values"][place, :drop]).sum().item() / (known["energy"] or 1.0),
                 "removed_norm": removed,
                 "change_norm": change,
                 "tokens": known["tokens"],

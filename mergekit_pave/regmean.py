@@ -35,6 +35,8 @@ from torch import Tensor
 from mergekit_pave import _methods
 from mergekit_pave.covariance import Covariance
 from mergekit_pave.errors import PaveError, unknown
+from mergekit_pave.exact import in_float64
+from mergekit_pave.failures import advising
 from mergekit_pave.subspace import matrices
 
 # Far above what rounding does to the smallest eigenvalues of a sum of rank-deficient metrics, far below those that matter.
@@ -210,8 +212,12 @@ class RegMean(GroupMergeMethod):
         LAPACK's workspace for them make that about 4 d_in^2.
 
         Raises:
-            PaveError: covariances are asked for where there are none, or the tensors do not fit.
+            PaveError: covariances are asked for where there are none, the tensors do not fit, or memory runs out.
         """
+        with advising(f"regmean: merging {group.metadata.name}", group.entries[0].tensor.device):
+            return self._merge(group, parameters)
+
+    def _merge(self, group: TensorGroup, parameters: dict[str, Any]) -> Tensor:
         models = group.non_base
         # By default the others come out as their mean; a common factor is nothing to the closed form.
         weights = [1 / len(models) if weight is None else weight for weight in parameters["weight"].values_for(models)]
@@ -239,18 +245,20 @@ class RegMean(GroupMergeMethod):
             if not measured[i]:
                 continue
             # Where fine-tuning starts from, (d_out, d_in).
-            start = base[i].double() if has_base else sum(w * view[i].double() for w, view in zip(weights, views)) / sum(weights)
+            exact = (w * in_float64(view[i]) for w, view in zip(weights, views))
+            start = in_float64(base[i]) if has_base else sum(exact) / sum(weights)
 
             def term(place: int, i: int = i, start: Tensor = start) -> tuple[float, Tensor, Tensor]:
                 model = models[place]
-                change = views[place][i].double() - start
+                change = in_float64(views[place][i]) - start
                 if not change.isfinite().all():
                     raise PaveError(f"regmean: {group.metadata.name} of {model.id}, or of the base, is not finite")
                 covariance = layer.covariance(model.id, i).to(change.device) if share > 0 else None
                 own = metric(change, covariance, share, parameters["reduce_off_diagonal"], overwrite=True)
                 return weights[place], change, own
 
-            out.copy_(start + scale * merge_changes(map(term, range(len(models)))))
+            merged = start + scale * merge_changes(map(term, range(len(models))))
+            out.copy_(merged.to(out.dtype))
         return result
 
 

@@ -17,14 +17,19 @@ precision (a weight that is rank-deficient, say) a full SVD takes over. Nothing 
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import scipy.linalg
 import torch
 from torch import Tensor
 
 from mergekit_pave.covariance import Covariance, upper_gram
+from mergekit_pave.exact import float32_products, in_float64
+from mergekit_pave.failures import NOT_CONVERGED
 
 _EPS = torch.finfo(torch.float64).eps
 
@@ -57,13 +62,21 @@ def tail_components(weight: Tensor, covariance: Covariance, shift: float, count:
         covariance: of the layer's input, width d_in, on the weight's device.
         shift: the regularisation added to C's diagonal, > 0.
         count: how many components, 0 < count < min(d_out, d_in).
+
+    Returns:
+        On the weight's device, or on the CPU where that has no float64.
+
+    Raises:
+        OverflowError: values are so large that they cannot be squared in float64.
     """
-    weight = weight.double()
+    weight = in_float64(weight)
     d_out, d_in = weight.shape
     # W = Q R with d_out > d_in: the left singular vectors of W C_s are Q times those of R C_s, which is square.
     triangle, times_q = _triangle(weight) if d_out > d_in else (weight, None)
     activated = covariance.multiply(triangle, shift)  # A, (n, d_in), n = min(d_out, d_in)
     energy = activated.square().sum().item()
+    if not math.isfinite(energy):
+        raise OverflowError("the weight or its layer's inputs have values too large to be squared in float64")
     if energy == 0:
         directions = torch.eye(d_out, count, dtype=torch.float64, device=weight.device)
         return Tail(directions, directions.new_zeros(count), 0.0, 0.0)
@@ -87,6 +100,17 @@ def _triangle(weight: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
 
 def _smallest(a: Tensor, count: int, largest: float) -> tuple[Tensor, Tensor]:
     """Left singular vectors (n, count) and values of A (n, m), n <= m, for its `count` smallest values, ascending."""
+    found = None
+    with contextlib.suppress(*NOT_CONVERGED):
+        found = _smallest_by_inverse(a, count, largest)
+    if found:
+        return found
+    left, values, _ = torch.linalg.svd(a, full_matrices=False)
+    return left[:, -count:].flip(1), values[-count:].flip(0)
+
+
+def _smallest_by_inverse(a: Tensor, count: int, largest: float) -> tuple[Tensor, Tensor] | None:
+    """The same, or None where rounding may have spoilt it."""
     n = a.shape[0]
     root = _inverse_root(a)
     if root:
@@ -101,14 +125,15 @@ def _smallest(a: Tensor, count: int, largest: float) -> tuple[Tensor, Tensor]:
             rotation, exact, _ = torch.linalg.svd(vectors @ a, full_matrices=False)
             if (exact.flip(0) - values).norm() < 1e-6 * values[-1]:
                 return vectors.mT @ rotation.flip(1), exact.flip(0)
-    left, values, _ = torch.linalg.svd(a, full_matrices=False)
-    return left[:, -count:].flip(1), values[-count:].flip(0)
+    return None
 
 
 def _largest(a: Tensor) -> float:
     """The largest singular value of A (n, m)."""
-    # A value is exact to the square of its vector's error, so this may stop early.
-    found = _leading(lambda x: x @ a @ a.mT, a.shape[0], 1, a, tolerance=1e-5)
+    found = None
+    with contextlib.suppress(*NOT_CONVERGED):
+        # A value is exact to the square of its vector's error, so this may stop early.
+        found = _leading(lambda x: x @ a @ a.mT, a.shape[0], 1, a, tolerance=1e-5)
     return (found[0].max().sqrt() if found else torch.linalg.matrix_norm(a, ord=2)).item()
 
 
@@ -216,6 +241,8 @@ def _leading_dense(root: Tensor, count: int) -> tuple[Tensor, Tensor]:
         values, vectors = scipy.linalg.eigh(
             gram.numpy(), subset_by_index=[n - count, n - 1], lower=False, overwrite_a=True, check_finite=False
         )
+        if len(values) < count:  # where many eigenvalues coincide, on some processors
+            raise np.linalg.LinAlgError(f"LAPACK found {len(values)} of {count} eigenvalues")
         values, vectors = torch.from_numpy(values), torch.from_numpy(vectors)
     else:
         values, vectors = torch.linalg.eigh(gram, UPLO="U")
@@ -244,9 +271,10 @@ def coefficients(weight: Tensor, directions: Tensor, base: Tensor | None = None)
     precision = torch.promote_types(weight.dtype, torch.float32)
     directions = directions.to(precision)
     found = directions.new_zeros(directions.shape[1], weight.shape[1])
-    for rows in _blocks(weight):
-        part = weight[rows].to(precision)
-        found.addmm_(directions[rows].mT, part if base is None else part - base[rows].to(precision))
+    with float32_products(weight.device):
+        for rows in _blocks(weight):
+            part = weight[rows].to(precision)
+            found.addmm_(directions[rows].mT, part if base is None else part - base[rows].to(precision))
     return found
 
 
@@ -270,29 +298,30 @@ def drop_components(
     """
     precision = torch.promote_types(weight.dtype, torch.float32)
     directions, removed = directions.to(precision), removed.to(precision)
-    change = directions.new_zeros((), dtype=torch.float64)  # squared
+    change = 0.0  # squared
     blocks = _blocks(weight)
     # For all blocks the same: to get memory anew from the system takes longer than the product that is written to it.
     buffers = directions.new_empty(1 if base is None else 2, blocks[0].stop, weight.shape[1])
-    for rows in blocks:
-        part = buffers[0, : len(out[rows])].copy_(weight[rows])
-        if base is not None:
-            change += _square(buffers[1, : len(part)].copy_(base[rows]).sub_(part))
-        out[rows] = part.addmm_(directions[rows], removed, alpha=-1)
+    with float32_products(weight.device):
+        for rows in blocks:
+            part = buffers[0, : len(out[rows])].copy_(weight[rows])
+            if base is not None:
+                change += _square(buffers[1, : len(part)].copy_(base[rows]).sub_(part))
+            out[rows] = part.addmm_(directions[rows], removed, alpha=-1)
     # U_t is orthonormal, so what is removed is as long as its coefficients.
-    return _square(removed).sqrt().item(), None if base is None else change.sqrt().item()
+    return math.sqrt(_square(removed)), None if base is None else math.sqrt(change)
 
 
 def _blocks(weight: Tensor) -> list[slice]:
     """The rows of a (d_out, d_in) weight, a few at a time."""
     size = _CPU_BLOCK if weight.device.type == "cpu" else _BLOCK
-    height = max(1, size // weight.shape[1])
+    height = max(1, min(len(weight), size // weight.shape[1]))
     return [slice(start, start + height) for start in range(0, len(weight), height)]
 
 
-def _square(x: Tensor) -> Tensor:
-    """||x||_F^2 in float64; a million squares are too many for a sum in float32."""
-    return torch.linalg.vector_norm(x, dim=1).double().square().sum()
+def _square(x: Tensor) -> float:
+    """||x||_F^2, summed in float64; a million squares are too many for a sum in float32."""
+    return in_float64(torch.linalg.vector_norm(x, dim=1)).square().sum().item()
 
 
 def matrices(weight: Tensor, transposed: bool) -> Tensor:
@@ -330,11 +359,11 @@ def purify(weight: Tensor, covariance: Covariance, rank: int, *, shift: float | 
         raise ValueError(f"rank must be between 1 and {components} for a weight of shape {shape}, not {rank}")
     if rank == components:
         return weight.clone()
-    covariance = covariance.to(weight.device)
+    covariance, exact = covariance.to(weight.device), in_float64(weight)
     shift = 0.01 * covariance.mean_diagonal() if shift is None else shift
     if not 0 < shift < float("inf"):
         raise ValueError(f"shift must be positive and finite, not {shift}" + (": every input is zero" if shift == 0 else ""))
-    tail = tail_components(weight, covariance, shift, components - rank)
-    purified = torch.empty_like(weight)
-    drop_components(weight.double(), tail.directions, coefficients(weight.double(), tail.directions), out=purified)
-    return purified
+    tail = tail_components(exact, covariance, shift, components - rank)
+    purified = torch.empty_like(exact, dtype=weight.dtype)
+    drop_components(exact, tail.directions, coefficients(exact, tail.directions), out=purified)
+    return purified.to(weight.device)

@@ -7,7 +7,7 @@ weight
 
 The merge only reads. For each output tensor and each model that is purified in it:
 
-    LoadTail ----+--> AllocateRanks --> PurifyTensor --> PurifiedTensor --> GatherPurified
+    LoadTail ----+--> AllocateRanks --> PurifyTensor --> GatherPurified
                  |    (all models)          ^   |
     LoadTensor --|--------------------------+   +--> PurificationStats --> WriteReport
 
@@ -29,6 +29,7 @@ import sys
 from pathlib import Path
 from typing import Any, Optional
 
+import torch
 import tqdm
 from mergekit.common import ImmutableMap, ModelReference, dtype_from_name
 from mergekit.graph import Task
@@ -46,6 +47,7 @@ from mergekit_pave.calibration.layers import Linear
 from mergekit_pave.calibration.run import StoredCovariances, calibrate, stored_covariances
 from mergekit_pave.config import RelativeRegularization
 from mergekit_pave.errors import PaveError
+from mergekit_pave.failures import advising
 from mergekit_pave.files import replacing
 from mergekit_pave.purification import decompose_weight, leave_slices, missed_layers, purify_weight
 from mergekit_pave.regmean import Layer, data_share
@@ -171,7 +173,9 @@ class DecomposeWeight(_TensorTask):
             before = artefact.manifest() or {"count": 0, "min_tokens": self.min_tokens}
             count, min_tokens = max(self.count, before["count"]), min(self.min_tokens, before["min_tokens"])
             known, where = stored_covariances(self.calibration.folder), (str(self.model), self.tensor)
-            tail = decompose_weight(weight, self.layer, known, self.regularization, count, min_tokens, where)
+            with advising(f"{self.model}: decomposing {self.tensor}", weight.device):
+                tail = decompose_weight(weight, self.layer, known, self.regularization, count, min_tokens, where)
+            tail["values"] = torch.from_numpy(tail["values"])
             # The name differs from that of the file before, which somebody may just be reading.
             name = f"tail-{count}-{min_tokens}.safetensors"
             entry = artefact.write(name, {key: tail.pop(key) for key in _TENSORS})
@@ -211,6 +215,7 @@ class LoadTail(_TensorTask):
             tensors = Artefact(Path(self.folder)).read(*manifest["files"])
         except PaveError:
             return None
+        tensors["values"] = tensors["values"].numpy()  # see `decompose_weight`
         return leave_slices({**tensors, "slices": manifest["slices"], "left": manifest["left"]}, self.min_tokens, self.unchanged)
 
 
@@ -286,28 +291,17 @@ class PurifyTensor(_TensorTask):
     def execute(self, weight: Tensor, tail: dict, allocation: list[list[int]], base: Optional[Tensor] = None) -> dict[str, Any]:
         if self.target == "task_vector" and base is None:
             raise PaveError(f"{self.model}: {self.tensor} is not in the base model; put it under pave.exclude")
-        return purify_weight(
-            weight,
-            base,
-            tail,
-            allocation[self.position],
-            transposed=self.transposed,
-            target=self.target,
-            dtype=dtype_from_name(self.dtype) or weight.dtype,
-            row={"tensor": self.tensor, "output": self.allocation.output, "model": str(self.model)},
-        )
-
-
-class PurifiedTensor(_TensorTask):
-    """W' alone."""
-
-    purify: PurifyTensor
-
-    def arguments(self) -> dict[str, Task]:
-        return {"purified": self.purify}
-
-    def execute(self, purified: dict[str, Any]) -> Tensor:
-        return purified["tensor"]
+        with advising(f"{self.model}: purifying {self.tensor}", weight.device):
+            return purify_weight(
+                weight,
+                base,
+                tail,
+                allocation[self.position],
+                transposed=self.transposed,
+                target=self.target,
+                dtype=dtype_from_name(self.dtype) or weight.dtype,
+                row={"tensor": self.tensor, "output": self.allocation.output, "model": str(self.model)},
+            )
 
 
 class PurificationStats(_TensorTask):
@@ -335,7 +329,7 @@ class PurificationStats(_TensorTask):
 class GatherPurified(GatherTensors):
     """mergekit's gather, with some of its inputs purified. Inputs are read as stored and cast here."""
 
-    purified: ImmutableMap[ModelReference, PurifiedTensor]
+    purified: ImmutableMap[ModelReference, PurifyTensor]
 
     def arguments(self) -> dict[str, Task]:
         return {
@@ -344,11 +338,16 @@ class GatherPurified(GatherTensors):
         }
 
     def execute(self, **kwargs) -> dict[ModelReference, Tensor]:
-        tensors = super().execute(**kwargs)
+        tensors = super().execute(**tensors_of(kwargs))
         for model, tensor in tensors.items():
             dtype = self.weight_info[model].force_dtype or self.dtype
             tensors[model] = tensor.to(dtype_from_name(dtype)) if dtype else tensor
         return tensors
+
+
+def tensors_of(inputs: dict[str, Any]) -> dict[str, Optional[Tensor]]:
+    """The tensors alone, of inputs some of which `PurifyTensor` has made, with what is told of them."""
+    return {key: value["tensor"] if isinstance(value, dict) else value for key, value in inputs.items()}
 
 
 def load_stored(gather: GatherTensors, model: ModelReference) -> LoadTensor:

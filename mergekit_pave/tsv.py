@@ -33,6 +33,8 @@ from torch import Tensor
 
 from mergekit_pave import _methods
 from mergekit_pave.errors import PaveError
+from mergekit_pave.exact import in_float64
+from mergekit_pave.failures import advising
 from mergekit_pave.regmean import looks_like_matrices, task_arithmetic
 
 _EPS = torch.finfo(torch.float64).eps
@@ -89,8 +91,12 @@ class Tsv(GroupMergeMethod):
         """Merge one tensor.
 
         Raises:
-            PaveError: a value is not finite.
+            PaveError: a value is not finite, or memory runs out.
         """
+        with advising(f"tsv: merging {group.metadata.name}", group.base.tensor.device):
+            return self._merge(group, parameters)
+
+    def _merge(self, group: TensorGroup, parameters: dict[str, Any]) -> Tensor:
         base, scale = group.base.tensor, parameters["lambda"]
         weights = parameters["weight"].values_for(group.non_base)
         taking_part = [(model, weight) for model, weight in zip(group.non_base, weights) if weight]
@@ -99,16 +105,17 @@ class Tsv(GroupMergeMethod):
         result = torch.empty_like(base)
         slices = [()] if base.dim() == 2 else [(i,) for i in range(len(base))]
         for at in slices:
-            start = base[at].double()
+            start = in_float64(base[at])
 
             def change(entry: tuple[TensorEntry, float], at: tuple = at, start: Tensor = start) -> Tensor:
                 model, weight = entry
-                found = weight * (model.tensor[at].double() - start)
+                found = weight * (in_float64(model.tensor[at]) - start)
                 if not found.isfinite().all():
                     raise PaveError(f"tsv: {group.metadata.name} of {model.id}, or of the base, is not finite")
                 return found
 
-            result[at] = start + scale * merge_changes(map(change, taking_part), len(taking_part))
+            merged = start + scale * merge_changes(map(change, taking_part), len(taking_part))
+            result[at] = merged.to(result.dtype)
         return result
 
 

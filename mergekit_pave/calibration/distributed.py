@@ -45,10 +45,12 @@ def world_size() -> int:
 
 
 def local_device(device: str) -> str:
-    """The device of this process: with several on one machine, each takes a GPU of its own."""
-    if world_size() > 1 and device == "cuda":
-        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    return device
+    """The device of this process: with several on one machine, each takes an accelerator of its own, whatever its type."""
+    kind = torch.device(device)
+    if world_size() == 1 or kind.type == "cpu" or kind.index is not None:
+        return device
+    count = torch.get_device_module(kind).device_count()
+    return f"{kind.type}:{int(os.environ.get('LOCAL_RANK', '0')) % max(1, count)}"
 
 
 def agree(value: bool) -> bool:

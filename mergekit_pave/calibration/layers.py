@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from mergekit_pave.calibration.computation import computation
 from mergekit_pave.calibration.experts import find_experts, find_routers, part_of_experts, projections
 from mergekit_pave.errors import PaveError
+from mergekit_pave.failures import is_out_of_memory
 
 # Heads that some architectures keep inside what they declare as their backbone.
 _HEADS = {"lm_head", "classifier", "score", "qa_outputs"}
@@ -375,7 +376,7 @@ def load_model(cls: Any, config: transformers.PretrainedConfig, folder: str, dev
     try:
         model, info = cls.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
     except (RuntimeError, OSError, ValueError) as error:
-        if "memory" in str(error):
+        if is_out_of_memory(error):
             raise
         raise PaveError(f"{folder}: transformers cannot load it as {cls.__name__}: {error}") from error
     inside = {id(parameter) for parameter in backbone(model).parameters()}

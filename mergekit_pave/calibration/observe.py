@@ -116,6 +116,8 @@ class Observer:
         for module in modules.values():
             if isinstance(module, nn.Embedding) and module.num_embeddings == vocabulary:
                 handles.append(module.register_forward_pre_hook(self._see_tokens))
+        # Of a model on several devices a module's `forward` has been replaced before.
+        own = {experts: vars(experts).get("forward") for experts in self._experts.values()}
         for path, experts in self._experts.items():
             experts.forward = functools.partial(self._see_experts, path)
         try:
@@ -123,8 +125,10 @@ class Observer:
         finally:
             for handle in handles:
                 handle.remove()
-            for experts in self._experts.values():
+            for experts, forward in own.items():
                 del experts.forward
+                if forward is not None:
+                    experts.forward = forward
 
     def _begin(self, batch: Batch) -> None:
         self._stop_at_failure(finished=False)
@@ -149,7 +153,7 @@ class Observer:
             raise ReenteredError(layer)
         group = self._groups.get(layer)
         last = self._last
-        same = last is not None and last[0]() is x and last[1] == x._version
+        same = last is not None and last[0]() is x and last[1] == _version(x)
         if same and group is last[2] and layer != group.members[0]:
             group.calls[layer] += 1
             return
@@ -167,7 +171,7 @@ class Observer:
         flat, counted = x.reshape(-1, x.shape[-1]), self._counted(layer, x)
         self._add(group, layer, flat.clone() if counted is None else flat[counted], x)
         group.calls[layer] += 1
-        self._last = (weakref.ref(x), x._version, group)
+        self._last = (weakref.ref(x), _version(x), group)
 
     def _see_experts(self, path: str, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Takes the place of the forward pass of a module of experts, and computes the same.
@@ -203,9 +207,9 @@ class Observer:
     def _add(self, group: _Group, layer: str, rows: Tensor, x: Tensor) -> None:
         """Add the counted rows of a layer's input x, which must not change afterwards."""
         if rows.shape[0]:
-            if all(extreme.isfinite() for extreme in rows.aminmax()):
+            try:
                 group.moment.add(rows)
-            else:
+            except ValueError:  # not finite
                 self._note_failure(group, layer, x)
 
     def _note_failure(self, group: _Group, layer: str, x: Tensor) -> None:
@@ -240,7 +244,7 @@ class Observer:
         for counted in self._batch.counted:
             aligned = [n for n in x.shape[:-1] if n > 1] == [n for n in counted.shape if n > 1]
             if aligned or (x.dim() == 2 and x.shape[0] == counted.numel()):
-                return counted.flatten()
+                return counted.flatten().to(x.device)
         pooled = x.dim() == 2 and x.shape[0] == len(self._batch.origins)
         if self._batch.counted and not pooled and not self._unpadded:
             raise UnalignedInputError(layer)
@@ -250,7 +254,7 @@ class Observer:
         """The samples that a layer's input is not finite for; none where x does not tell them apart."""
         for counted in self._batch.counted:
             if x.shape[:-1] == counted.shape:
-                bad = (~x.isfinite().all(dim=-1) & counted).any(dim=1)
+                bad = (~x.isfinite().all(dim=-1) & counted.to(x.device)).any(dim=1)
                 return [origin for origin, is_bad in zip(self._batch.origins, bad.tolist()) if is_bad]
         return []
 
@@ -262,6 +266,7 @@ class Observer:
         Raises:
             DivergedError: see `_Group.check`.
             NotFiniteError: a layer's input was not finite.
+            PaveError: inputs were too large to be squared.
         """
         self._stop_at_failure(finished=True)
         prefix = f"{block}." if block else ""
@@ -272,4 +277,15 @@ class Observer:
                 del self._groups[layer]
             self._taken.update(group.members)
         self._taken.update(path for path in self._experts if path.startswith(prefix))
-        return [(group.members, group.moment.result()) for group in groups.values() if group.moment.tokens]
+        return [(group.members, self._result(group)) for group in groups.values() if group.moment.tokens]
+
+    def _result(self, group: _Group) -> Covariance:
+        try:
+            return group.moment.result()
+        except ValueError as error:
+            raise PaveError(f"{self._name}: the inputs of {group.members[0]} are too large to be squared in float64") from error
+
+
+def _version(x: Tensor) -> int:
+    """How often a tensor has been written to. One that was made in inference mode cannot be outside of it, where models run."""
+    return 0 if x.is_inference() else x._version

@@ -26,6 +26,7 @@ from mergekit_pave.calibration.observe import DivergedError, Observer, Reentered
 from mergekit_pave.calibration.weights import StreamedModel, UnknownWeightError, stored_weights
 from mergekit_pave.covariance import Covariance, Covariances
 from mergekit_pave.errors import PaveError
+from mergekit_pave.failures import is_out_of_memory
 from mergekit_pave.progress import bar
 
 LOG = logging.getLogger(__name__)
@@ -114,8 +115,8 @@ def calibrate(job: Job, artefact: cache.Artefact, runtime: Runtime) -> None:
         try:
             with artefact.discarded_on_error():
                 artefact.complete(_measure_and_store(job, artefact, runtime))
-        except (MemoryError, RuntimeError) as error:
-            if isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error):
+        except Exception as error:
+            if is_out_of_memory(error):
                 raise PaveError(_out_of_memory(job, runtime.device)) from error
             raise
 
@@ -190,6 +191,7 @@ def measure_in_lockstep(job: Job, runtime: Runtime, batch_size: int, apart: froz
     tokens = sum(sample.length for sample in job.encoded) / distributed.world_size()
     blocks = len(find_blocks(streamed.model))
     with (
+        torch.inference_mode(False),  # there, what writes to a tensor leaves no trace
         torch.no_grad(),
         observer.watching() as begin,
         bar(blocks, f"Calibrating {job.name}", "blocks", runtime.quiet) as progress,
@@ -241,6 +243,7 @@ def measure_model(
     run = _runner(model, unpadded)
     observer = Observer(model, layers, name, apart, unpadded)
     with (
+        torch.inference_mode(False),  # as above
         torch.no_grad(),
         observer.watching() as begin,
         bar(len(batches), f"Calibrating {name}", "batches", quiet) as progress,

@@ -13,6 +13,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
 from mergekit_pave.covariance import Covariance
+from mergekit_pave.exact import in_float64
 
 
 def spectrum(weight: Tensor, covariance: Covariance, shift: float) -> np.ndarray:
@@ -23,7 +24,7 @@ def spectrum(weight: Tensor, covariance: Covariance, shift: float) -> np.ndarray
         covariance: of the layer's input, width d_in, on the weight's device.
         shift: the regularisation added to C's diagonal.
     """
-    weight = weight.double()
+    weight = in_float64(weight)
     if weight.shape[0] > weight.shape[1]:
         weight = torch.linalg.qr(weight, mode="r").R  # W = Q R and R C have the same singular values
     return torch.linalg.svdvals(covariance.multiply(weight, shift)).cpu().numpy()
@@ -53,7 +54,7 @@ def condition(covariance: Covariance, shift: float) -> float:
 def _smaller_moment(covariance: Covariance) -> Tensor:
     """X^T X or X X^T, float64, whichever is smaller: they have the same eigenvalues but for zeros."""
     if covariance.rows is not None and covariance.tokens < covariance.dim:
-        rows = covariance.rows.double()
+        rows = in_float64(covariance.rows)
         return rows @ rows.mT
     return covariance.unscaled()
 
@@ -101,15 +102,16 @@ _BLOCK = 1 << 20  # elements: counts of so many are exact in float32
 def interference(vectors: Sequence[Tensor]) -> Interference:
     """Of task vectors of the same shape, one a model."""
     flat = [vector.reshape(-1) for vector in vectors]
-    products = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=flat[0].device)
+    products = torch.zeros(len(flat), len(flat), dtype=torch.float64)
     conflicts = torch.zeros_like(products)
     for start in range(0, flat[0].numel(), _BLOCK):
         block = torch.stack([vector[start : start + _BLOCK].float() for vector in flat])  # (M, block)
-        products += block.double() @ block.double().mT
+        exact = in_float64(block)
+        products += (exact @ exact.mT).cpu()
         up, down = (block > 0).float(), (block < 0).float()
-        opposite = (up @ down.mT).double()
+        opposite = (up @ down.mT).cpu().double()
         conflicts += opposite + opposite.mT
-    return Interference(products.cpu().numpy(), conflicts.cpu().numpy(), flat[0].numel())
+    return Interference(products.numpy(), conflicts.numpy(), flat[0].numel())
 
 
 def pair_mean(matrix: np.ndarray) -> float:

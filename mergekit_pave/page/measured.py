@@ -29,7 +29,7 @@ from mergekit_pave.progress import bar
 from mergekit_pave.purification import shift_of
 from mergekit_pave.report import complete
 from mergekit_pave.subspace import matrices
-from mergekit_pave.tasks import GatherPurified, load_stored
+from mergekit_pave.tasks import GatherPurified, load_stored, tensors_of
 
 # Layers of a stack that are looked at closely: few enough to be read, and no more than a machine does in minutes.
 SPECTRA, COVARIANCES = 3, 16
@@ -165,7 +165,7 @@ class _MeasureSpectrum(Task[Optional[Spectrum]]):
             matrix = matrices(weight, self.layer.transposed)[number]
             values = spectrum(matrix, covariance.to(weight.device), shift_of(covariance, self.regularization))
         else:
-            values = tail["values"][busiest].flip(0).cpu().numpy()
+            values = tail["values"][busiest][::-1]
         return Spectrum(str(self.weight.model), self.output, expert, values / largest, min(self.layer.shape))
 
 
@@ -193,7 +193,8 @@ class _MeasureOverlap(Task[Optional[Overlap]]):
     def uses_accelerator(self) -> bool:
         return True
 
-    def execute(self, base: Tensor, **weights: Optional[Tensor]) -> Optional[Overlap]:
+    def execute(self, base: Tensor, **inputs: Any) -> Optional[Overlap]:
+        weights = tensors_of(inputs)
         models = [
             key.removeprefix("before ") for key, weight in weights.items() if key.startswith("before") and weight is not None
         ]
@@ -208,7 +209,7 @@ class _MeasureOverlap(Task[Optional[Overlap]]):
 def _overlaps(plan: Plan) -> list[_MeasureOverlap]:
     tasks = []
     for gather in plan.gathers.values():
-        purify = next(iter(gather.purified.values())).purify
+        purify = next(iter(gather.purified.values()))
         if purify.base is not None:
             tasks.append(_MeasureOverlap(output=purify.allocation.output, base=purify.base, gather=gather))
     return tasks
