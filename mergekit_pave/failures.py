@@ -29,11 +29,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def advising(work: str, device: torch.device | str) -> Iterator[None]:
+def advising(work: str, device: torch.device | str, remedy: str | None = None) -> Iterator[None]:
     """Failures of a piece of work on tensors, as errors that say what to do.
 
     Args:
         work: what is done to which tensor of which model, as a noun.
+        remedy: what to do where memory runs out, if there is more to say than of the device.
 
     Raises:
         PaveError: memory runs out, or a factorisation does not converge.
@@ -42,7 +43,7 @@ def advising(work: str, device: torch.device | str) -> Iterator[None]:
         yield
     except Exception as error:
         if is_out_of_memory(error):
-            raise PaveError(f"{work} ran out of memory on {device}. {_remedy(str(device))}") from error
+            raise PaveError(f"{work} ran out of memory on {device}. {remedy or _remedy(str(device))}") from error
         if isinstance(error, NOT_CONVERGED):
             reason = " ".join(str(error).split())
             raise PaveError(f"{work} did not converge ({reason}). Exclude the tensor, or merge with another method") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -22,6 +22,7 @@ from mergekit_pave.calibration.run import measure_model
 from mergekit_pave.comparison import equal_matrices
 from mergekit_pave.config import DEFAULT_CALIBRATION, PaveConfig, Regularization
 from mergekit_pave.covariance import Covariance, Covariances
+from mergekit_pave.failures import advising
 from mergekit_pave.purification import decompose_weight, leave_slices, missed_layers, purify_weight
 from mergekit_pave.report import NEVER_CALLED, UNCHANGED, left_experts, left_weights, summary, warnings
 
@@ -47,9 +48,10 @@ def purify_model(
 
     Each weight drops its fair share: spectral allocation compares several models, and here is one. A weight that several layers
     share is purified once, for the inputs of all of them; a pattern that is part of one of its names holds for it. The model
-    runs over the batches in the precision in which it was loaded, and all covariances are in memory at once, in at most 8 d²
-    bytes for each distinct layer input of width d, and so are the tails, 4 (d_out + d_in) bytes a component. Weights change only
-    when all of these are computed, so data, settings or weights that do not fit leave the model as it was.
+    runs over the batches as it would in your own code (in its own precision, or under `torch.autocast`, and on the devices that
+    it is on), and all covariances are in memory at once, in at most 8 d² bytes for each distinct layer input of width d, and so
+    are the tails, 4 (d_out + d_in) bytes a component. Weights change only when all of these are computed; the covariances are
+    let go then, and main memory takes the originals until all is written. Whatever fails leaves the model as it was.
 
     Args:
         model: all of it in memory, without adapters (`merge_and_unload()` them) and not quantised.
@@ -70,7 +72,7 @@ def purify_model(
 
     Raises:
         ValueError: an argument does not fit the model.
-        PaveError: the model or its activations do not allow it.
+        PaveError: the model or its activations do not allow it, or memory runs out.
     """
     linears = _choose(model, rank_ratio, include, exclude)
     bases = _base_tensors(base, linears, model)
@@ -89,36 +91,60 @@ def purify_model(
     changed = tuple(linear for tensor, linear in linears.items() if tensor not in left)
     missed = missed_layers(name, changed, size, known) if changed else []
     left |= {tensor: NEVER_CALLED for tensor, linear in linears.items() if linear in missed}
-    tails = {}
+    tails: dict[str, dict[str, Any]] = {}
     for tensor, linear in linears.items():
         if tensor not in left:
             weight, least = model.get_parameter(tensor).detach(), min_tokens if linear.experts else 0
-            tail = decompose_weight(weight, linear, known, shift, _drop(linear, rank_ratio), least, (name, tensor))
+            with advising(f"{name}: decomposing {tensor}", weight.device):
+                tail = decompose_weight(weight, linear, known, shift, _drop(linear, rank_ratio), least, (name, tensor))
             tails[tensor] = leave_slices(tail, least, [linear.experts[i] for i in equal.get(tensor, ())])
+    del known
 
     rows: list[dict[str, Any]] = []
-    for tensor, tail in tails.items():
-        parameter = model.get_parameter(tensor)
-        purified = purify_weight(
-            parameter.detach(),
-            bases[tensor].to(parameter.device) if bases else None,
-            tail,
-            [_drop(linears[tensor], rank_ratio)] * len(tail["slices"]),
-            transposed=linears[tensor].transposed,
-            target=target,
-            dtype=parameter.dtype,
-            row={"tensor": tensor, "output": tensor, "model": name},
-        )
-        with torch.no_grad():
-            parameter.copy_(purified["tensor"])
-        rows += purified["stats"]
-        left |= purified["left"]
+    with _all_or_nothing() as write:
+        for tensor in list(tails):
+            parameter, tail = model.get_parameter(tensor), tails.pop(tensor)
+            with advising(f"{name}: purifying {tensor}", parameter.device):
+                purified = purify_weight(
+                    parameter.detach(),
+                    bases.get(tensor),
+                    tail,
+                    [_drop(linears[tensor], rank_ratio)] * len(tail["slices"]),
+                    transposed=linears[tensor].transposed,
+                    target=target,
+                    dtype=parameter.dtype,
+                    row={"tensor": tensor, "output": tensor, "model": name},
+                )
+                write(parameter, purified["tensor"])
+            rows += purified["stats"]
+            left |= purified["left"]
     report = {"tensors": len(model.state_dict()), "purified": rows, "models": {name: {"left_as_they_are": left}}}
     if rows:
         LOG.info(summary(report))
     for line in left_experts(report) + left_weights(report) + warnings(report):
         LOG.warning(line)
     return rows
+
+
+@contextlib.contextmanager
+def _all_or_nothing() -> Iterator[Callable[[Tensor, Tensor], None]]:
+    """Yields what writes to a parameter. Where the context ends in an error, every parameter has its old values, bit for bit."""
+    originals: list[tuple[Tensor, Tensor]] = []
+
+    def overwrite(parameter: Tensor, values: Tensor) -> None:
+        with torch.inference_mode(parameter.is_inference()), torch.no_grad():
+            parameter.copy_(values)
+
+    def write(parameter: Tensor, values: Tensor) -> None:
+        originals.append((parameter, parameter.detach().to("cpu", copy=True)))
+        overwrite(parameter, values)
+
+    try:
+        yield write
+    except BaseException:
+        for parameter, values in originals:
+            overwrite(parameter, values)
+        raise
 
 
 def _drop(linear: Linear, rank_ratio: float) -> int:
@@ -178,6 +204,8 @@ def _base_tensors(base: nn.Module | Tensors | None, linears: dict[str, Linear], 
         if tensor not in state or state[tensor].shape != parameter.shape:
             found = f"of shape {tuple(state[tensor].shape)}" if tensor in state else "not there"
             raise ValueError(f"base: {tensor} is {found}, where the model has one of shape {tuple(parameter.shape)}")
+        if state[tensor].is_meta:
+            raise ValueError(f"base: {tensor} is not in memory (offloaded); load the base without offloading")
         tensors[tensor] = state[tensor].detach()
     return tensors
 
@@ -209,7 +237,8 @@ def _measure(model: transformers.PreTrainedModel, batches: list[Batch], name: st
     layers = [linear.module for linear in linears.values() if not linear.experts]
     apart: frozenset[str] = frozenset()
     unpadded = False
-    with _inference(model):
+    remedy = "Give smaller batches, or fewer or shorter samples; or leave large models to a merge with a `pave:` block"
+    with _inference(model), advising(f"{name}: calibrating", model.device, remedy):
         while True:
             try:
                 return _Measured(measure_model(model, layers, name, batches, apart, unpadded, str(model.device), quiet))
