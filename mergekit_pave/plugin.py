@@ -85,7 +85,8 @@ def _noting_position(plan_tensor):
         if not _is_ours(self):
             return plan_tensor(self, *args, **kwargs)
         bound = inspect.signature(plan_tensor).bind(self, *args, **kwargs).arguments
-        weights, models, reader = bound["weights_in"], bound["models"], bound["cfg_reader"]
+        models, reader = bound["models"], bound["cfg_reader"]
+        bound["weights_in"] = weights = [_without_aliases(weight) for weight in bound["weights_in"]]
         if bound["weight"].optional and all(map(functools.partial(_has, self), models, weights)):
             # mergekit asks for it by fewer names than it reads it by, and would leave it out.
             required = {"optional": False}
@@ -96,6 +97,13 @@ def _noting_position(plan_tensor):
         positions += [reader.t] * (len(self._tensors) - len(positions))
 
     return wrapper
+
+
+def _without_aliases(weight: WeightInfo) -> WeightInfo:
+    """The aliases of an optional weight, which mergekit trips over, among the other names that it is read by."""
+    if not weight.optional or not weight.aliases:
+        return weight
+    return weight.model_copy(update={"aliases": None, "tied_names": (*weight.aliases, *(weight.tied_names or ()))})
 
 
 def _with_purification(plan):
@@ -170,7 +178,8 @@ def _with_stored_names(planner: MergePlanner) -> ModelArchitecture:
     """The planner's architecture, with tensors under the names that the checkpoints have for them.
 
     An architecture that mergekit has inferred has the names of transformers' modules, and what checkpoints have under others
-    (modules that were renamed since, experts stored one by one) it leaves out, unless it can convert them. transformers knows
+    (modules that were renamed since, experts stored one by one) it leaves out, unless it can convert them. Some of its own
+    definitions have names with the prefix of a whole model, which a checkpoint of the bare backbone lacks. transformers knows
     what becomes of each.
     """
     architecture, config = planner.arch_info, planner.config
@@ -196,9 +205,10 @@ def _with_stored_names(planner: MergePlanner) -> ModelArchitecture:
             (other if described.weight_name([name]) else parts).setdefault(_template(target), []).append(template)
 
     def named(info: WeightInfo) -> list[WeightInfo]:
-        names = other.get(info.name, [])
-        if info.name not in stored and not info.optional:  # mergekit converts it, and writes it under the new name
-            return [info]
+        own_name = _template(described.loaded_as(info.name.replace("${layer_index}", "0")) or info.name)
+        names = other.get(own_name, [])
+        if info.name not in stored and not info.optional and own_name == info.name:
+            return [info]  # mergekit converts it, and writes it under the new name
         if names:
             # It is read under each of these names, as it would be with `aliases`, which mergekit refuses for an optional tensor.
             first, *rest = [info.name, *names] if info.name in stored else names

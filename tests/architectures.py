@@ -27,6 +27,7 @@ class Architecture:
         tokenizer: whose tokenizer it gets, or "image" for an image model.
         transposed: as in `Kind`.
         converted: mergekit, with and without a block, writes it under the names of its modules.
+        refused: mergekit alone fails on it.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Architecture:
     tokenizer: str = "llama"
     transposed: bool = False
     converted: bool = False
+    refused: bool = False
 
     @property
     def id(self) -> str:
@@ -138,11 +140,23 @@ def _encoders() -> list[Architecture]:
         ("electra", "Electra", f"{_BERT} embeddings_project", "electra.", {"embedding_size": 16}),
         ("modernbert", "ModernBert", "Wqkv Wo Wi", "model.", {}),
     ]
-    return [
+    headed = [
         Architecture(name, head, prefix, linears, settings, within, tokenizer="bert")
         for name, prefix, linears, within, settings in backbones
         for head in ("ForSequenceClassification", "ForTokenClassification")
     ]
+    # Backbones alone, as models for embeddings are: nothing goes before the names of their tensors.
+    bare = [
+        Architecture(
+            name, "Model", prefix, linears, settings, tokenizer="bert", refused=name in ("bert", "roberta", "distilbert")
+        )
+        for name, prefix, linears, _, settings in [
+            *backbones,
+            ("xlm-roberta", "XLMRoberta", _BERT, "", {"max_position_embeddings": 66}),
+            ("mpnet", "MPNet", "q k v o dense", "", {"max_position_embeddings": 66}),
+        ]
+    ]
+    return headed + bare
 
 
 def _image_models() -> list[Architecture]:
