@@ -17,7 +17,7 @@ _PUBLIC = {
     "allocate_ranks": "mergekit_pave.allocation",
     "purify": "mergekit_pave.subspace",
     "purify_model": "mergekit_pave.in_memory",
-    "register": "mergekit_pave.plugin",
+    "register": "mergekit_pave.host",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -6,6 +6,7 @@ imported torch (its first use from outside is waited for), or may be there. Noth
 heavy, and `install` may not raise: it would break `import torch` itself.
 """
 
+import contextlib
 import importlib
 import importlib.abc
 import sys
@@ -38,7 +39,9 @@ def install() -> None:
 
 
 def _add_to(target: str) -> None:
-    importlib.import_module(_TARGETS[target][1]).add()
+    # A mergekit that has changed works for everybody who does without us; `doctor` says that we are not there.
+    with contextlib.suppress(Exception):
+        importlib.import_module(_TARGETS[target][1]).add()
 
 
 def is_complete(target: str) -> bool:

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import logging
 import sys
 from importlib.metadata import version
+from typing import Any
 
 from mergekit_pave._autoload import is_half_loaded
 
+LOG = logging.getLogger(__name__)
+
+NAMES = ("regmean", "tsv")
+
 # Why they could not be registered, or None.
 problem: str | None = None
+
+# By name: whose method stands in the place of ours.
+others: dict[str, str] = {}
 
 
 def add() -> None:
     """Register them. Idempotent, and does nothing while mergekit's merge methods are still being loaded.
 
     Whatever is wrong with this installation must not break mergekit for those who use its own methods, so it shows
-    as a method that mergekit does not know, and `mergekit-pave doctor` tells it.
+    as a method that mergekit does not know, and `mergekit-pave doctor` tells it. A method of the same name that is there
+    already stays: who merges without a block has never asked for ours.
     """
     global problem
     module = sys.modules.get("mergekit.merge_methods")
@@ -28,9 +40,35 @@ def add() -> None:
         from mergekit_pave.regmean import RegMean
         from mergekit_pave.tsv import Tsv
 
-        known = {method.spec.name for method in module.registered_methods()}
+        known = {method.spec.name: method for method in module.registered_methods()}
         for method in (RegMean(), Tsv()):
-            if version("mergekit") in SUPPORTED and method.spec.name not in known:
-                module.register(method)
+            name = method.spec.name
+            if name not in known:
+                if version("mergekit") in SUPPORTED:
+                    module.register(method)
+            elif not isinstance(known[name], type(method)):
+                others[name] = _owner(known[name])
     except Exception as error:
         problem = f"{type(error).__name__}: {error}"
+
+
+def _owner(method: Any) -> str:
+    """The package that a method comes from."""
+    made_of = getattr(method, "implementation", None) or type(method)
+    return str(getattr(made_of, "__module__", "another package")).partition(".")[0]
+
+
+def is_ours(name: str | None) -> bool:
+    """Whether a config's merge method is one of these; of another one that has the name of one of them, the log says so."""
+    if name not in NAMES:
+        return False
+    importlib.import_module("mergekit.merge_methods")  # which tells what it has itself
+    if name in others:
+        _tell(name, others[name])
+    return name not in others
+
+
+@functools.cache
+def _tell(name: str, owner: str) -> None:
+    told = "`merge_method: %s` is that of %s here, not that of mergekit-pave: so are its parameters, and what it does"
+    LOG.warning(told, name, owner)

@@ -18,27 +18,32 @@ from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 from pydantic import ValidationError
 
 from mergekit_pave import cache as caches
-from mergekit_pave import plugin, preview, versions
+from mergekit_pave import host, versions
 from mergekit_pave._refusals import tool_of
 from mergekit_pave.calibration.estimate import readable
 from mergekit_pave.errors import PaveError
-from mergekit_pave.page.measured import measure
 from mergekit_pave.page.picture import require_matplotlib
-from mergekit_pave.planning import Plan
 from mergekit_pave.report import read_report
+
+if not host.missing():  # else `doctor` and `cache` still work, and all others say why they do not
+    from mergekit_pave import plugin, preview
+    from mergekit_pave.page.measured import measure
+    from mergekit_pave.planning import Plan
 
 _PROBE = """
 import sys
 import mergekit.merge
-from mergekit.config import MergeConfiguration
-if "pave" not in MergeConfiguration.model_fields:
+from mergekit import config
+live = "pave" in config.MergeConfiguration.model_fields
+from mergekit_pave import _field, _methods, host
+if told := _field.problem or host.problem():
+    raise SystemExit(told)
+if not live:
     raise SystemExit(3)
-from mergekit_pave import _field, plugin
-if _field.problem:
-    raise SystemExit(_field.problem)
+host.register()
 from mergekit import merge_methods
-from mergekit_pave import _methods
-for name in ("regmean", "tsv"):
+print(", ".join(f"{name} (that of {_methods.others[name]})" if name in _methods.others else name for name in _methods.NAMES))
+for name in _methods.NAMES:
     try:
         merge_methods.get(name)
     except Exception as error:
@@ -49,9 +54,11 @@ for name in ("regmean", "tsv"):
 
 @click.group()
 @click.version_option(package_name="mergekit-pave")
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """PAVE for mergekit: purify task vectors before they are merged."""
-    plugin.register()
+    if context.invoked_subcommand not in ("doctor", "cache"):
+        host.register()
 
 
 @main.command(cls=PrettyPrintHelp)
@@ -264,7 +271,10 @@ def _find(key: str, cache_dir: str | None) -> caches.Entry:
 
 @main.command()
 def doctor() -> None:
-    """Say whether mergekit will honour a `pave:` block and knows our merge methods here, with which versions and caches."""
+    """Say whether mergekit will honour a `pave:` block and knows our merge methods here, with which versions and caches.
+
+    Where something of mergekit's inside is missing that this package needs, or a merge method comes from elsewhere, it names it.
+    """
     logging.disable(logging.INFO)
     for package, version in versions.installed().items():
         click.echo(f"{package:14} {version}")
@@ -273,7 +283,7 @@ def doctor() -> None:
     # Only a fresh interpreter shows what `mergekit-yaml` will do: this one has registered the plugin itself.
     live = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True)
     click.echo(f"{'pave: blocks':14} {'honoured' if live.returncode in (0, 4) else 'NOT HONOURED'}")
-    click.echo(f"{'methods':14} {'regmean, tsv' if live.returncode == 0 else 'NOT USABLE'}")
+    click.echo(f"{'methods':14} {live.stdout.strip() if live.returncode == 0 else 'NOT USABLE'}")
     if live.returncode == 0:
         return
     if told := _switched_off():

@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from mergekit_pave import _field
+from mergekit_pave import _field, _methods, host
 from mergekit_pave.errors import PaveError, unknown
 
 
@@ -266,7 +266,7 @@ def parse(value: Any, handler, info) -> PaveConfig | None:
         PaveError: naming each key or model that is wrong. Not a `ValidationError`: this one is for people.
     """
     if value is None:
-        if info.data.get("merge_method") in ("regmean", "tsv"):
+        if _methods.is_ours(info.data.get("merge_method")):
             _register("use another merge_method")
         return None
     if isinstance(value, dict) and isinstance(value.get("block"), _Shielded):
@@ -278,6 +278,7 @@ def parse(value: Any, handler, info) -> PaveConfig | None:
     if not {"modules", "slices", "models", "base_model"} <= info.data.keys():
         return config  # the rest of the config is wrong, which mergekit will tell
     _register("remove the `pave:` block")
+    _methods.is_ours(info.data.get("merge_method"))  # says so where it is not
     base = info.data.get("base_model")
     merged = set(_merged_models(info.data, base))
     for entry in config.models:
@@ -298,10 +299,9 @@ def parse(value: Any, handler, info) -> PaveConfig | None:
 def _register(otherwise: str) -> None:
     """From here on mergekit has to honour the block, and to plan what is merged in closed form."""
     try:
-        from mergekit_pave.plugin import register
+        host.register()
     except ImportError as error:
         raise PaveError(f"mergekit-pave cannot be loaded ({error}); install it anew, or {otherwise}") from error
-    register()
 
 
 def _merged_models(scope: dict[str, Any], base: ModelReference | None) -> Iterator[ModelReference]:

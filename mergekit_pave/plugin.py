@@ -38,7 +38,7 @@ from mergekit.multigpu_executor import MultiGPUExecutor
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 
-from mergekit_pave import _field
+from mergekit_pave import _field, _methods
 from mergekit_pave._conversion import Conversions
 from mergekit_pave.calibration import distributed
 from mergekit_pave.calibration.layers import describe
@@ -63,12 +63,13 @@ from mergekit_pave.progress import bar, no_bars_of_others
 from mergekit_pave.regmean import RegMean, check_baseless, check_names, check_weights, data_share
 from mergekit_pave.report import kind, read_report
 from mergekit_pave.tasks import DecomposeWeight, MergeByRegMean, PurificationStats, RegMeanStats, WriteReport
+from mergekit_pave.tsv import Tsv
 
 LOG = logging.getLogger(__name__)
 
 
-def register() -> None:
-    """Teach mergekit about the `pave:` block. Idempotent; validating a config with a block calls it."""
+def wrap() -> None:
+    """Wrap mergekit's planner; see `host.register`, which has looked whether that can be done. Idempotent."""
     _field.add()
     if not hasattr(MergePlanner._plan, "__wrapped__"):
         MergePlanner.plan_tensor = _noting_position(MergePlanner.plan_tensor)
@@ -109,7 +110,7 @@ def _without_aliases(weight: WeightInfo) -> WeightInfo:
 def _with_purification(plan):
     @functools.wraps(plan)
     def wrapper(self):
-        if self._method.spec.name in ("regmean", "tsv"):
+        if isinstance(self._method, (RegMean, Tsv)):
             check_names(self._method.spec, _parameters(self.config))
         if not _is_ours(self):
             return plan(self)
@@ -355,7 +356,7 @@ def plan_merge(config: MergeConfiguration, options: MergeOptions, *, compares: b
         if looks_local(path) and not Path(path).expanduser().exists():
             raise PaveError(f"there is no model at {path} (looked in {Path.cwd()})")
     told = "the config has no `pave:` block, so nothing would be purified or measured"
-    if config.pave is None and config.merge_method not in ("regmean", "tsv"):
+    if config.pave is None and not _methods.is_ours(config.merge_method):
         raise PaveError(told)
     LoaderCache().setup(options=options)
     base = config.base_model or config.referenced_models()[0]
