@@ -2,39 +2,42 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import ModelCard
+from huggingface_hub.utils import build_hf_headers, get_session
 from mergekit.common import ModelPath, ModelReference
 
 _KEYS = ("license", "license_name", "license_link")
+_PATIENCE = 5  # seconds for the Hub to answer
 
 
 def common_licence(models: Iterable[ModelReference], cache_dir: str | None) -> dict[str, str]:
     """The `license` metadata that all models agree on, adapters included; empty where they differ or one is not known.
 
-    Only cards that are on this machine are read, so it needs no network.
+    mergekit fetches no cards, so the Hub is asked for those that are not on this machine. Offline, or where it does not answer,
+    they are not known.
 
     Args:
         cache_dir: of the Hub's client, if it is not the default.
     """
     parts = {part for model in models for part in (model.model, model.lora) if part}
-    found = [_licence(part, cache_dir) for part in parts]
-    if not found or not found[0] or any(licence != found[0] for licence in found):
-        return {}
-    return found[0]
+    common: dict[str, str] = {}
+    for part in sorted(parts, key=lambda part: (not Path(part.path).exists(), str(part))):
+        licence = _licence(part, cache_dir)
+        if not licence or (common and licence != common):
+            return {}  # at once, so that a network that is down is tried once
+        common = licence
+    return common
 
 
 def _licence(part: ModelPath, cache_dir: str | None) -> dict[str, str]:
-    card = Path(part.path, "README.md")
-    if not Path(part.path).exists():
-        cached = huggingface_hub.try_to_load_from_cache(part.path, "README.md", cache_dir=cache_dir, revision=part.revision)
-        card = Path(cached) if isinstance(cached, str) else card
     try:
-        data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
-    except Exception:  # whatever somebody has written there, the merge does without it
+        data = ModelCard(_card(part, cache_dir), ignore_metadata_errors=True).data.to_dict()
+    except Exception:  # whatever somebody has written there, or keeps us from reading it, the merge does without it
         return {}
     licence = {key: data[key] for key in _KEYS if isinstance(data.get(key), str)}
     if licence.get("license") == "other":
@@ -42,3 +45,23 @@ def _licence(part: ModelPath, cache_dir: str | None) -> dict[str, str]:
         link = licence.get("license_link", "")
         return licence if licence.get("license_name") and link.startswith("https://") else {}
     return {key: value for key, value in licence.items() if key == "license"}
+
+
+def _card(part: ModelPath, cache_dir: str | None) -> str:
+    """The text of a model's card.
+
+    Raises:
+        Exception: there is none, or it cannot be had.
+    """
+    if Path(part.path).exists():
+        return Path(part.path, "README.md").read_text(encoding="utf-8")
+    cached = functools.partial(huggingface_hub.try_to_load_from_cache, part.path, cache_dir=cache_dir, revision=part.revision)
+    if known := cached("README.md"):
+        return Path(known).read_text(encoding="utf-8")  # it may also be known that there is none
+    configs = (cached(name) for name in ("config.json", "adapter_config.json"))
+    commit = next((Path(config).parent.name for config in configs if isinstance(config, str)), part.revision)
+    # Not by the client's own download, which tries again for minutes where there is no network.
+    url = huggingface_hub.hf_hub_url(part.path, "README.md", revision=commit)
+    answer = get_session().get(url, headers=build_hf_headers(), timeout=_PATIENCE, follow_redirects=True)
+    answer.raise_for_status()
+    return answer.text

@@ -1,8 +1,11 @@
 """The model card: what its PAVE section tells, its picture, and metadata that the Hub takes."""
 
+import http.server
 import re
 import shutil
 import sys
+import threading
+import time
 from pathlib import Path
 
 import browser
@@ -229,6 +232,68 @@ def test_licences_of_the_hub_come_from_the_local_cache(tmp_path):
     assert licence("someone/base@v2") == APACHE
     assert licence("someone/base@v2+someone/lora") == {}
     assert licence("someone/base", "someone/else") == {}
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub on this machine: cards by the path that is asked for, and what was asked."""
+    cards, asked = {}, []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            card = cards.get(self.path)
+            if card is None:
+                self.send_error(404)
+            elif isinstance(card, int):
+                time.sleep(card)
+            else:
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(card.encode())
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        address = f"http://127.0.0.1:{server.server_address[1]}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", address)
+        yield cards, asked
+        server.shutdown()
+
+
+def licence_of(folder, *names):
+    return common_licence(map(ModelReference.model_validate, names), str(folder))
+
+
+def test_the_hub_is_asked_for_cards_that_are_not_here(hub, tmp_path):
+    """mergekit fetches weights and configs only; the card is that of the very commit that they are of."""
+    cards, asked = hub
+    snapshot = tmp_path / "models--someone--base" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (tmp_path / "models--someone--base" / "refs").mkdir()
+    (tmp_path / "models--someone--base" / "refs" / "main").write_text("a" * 40)
+    before = sorted(tmp_path.rglob("*"))
+    cards[f"/someone/base/resolve/{'a' * 40}/README.md"] = "---\nlicense: mit\n---\n"
+    cards["/someone/math/resolve/v2/README.md"] = "---\nlicense: mit\n---\n"
+    assert licence_of(tmp_path, "someone/base", "someone/math@v2") == MIT
+    assert licence_of(tmp_path, "someone/base", "someone/math") == {}  # its main branch has no card
+    assert len(asked) == 4 and sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_hub_that_does_not_answer_costs_the_licence_and_nothing_else(hub, tmp_path, monkeypatch, caplog):
+    cards, asked = hub
+    monkeypatch.setattr("mergekit_pave.licence._PATIENCE", 0.2)
+    cards["/a/one/resolve/main/README.md"] = 2
+    started = time.monotonic()
+    assert licence_of(tmp_path, "a/one", "a/two", "a/three") == {}
+    assert time.monotonic() - started < 1.5 and asked == ["/a/one/resolve/main/README.md"]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert licence_of(tmp_path, "a/one") == {}
+    assert len(asked) == 1 and not caplog.text
 
 
 def test_licence_of_a_merge(llama, tmp_path):
