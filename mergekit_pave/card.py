@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import html
+import itertools
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -49,7 +52,7 @@ def section(report: dict, picture: str | None = None) -> str:
         lines += [f"![Share of rank kept, by model, layer and projection]({picture})", ""] if picture else []
     if "regmean" in report:
         lines += _regmean(report)
-    lines += [line for warning in report["warnings"] for line in (f"> {warning}.", "")]
+    lines += [line for warning in report["warnings"] for line in (f"> {_escape(warning)}.", "")]
     lines += _calibration(report)
     if report["purified"]:
         lines += [*_effect(report), *_ranks(report), *_settings(report), *_left(report)]
@@ -92,7 +95,7 @@ def _regmean(report: dict) -> list[str]:
         "",
     ]
     if reasons := regmean_reasons(done):
-        lines += [f"Merged as `task_arithmetic` does, by reason: {reasons}.", ""]
+        lines += [f"Merged as `task_arithmetic` does, by reason: {_escape(reasons)}.", ""]
     return lines
 
 
@@ -186,7 +189,8 @@ def _settings(report: dict) -> list[str]:
     for model, source in report["models"].items():
         own = {key: value for key, value in source["settings"].items() if value != settings[key]}
         if own:
-            lines += [f"For {_escape(model)}: {'; '.join(f'`{key}` {told(value)}' for key, value in own.items())}.", ""]
+            shown = "; ".join(f"`{key}` {_escape(told(value))}" for key, value in own.items())
+            lines += [f"For {_escape(model)}: {shown}.", ""]
     return lines
 
 
@@ -199,7 +203,7 @@ def _left(report: dict) -> list[str]:
     lines = []
     for reasons, names in models.items():
         who = "each model" if len(names) == len(report["models"]) > 1 else ", ".join(map(_escape, names))
-        lines += [f"Left as they are in {who}: {reasons}.", ""] if reasons else []
+        lines += [f"Left as they are in {who}: {_escape(reasons)}.", ""] if reasons else []
     return lines
 
 
@@ -241,4 +245,12 @@ def _is_repository(name: str) -> bool:
 
 
 def _escape(text: str) -> str:
-    return text.replace("|", "\\|")
+    """Text as Markdown that shows it as it is, whatever is in a name or a path. A `key` or `key: value` of ours stays code."""
+    pieces = re.split(r"((?<!`)`\w+(?:: [\w.]+)?`(?!`))", " ".join(text.split()))
+    return "".join(piece if code else _literal(piece) for piece, code in zip(pieces, itertools.cycle((False, True))))
+
+
+def _literal(text: str) -> str:
+    # An underscore within a word is one, and tensors have many.
+    text = re.sub(r"[\\`*\[\]|~$#]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)
+    return html.escape(text, quote=False)

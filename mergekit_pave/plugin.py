@@ -63,7 +63,6 @@ from mergekit_pave.progress import bar, no_bars_of_others
 from mergekit_pave.regmean import RegMean, check_baseless, check_names, check_weights, data_share
 from mergekit_pave.report import kind, read_report
 from mergekit_pave.tasks import DecomposeWeight, MergeByRegMean, PurificationStats, RegMeanStats, WriteReport
-from mergekit_pave.tsv import Tsv
 
 LOG = logging.getLogger(__name__)
 
@@ -110,7 +109,7 @@ def _without_aliases(weight: WeightInfo) -> WeightInfo:
 def _with_purification(plan):
     @functools.wraps(plan)
     def wrapper(self):
-        if isinstance(self._method, (RegMean, Tsv)):
+        if _methods.is_ours(self._method.spec.name):
             check_names(self._method.spec, _parameters(self.config))
         if not _is_ours(self):
             return plan(self)

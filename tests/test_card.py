@@ -1,5 +1,7 @@
 """The model card: what its PAVE section tells, its picture, and metadata that the Hub takes."""
 
+import copy
+import html
 import http.server
 import re
 import shutil
@@ -155,6 +157,49 @@ def test_published_covariances_are_named(llama, tmp_path, cache):
     told = (tmp_path / "out" / "README.md").read_text().split("### PAVE")[1]
     assert "data0.jsonl / train (covariances from published)" in told
     assert told.count("covariances from") == 1
+
+
+NAMES = [
+    "<b>bold",
+    "<img src=x onerror=alert(1)>",
+    "*a* and **b**",
+    "_a_ and __b__, q_proj",
+    "~~a~~ ~models",
+    "[a](https:evil)",
+    "![a](b.png)",
+    "a|b",
+    "D:\\\\Models\\<i>x",
+    "`<b>```",
+    "``a`<b>``",
+    "a`b",
+    "$x$ &amp; y",
+    "模型 <模>",
+    "# a",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_are_shown_as_they_are(name):
+    """Of models, data, patterns and whatever a warning or a reason tells: none is Markdown or HTML."""
+    report = copy.deepcopy(report_of([*rows_of(2, 1), *(row | {"model": name} for row in rows_of(2, 1))]))
+    report["not_purified"] = [f"{name} too"]
+    report["warnings"] = [f"{name}: look, `target: task_vector` is safer"]
+    of_model = report["models"][name] = copy.deepcopy(report["models"]["someone/model-0"])
+    of_model["data"] = [{"path": f"{name}.jsonl", "split": "train"}]
+    of_model["settings"]["exclude"] = [f"{name} k_proj"]
+    of_model["left_as_they_are"] = {"x": f"because of {name}"}
+    report["regmean"] = {"closed_form": [], "as_task_arithmetic": {"x": f"unlike {name}"}}
+    page = MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(section(report))
+    tags = set(re.findall(r"<(/?[a-z0-9]+)", page)) - {"img"}
+    known = "h3 h4 p a code pre table thead tbody tr th td blockquote"
+    assert tags <= {slash + tag for tag in known.split() for slash in ("", "/")}, tags
+    assert page.count("<img") == 0 and re.findall(r'<a href="([^"]*)"', page) == ["https://arxiv.org/abs/2510.14697"]
+    shown = html.unescape(re.sub(r"</?[a-z][^>]*>", "", page))
+    for told in (f"{name}: look, target: task_vector is safer", f"{name} too", f"{name}.jsonl / train", f"{name} k_proj"):
+        assert told in shown, shown
+    assert f"because of {name}" in shown and f"unlike {name}" in shown and f"For {name}: " in shown
+    tables = [[len(re.findall("<t[hd]", row)) for row in table.split("<tr>")[1:]] for table in page.split("<table>")[1:]]
+    assert len(tables) == 5 and all(len(set(cells)) == 1 for cells in tables)
 
 
 # --- The licence -----------------------------------------------------------------------------------------------------

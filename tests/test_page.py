@@ -310,6 +310,14 @@ def report_of(rows: list[dict]) -> dict:
     }
 
 
+def test_letters_that_the_font_has_not(tmp_path, recwarn):
+    """Names of models may have any; matplotlib warns of each that it cannot draw, which says nothing to our reader."""
+    rows = [row | {"model": name} for name in ("模型/数学", "모델 ཨ ", "モデル") for row in rows_of(2, 1)]
+    page = render.write(tmp_path / "page", "合并", report_of(rows), None, None).read_text()
+    assert "数学" in page and "モデル" in page
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+
+
 @pytest.mark.parametrize("layers, models", [(80, 2), (12, 12)])
 def test_large_models_make_no_large_page(layers, models, tmp_path):
     page = render.write(tmp_path / "page", "large", report_of(rows_of(layers, models)), None, None)

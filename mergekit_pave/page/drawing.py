@@ -6,15 +6,18 @@ variable, so that it is readable on a dark page, too.
 
 from __future__ import annotations
 
+import contextlib
 import html
 import io
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 
 INK, MUTED, LINE = "#1b1f24", "#69707a", "#dfe3e8"
@@ -22,8 +25,13 @@ THEMED = {INK: "currentColor", MUTED: "var(--muted)", LINE: "var(--line)"}
 # Of middling lightness: told apart on white and on black.
 COLOURS = ("#3b82f6", "#ea6a0c", "#0c9a6b", "#db2777", "#8b5cf6", "#a97f00", "#0891b2", "#8a6d5b")
 
+# Fonts with Chinese, Japanese or Korean for names of models and data: those of them that are installed.
+_WIDER = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Zen Hei", "Droid Sans Fallback", "PingFang SC")
+_WIDER += ("Hiragino Sans", "Apple SD Gothic Neo", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "SimHei", "Arial Unicode MS")
+_INSTALLED = {font.name for font in font_manager.fontManager.ttflist}
+
 STYLE = {
-    "font.family": "DejaVu Sans",
+    "font.family": ["DejaVu Sans", *(name for name in _WIDER if name in _INSTALLED)],
     "font.size": 8.5,
     "axes.titlesize": 9,
     "axes.titlelocation": "left",
@@ -65,7 +73,7 @@ class Plot:
 def svg(plot: Plot) -> str:
     """The figure as an element of a page, in the page's colours."""
     text = io.StringIO()
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": plot.name}):
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": plot.name}), _any_letters():
         plot.figure.savefig(text, format="svg", bbox_inches="tight", dpi=220, metadata={"Date": None})
     drawn = text.getvalue()
     drawn = drawn[drawn.index("<svg") :]
@@ -87,9 +95,17 @@ def svg(plot: Plot) -> str:
 def png(plot: Plot) -> bytes:
     """The figure on white."""
     data = io.BytesIO()
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE), _any_letters():
         plot.figure.savefig(data, format="png", bbox_inches="tight", dpi=160, facecolor="white", metadata={"Software": None})
     return data.getvalue()
+
+
+@contextlib.contextmanager
+def _any_letters() -> Iterator[None]:
+    """matplotlib warns of each letter that no font has. A page shows it all the same, a PNG a box."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        yield
 
 
 def colours(models: Sequence[str]) -> dict[str, Any]:
