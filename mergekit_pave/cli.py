@@ -83,6 +83,7 @@ def plan(config_file: str, as_json: bool, merge_options: MergeOptions) -> None:
     """Tell what merging CONFIG_FILE would purify, what not and why, and what that would cost.
 
     No weights are read, but for a few of each model where everything is in the cache, to tell how large the removed part is.
+    Adapters (`model+lora`) are merged into their models and written to --lora-merge-cache, unless they are there.
     """
     merge_options.apply_global_options()
     planned = _planned(config_file, merge_options, compares=False)

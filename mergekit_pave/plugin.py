@@ -20,6 +20,7 @@ import functools
 import inspect
 import json
 import logging
+import shutil
 import sys
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -358,6 +359,7 @@ def plan_merge(config: MergeConfiguration, options: MergeOptions, *, compares: b
     if config.pave is None and not _methods.is_ours(config.merge_method):
         raise PaveError(told)
     LoaderCache().setup(options=options)
+    _merge_adapters(config, options)
     base = config.base_model or config.referenced_models()[0]
     planner = MergePlanner(
         config,
@@ -370,6 +372,26 @@ def plan_merge(config: MergeConfiguration, options: MergeOptions, *, compares: b
     if config.pave is None:
         raise PaveError(f"{told}; {config.merge_method} alone needs no plan, calibration or report: merge it with mergekit-yaml")
     return planner._pave_plan
+
+
+def _merge_adapters(config: MergeConfiguration, options: MergeOptions) -> None:
+    """Let mergekit merge adapters into their models, as it does before it reads the first of their tensors.
+
+    Raises:
+        PaveError: it has not been told where to.
+    """
+    for model in sorted((model for model in config.referenced_models() if model.lora), key=str):
+        if not options.lora_merge_cache:
+            raise PaveError(f"{model}: an adapter is merged into its model first; say where to with --lora-merge-cache FOLDER")
+        folder = Path(options.lora_merge_cache, f"{model.model._unique_id()}_{model.lora._unique_id()}")
+        if folder.exists():
+            continue
+        LOG.info("%s: merging the adapter into its model, which is written to %s", model, folder)
+        try:
+            LoaderCache().get(model)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)  # mergekit would take it for the merged model
+            raise
 
 
 def sample_removal(plan: Plan, options: MergeOptions) -> dict[str, list[dict[str, Any]]]:
@@ -397,7 +419,8 @@ def fill_caches(config: MergeConfiguration, options: MergeOptions) -> Plan:
     if distributed.rank() > 0:  # of several processes one speaks
         logging.getLogger("mergekit_pave").setLevel(logging.ERROR)
         options = options.model_copy(update={"quiet": True})
-    plan = plan_merge(config, options)
+    # mergekit merges adapters without a lock, and what one process has found out for the cache the others need not.
+    plan = distributed.first_alone(lambda: plan_merge(config, options))
     _calibrate(plan, options)
     share = plan.decompositions[distributed.rank() :: distributed.world_size()]
     distributed.stop()

@@ -6,6 +6,7 @@ Second moments are sums, so the result is that of one process up to the order of
 
 from __future__ import annotations
 
+import datetime
 import os
 from collections.abc import Callable
 from typing import TypeVar
@@ -24,7 +25,8 @@ def start() -> None:
     """Join the other processes, where there are any."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         # Sums travel through main memory: they are on their way to the disk anyway.
-        dist.init_process_group("gloo")
+        # The others wait while one merges adapters or fetches models, which takes as long as it takes.
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
 
 
 def stop() -> None:
@@ -59,6 +61,23 @@ def agree(value: bool) -> bool:
     if world_size() > 1:
         dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def first_alone(work: Callable[[], T]) -> T:
+    """Do a piece of work in process 0, and then in the others, which find what it has left on the disk.
+
+    Where it fails in process 0, that one says why, and the others just end.
+    """
+    result, done = None, False
+    if rank() == 0:
+        try:
+            result = work()
+            done = True
+        finally:
+            agree(done)
+    elif not agree(done):
+        raise SystemExit(1)
+    return together(lambda: result if rank() == 0 else work())
 
 
 def together(work: Callable[[], T]) -> T:
