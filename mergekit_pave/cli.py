@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from mergekit_pave import cache as caches
 from mergekit_pave import host, versions
 from mergekit_pave._refusals import tool_of
+from mergekit_pave.calibration import distributed
 from mergekit_pave.calibration.estimate import readable
 from mergekit_pave.errors import PaveError
 from mergekit_pave.page.picture import require_matplotlib
@@ -67,7 +68,9 @@ def main(context: click.Context) -> None:
 def calibrate(config_file: str, merge_options: MergeOptions) -> None:
     """Fill the caches for CONFIG_FILE (a mergekit YAML with a `pave:` block) and merge nothing."""
     merge_options.apply_global_options()
-    plan = plugin.fill_caches(_read_config(config_file), merge_options)
+    distributed.start()
+    config = distributed.first_alone(lambda: _read_config(config_file))
+    plan = plugin.fill_caches(config, merge_options)
     done, weights = len(plan.decompositions), plan.decomposed
     if _speaks():
         click.echo(f"{weights} weights ready: {done} decomposed now, {weights - done} were in the cache.")
@@ -86,7 +89,7 @@ def plan(config_file: str, as_json: bool, merge_options: MergeOptions) -> None:
     Adapters (`model+lora`) are merged into their models and written to --lora-merge-cache, unless they are there.
     """
     merge_options.apply_global_options()
-    planned = _planned(config_file, merge_options, compares=False)
+    planned = plugin.plan_merge(_read_config(config_file), merge_options, compares=False)
     samples = plugin.sample_removal(planned, merge_options)
     found = preview.preview(planned, merge_options.device, samples)
     click.echo(json.dumps(found, indent=1) if as_json else preview.as_text(found))
@@ -120,20 +123,11 @@ def write_report(source: Path, output: Path | None, merge_options: MergeOptions)
     if source.is_dir():
         report, measured, config = read_report(str(source)), None, source / "mergekit_config.yml"
     else:
-        report, measured = measure(_planned(str(source), merge_options), merge_options)
+        report, measured = measure(plugin.plan_merge(_read_config(str(source)), merge_options), merge_options)
         config = source
     name = (source if source.is_dir() else source.with_suffix("")).resolve().name
     text = config.read_text(encoding="utf-8") if config.is_file() else None
     click.echo(f"written to {render.write(folder, name, report, measured, text)}")
-
-
-def _planned(path: str, options: MergeOptions, *, compares: bool = True) -> Plan:
-    """The plan of a merge; what mergekit itself says against it, in a line."""
-    config = _read_config(path)
-    try:
-        return plugin.plan_merge(config, options, compares=compares)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise PaveError(f"{path}: mergekit cannot plan this merge: {' '.join(str(error).split())}") from error
 
 
 def _read_config(path: str) -> MergeConfiguration:

@@ -349,8 +349,15 @@ def plan_merge(config: MergeConfiguration, options: MergeOptions, *, compares: b
         compares: see `Environment`.
 
     Raises:
-        PaveError: the config has no `pave:` block, or the block does not fit.
+        PaveError: the config has no `pave:` block, the block does not fit, or mergekit has something against the merge.
     """
+    try:
+        return _plan_merge(config, options, compares)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise PaveError(f"mergekit cannot plan this merge: {' '.join(str(error).split())}") from error
+
+
+def _plan_merge(config: MergeConfiguration, options: MergeOptions, compares: bool) -> Plan:
     for model in config.referenced_models():
         path = model.model.path
         if looks_local(path) and not Path(path).expanduser().exists():

@@ -60,11 +60,20 @@ def test_one_process_merges_adapters_for_all(llama, tmp_path, cache):
     assert result.stdout.count("3 weights ready") == 1 and result.stderr.count("merging the adapter into its model") == 1
 
 
-def test_a_plan_that_fails_ends_all_processes_with_one_message(llama, tmp_path, cache):
-    path = write_config(config_for(llama, {"exclude": ["nothing"]}), tmp_path / "wrong.yml")
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ({"pave": {"exclud": []}}, "did you mean 'exclude'"),
+        ({"merge_method": "taskarithmetic"}, "mergekit cannot plan this merge"),
+    ],
+)
+def test_what_fails_before_the_calibration_ends_all_processes_with_one_message(llama, tmp_path, cache, change, told):
+    config = config_for(llama, {})
+    config = config | change | {"pave": config["pave"] | change.get("pave", {})}
+    path = write_config(config, tmp_path / "wrong.yml")
     result = in_two("-m", "mergekit_pave", "calibrate", path)
     assert result.returncode != 0
-    assert result.stderr.count("'nothing' is part of no tensor's name") == 1
+    assert result.stderr.count(told) == 1
     assert not [line for line in result.stderr.splitlines() if 'File "' in line and "mergekit_pave" in line]  # no traceback
 
 
