@@ -29,7 +29,6 @@ from mergekit_pave.report import read_report
 if not host.missing():  # else `doctor` and `cache` still work, and all others say why they do not
     from mergekit_pave import plugin, preview
     from mergekit_pave.page.measured import measure
-    from mergekit_pave.planning import Plan
 
 _PROBE = """
 import sys

@@ -15,10 +15,10 @@ from mergekit_pave.errors import PaveError
 
 # By module, or module:class: the names in it that are used. Those of a class are fields, methods or attributes of instances.
 PARTS = {
-    "mergekit.architecture": "ModelArchitecture WeightInfo get_architecture_info",
+    "mergekit.architecture": "ModelArchitecture WeightInfo auto get_architecture_info",
     "mergekit.architecture:ModelArchitecture": "modules",
     "mergekit.architecture:WeightInfo": "name vocabulary_axis optional aliases force_dtype tied_names",
-    "mergekit.architecture.auto": "RE_LAYER_INDEX",
+    "mergekit.architecture.auto": "RE_LAYER_INDEX can_convert_checkpoint_keys",
     "mergekit.architecture.base:ModuleDefinition": "architecture weight_prefix",
     "mergekit.architecture.base:ConfiguredModelArchitecture": "all_weights",
     "mergekit.architecture.conversion": "_expanded_target_keys can_convert_checkpoint_keys",
@@ -28,7 +28,7 @@ PARTS = {
     "mergekit.architecture.json_definitions:JsonLayerTemplates": "weights",
     "mergekit.card": "generate_card",
     "mergekit.common": "ImmutableMap ModelPath ModelReference dtype_from_name",
-    "mergekit.common:ModelPath": "path revision",
+    "mergekit.common:ModelPath": "path revision _unique_id",
     "mergekit.common:ModelReference": "model lora config merged",
     "mergekit.config": "ConditionalParameter ConfigReader MergeConfiguration ParameterSetting evaluate_setting",
     "mergekit.config:ConditionalParameter": "filter value",
@@ -62,7 +62,7 @@ PARTS = {
     "mergekit.multigpu_executor": "MultiGPUExecutor",
     "mergekit.options": "MergeOptions PrettyPrintHelp add_merge_options",
     "mergekit.options:MergeOptions": (
-        "device trust_remote_code quiet transformers_cache low_cpu_memory multi_gpu apply_global_options"
+        "device trust_remote_code quiet transformers_cache lora_merge_cache low_cpu_memory multi_gpu apply_global_options"
     ),
     "mergekit.plan": "MergePlanner",
     "mergekit.plan:MergePlanner": "config arch_info options _method _tensors _model_arch _plan plan_tensor plan_to_disk",
