@@ -5,6 +5,7 @@ Like `_field`, this is there for everybody who uses mergekit: without a block th
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -52,11 +53,23 @@ def add() -> None:
     """Let each config that is loaded refuse the block. Idempotent."""
     for module, (name, tool) in _CONFIGS.items():
         config = getattr(sys.modules.get(module), name, None) if is_complete(module) else None
-        # Where a later mergekit has no such class, `doctor` tells it.
         if config is not None and "pave" not in config.__pydantic_fields__:
             annotation = Annotated[Any, BeforeValidator(_refusal(tool)), Field(exclude=True, repr=False)]
             config.__pydantic_fields__["pave"] = FieldInfo.from_annotated_attribute(annotation, None)
             config.model_rebuild(force=True)
+
+
+def unguarded() -> list[str]:
+    """The tools that a later mergekit has changed so that they would ignore a block; for `doctor`."""
+    found = []
+    for module, (name, tool) in _CONFIGS.items():
+        try:
+            config = getattr(importlib.import_module(module), name, None)
+        except Exception:  # a tool that is not there, or lacks something, ignores nothing
+            continue
+        if "pave" not in getattr(config, "model_fields", {}):
+            found.append(tool.command)
+    return list(dict.fromkeys(found))
 
 
 def _refusal(tool: Tool):

@@ -35,13 +35,15 @@ import sys
 import mergekit.merge
 from mergekit import config
 live = "pave" in config.MergeConfiguration.model_fields
-from mergekit_pave import _field, _methods, host
+from mergekit_pave import _field, _methods, _refusals, host
 if told := _field.problem or host.problem():
     raise SystemExit(told)
 if not live:
     raise SystemExit(3)
 host.register()
 from mergekit import merge_methods
+for tool in _refusals.unguarded():
+    print(f"{tool} would ignore a `pave:` block", file=sys.stderr)
 print(", ".join(f"{name} (that of {_methods.others[name]})" if name in _methods.others else name for name in _methods.NAMES))
 for name in _methods.NAMES:
     try:
@@ -279,6 +281,9 @@ def doctor() -> None:
     click.echo(f"{'pave: blocks':14} {'honoured' if live.returncode in (0, 4) else 'NOT HONOURED'}")
     click.echo(f"{'methods':14} {live.stdout.strip() if live.returncode == 0 else 'NOT USABLE'}")
     if live.returncode == 0:
+        for line in live.stderr.splitlines():
+            if line.endswith("would ignore a `pave:` block"):
+                click.echo(line, err=True)
         return
     if told := _switched_off():
         click.echo(told, err=True)

@@ -226,8 +226,10 @@ def test_such_a_method_needs_nothing_of_ours(llama, tmp_path, foreign, monkeypat
         merge(config | {"merge_method": "tsv"}, tmp_path / "tsv")
 
 
-def test_doctor_says_whose_a_method_is(later):
-    later(changes={"mergekit.merge_methods.registry": {"del method\n": FOREIGN}})
+def test_doctor_says_whose_a_method_is_and_what_would_ignore_a_block(later):
+    renamed = {"RawPyTorchMergeConfig": "FlatMergeConfig"}
+    later(changes={"mergekit.merge_methods.registry": {"del method\n": FOREIGN}, "mergekit.scripts.merge_raw_pytorch": renamed})
     (doctor,) = finish(start("mergekit-pave", "doctor"))
     assert doctor[2] == 0, doctor[1]
+    assert doctor[1] == "mergekit-pytorch would ignore a `pave:` block\n"
     assert re.search(r"methods +regmean \(that of mergekit\), tsv", doctor[0])

@@ -1,11 +1,14 @@
 """A folder that is merged into again: what tells of the earlier merge goes with its weights, or is not believed."""
 
+import contextlib
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from click.testing import CliRunner
+from mergekit import multigpu_executor
 from mergekit.io.tensor_writer import TensorWriter
 from merging import command, config_for, merge, start, write_config
 
@@ -116,6 +119,22 @@ def test_the_report_is_of_the_weights_beside_it(options, llama, out, monkeypatch
     assert str(out / "pave_report.json") in line and "is not of the weights beside it" in line and "copy pave_report.json" in line
     shutil.copy(out / "pave_report.json", out.parent)
     assert report(out.parent).exit_code == 0
+
+
+def test_several_devices_write_the_report_after_the_weights(llama, out, monkeypatch):
+    """mergekit's executor for several GPUs, on a CPU that stands for two: it runs in threads and in another order."""
+    monkeypatch.setattr(multigpu_executor, "get_torch_accelerator_type", lambda: "cpu")
+    monkeypatch.setattr(multigpu_executor, "get_torch_accelerator_count", lambda: 2)
+    monkeypatch.setattr(
+        multigpu_executor, "get_torch_accelerator_module", lambda _: SimpleNamespace(synchronize=lambda device: None)
+    )
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    merge(config_for(llama, {"rank_ratio": 0.75}), out, multi_gpu=True)
+    assert json.loads((out / "pave_report.json").read_text())["settings"]["rank_ratio"] == 0.75
+    assert report(out).exit_code == 0
+    merge(config_for(llama), out, multi_gpu=True)
+    assert ours(out) == []
 
 
 @pytest.mark.parametrize(("first", "then"), [({"out_shard_size": 50000}, {}), ({}, {"out_shard_size": 50000})])

@@ -180,3 +180,18 @@ print(merge_methods.get('regmean') is other, [m.spec.name for m in merge_methods
 """
     done = python(code)
     assert done.stdout.strip() == "True 1", done.stderr
+
+
+def test_whatever_goes_wrong_while_something_is_added_breaks_nothing():
+    code = """
+import sys, types
+broken = types.ModuleType('broken')
+broken.add = lambda: 1 / 0
+for name in ('_field', '_methods', '_outputs', '_refusals'):
+    sys.modules['mergekit_pave.' + name] = broken
+import mergekit.merge, mergekit.moe.config, mergekit.scripts.merge_raw_pytorch
+from mergekit import merge_methods
+print(merge_methods.get('ties').spec.name, 'pave' in mergekit.config.MergeConfiguration.model_fields)
+"""
+    done = python(code)
+    assert done.stdout.strip() == "ties False", done.stderr
