@@ -22,14 +22,15 @@ import json
 import logging
 import shutil
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mergekit.architecture import ModelArchitecture, WeightInfo, get_architecture_info
 from mergekit.architecture.auto import RE_LAYER_INDEX
-from mergekit.architecture.json_definitions import JsonModuleArchitecture
+from mergekit.architecture.base import ModuleDefinition, _prefix_weight
+from mergekit.architecture.json_definitions import JsonModuleArchDef, JsonModuleArchitecture
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor
@@ -184,12 +185,12 @@ def _with_stored_names(planner: MergePlanner) -> ModelArchitecture:
     what becomes of each.
     """
     architecture, config = planner.arch_info, planner.config
-    modules = {key: module.architecture for key, module in architecture.modules.items() if not module.weight_prefix}
-    modules = {key: module for key, module in modules.items() if isinstance(module, JsonModuleArchitecture)}
-    definitions = [module.definition for module in modules.values()]
-    infos = [info for d in definitions for info in (*d.pre_weights, *d.layer_templates.weights, *d.post_weights)]
+    modules = {key: m for key, m in architecture.modules.items() if isinstance(m.architecture, JsonModuleArchitecture)}
+    definitions = {key: _with_prefix(module) for key, module in modules.items()}
+    infos = [info for d in definitions.values() for info in (*d.pre_weights, *d.layer_templates.weights, *d.post_weights)]
     known = {name for info in infos for name in (info.name, *(info.aliases or ()), *(info.tied_names or ()))}
-    stored = {_template(name): name for model in config.referenced_models() for name in sorted(_checkpoint(model).files)}
+    names = [name for model in config.referenced_models() for name in sorted(_checkpoint(model).files)]
+    stored = {name if name in known else _template(name): name for name in names}
     models = sorted(config.referenced_models(), key=str)
     one = models[0] if _is_regmean(planner) else next(filter(config.pave.entry, models), None)
     if one is None or not infos or stored.keys() <= known:
@@ -197,16 +198,25 @@ def _with_stored_names(planner: MergePlanner) -> ModelArchitecture:
 
     trust = planner.options.trust_remote_code
     described = describe(one.config(trust_remote_code=trust), one.model.path, trust, one.model.revision)
+    # A tensor outside of all layers may have a number in its name that is no layer's.
+    numbered = {described.loaded_as(name) for name in known if RE_LAYER_INDEX.search(name)}
+
+    def general(name: str, target: str | None) -> str:
+        """A tensor's name in all layers."""
+        return name if name in known or target in numbered else _template(name)
+
+    stored = {general(name, described.loaded_as(name) if numbered else None): name for name in names}
     other: dict[str, list[str]] = {}  # names of the same tensor
     parts: dict[str, list[str]] = {}  # names of tensors that make it up
     for template in sorted(stored.keys() - known):
         name = stored[template]
         target = described.loaded_as(name)
         if target and _layer(target) == _layer(name):
-            (other if described.weight_name([name]) else parts).setdefault(_template(target), []).append(template)
+            (other if described.weight_name([name]) else parts).setdefault(general(target, target), []).append(template)
 
     def named(info: WeightInfo) -> list[WeightInfo]:
-        own_name = _template(described.loaded_as(info.name.replace("${layer_index}", "0")) or info.name)
+        target = described.loaded_as(info.name.replace("${layer_index}", "0"))
+        own_name = general(target, target) if target else info.name
         names = other.get(own_name, [])
         if info.name not in stored and not info.optional and own_name == info.name:
             return [info]  # mergekit converts it, and writes it under the new name
@@ -222,14 +232,21 @@ def _with_stored_names(planner: MergePlanner) -> ModelArchitecture:
         return [renamed for info in infos for renamed in named(info)]
 
     changed = dict(architecture.modules)
-    for key, module in modules.items():
-        old = module.definition
-        layers = old.layer_templates.model_copy(update={"weights": all_named(old.layer_templates.weights)})
-        loose = {"pre_weights": all_named(old.pre_weights), "post_weights": all_named(old.post_weights)}
-        definition = old.model_copy(update={"layer_templates": layers, **loose})
-        update = {"architecture": module.model_copy(update={"definition": definition})}
-        changed[key] = architecture.modules[key].model_copy(update=update)
+    for key, old in definitions.items():
+        renamed = modules[key].architecture.model_copy(update={"definition": _with_infos(old, all_named)})
+        changed[key] = modules[key].model_copy(update={"architecture": renamed, "weight_prefix": None})
     return architecture.model_copy(update={"modules": changed})
+
+
+def _with_prefix(module: ModuleDefinition) -> JsonModuleArchDef:
+    """A module's definition with the names that its tensors have in the whole model."""
+    return _with_infos(module.architecture.definition, lambda infos: [_prefix_weight(i, module.weight_prefix) for i in infos])
+
+
+def _with_infos(definition: JsonModuleArchDef, change: Callable[[list[WeightInfo]], list[WeightInfo]]) -> JsonModuleArchDef:
+    layers = definition.layer_templates.model_copy(update={"weights": change(definition.layer_templates.weights)})
+    loose = {"pre_weights": change(definition.pre_weights), "post_weights": change(definition.post_weights)}
+    return definition.model_copy(update={"layer_templates": layers, **loose})
 
 
 def _layer(name: str) -> str | None:

@@ -251,6 +251,30 @@ def data(pictures: Path, **how) -> dict:
     return {"path": str(pictures), "image": "image"} | how
 
 
+@pytest.mark.parametrize("kind", ["gemma3", "mistral3", "qwen2_5_vl"])
+def test_checkpoints_with_the_names_that_transformers_has_now(pictured, tmp_path, kind):
+    """As saved with `save_original_format=False`: the merge is that of the other form, under the names that it was given."""
+    family = pictured(kind)
+    given = merge(config_for(family, {}), tmp_path / "given")
+    folders = []
+    for folder in (family.base, *family.tuned):
+        model = transformers.AutoModelForImageTextToText.from_pretrained(folder)
+        model.save_pretrained(tmp_path / folder.name, save_original_format=False)
+        transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / folder.name)
+        folders.append(tmp_path / folder.name)
+    family = dataclasses.replace(family, base=folders[0], tuned=tuple(folders[1:]))
+    written = merge(config_for(family, {}), tmp_path / "out")
+    assert written.keys() == weights(family.base).keys() != given.keys()
+    renamed = {_stored(kind, name): tensor for name, tensor in written.items()}
+    assert renamed.keys() == given.keys()
+    assert all((renamed[name] - tensor).norm() <= 1e-6 * tensor.norm() for name, tensor in given.items())
+
+
+def _stored(kind: str, name: str) -> str:
+    new = next((new for new in STORED[kind] if name.startswith(new)), "")
+    return STORED[kind].get(new, "") + name.removeprefix(new)
+
+
 @pytest.mark.parametrize("column", ["caption", "placed"])
 def test_images_with_texts_purify_both_towers(pictured, pictures, tmp_path, caplog, column):
     family = pictured("gemma3")
