@@ -23,7 +23,6 @@ import transformers
 from mergekit.common import ModelReference
 from mergekit.config import evaluate_setting
 from mergekit.io.tasks import GatherTensors
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mergekit_pave import cache, versions
@@ -33,6 +32,8 @@ from mergekit_pave.calibration.data import Sample, load_samples
 from mergekit_pave.calibration.estimate import readable
 from mergekit_pave.calibration.layers import Architecture, Linear, describe, inference_dtype
 from mergekit_pave.calibration.run import Job, Runtime, covariance_key
+from mergekit_pave.checkpoint import Checkpoint
+from mergekit_pave.checks import check_complete, check_sizes
 from mergekit_pave.comparison import Comparison
 from mergekit_pave.config import Data, PaveConfig, PaveModel, RelativeRegularization, looks_local
 from mergekit_pave.errors import PaveError
@@ -77,14 +78,6 @@ class PlannedTensor:
     base: Optional[ModelReference]
     t: float
     data_share: Optional[float] = None
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A model's folder, LoRA merged, and the file in it of each tensor."""
-
-    folder: str
-    files: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -198,8 +191,14 @@ def make_plan(config: PaveConfig, tensors: list[PlannedTensor], environment: Env
         raise PaveError("pave.models: every model has `purify: false`, so nothing would be purified; remove the block instead")
     sources = {model: _Source(config, model, environment) for model in dict.fromkeys([*models, *_with_data(config, tensors)])}
     if sources:
-        _check_sizes(tensors, environment)
-        _check_complete(tensors, sources, environment)
+        any_source, *_ = sources.values()
+        inputs = dict.fromkeys(model for planned in tensors for model in (*planned.models, planned.base) if model)
+        check_sizes(tensors, environment.checkpoint)
+        check_complete(
+            {model: environment.checkpoint(model).files for model in inputs},
+            environment.reads,
+            lambda model, name: sources.get(model, any_source).architecture.loaded_as(name),
+        )
     chosen, reasons = _select(config, tensors, {model: sources[model] for model in models})
     purified = {choice.model for choices in chosen.values() for choice in choices}
     idle = [model for model in models if model not in purified]
@@ -697,84 +696,6 @@ def _check_coverage(model: ModelReference, architecture: Architecture, reasons: 
         raise PaveError(
             f"pave: {model} has more weights in {len(missed)} tensors that cannot be purified (such as {largest}) than in its "
             "linear layers; put them under pave.exclude to merge them as they are"
-        )
-
-
-def _check_sizes(tensors: list[PlannedTensor], environment: Environment) -> None:
-    """Refuse inputs of different sizes, which mergekit does only once it has read them, after calibration.
-
-    Sizes are those in safetensors files; of other files, and of tensors that mergekit converts, they are left to mergekit.
-    """
-    stored = functools.cache(lambda model: _stored_shapes(environment.checkpoint(model)))
-    for planned in tensors:
-        shapes: dict[ModelReference, tuple[int, ...]] = {}
-        axis = None
-        for model, info in planned.gather.weight_info.items() if planned.gather else ():
-            names = (info.name, *(info.aliases or ()), *(info.tied_names or ()))
-            if found := [stored(model)[name] for name in names if name in stored(model)]:
-                shapes[model] = found[0]
-            axis = info.vocabulary_axis
-        if len(set(shapes.values())) > 1:
-            told = ", ".join(f"{' x '.join(map(str, shape))} in {model}" for model, shape in shapes.items())
-            advice = "mergekit can only merge tensors of the same size"
-            if axis is not None and len({(*shape[:axis], *shape[axis + 1 :]) for shape in shapes.values()}) == 1:
-                advice = (
-                    "the models have different vocabularies; add `tokenizer: {source: base}` to the config to bring them in line"
-                )
-            raise PaveError(f"{planned.name} is {told}; {advice}")
-
-
-def _stored_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """The shapes of a checkpoint's tensors, from the headers of its safetensors files.
-
-    Raises:
-        PaveError: one of them cannot be parsed.
-    """
-    shapes = {}
-    for file in sorted(set(checkpoint.files.values())):
-        path = Path(checkpoint.folder, file)
-        if path.suffix == ".safetensors":
-            try:
-                with safe_open(path, "pt") as tensors:
-                    names = tensors.keys()
-                    shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
-            except (OSError, SafetensorError) as error:
-                raise PaveError(f"{path} cannot be read ({error}); fetch it again") from error
-    return shapes
-
-
-def _check_complete(tensors: list[PlannedTensor], sources: dict[ModelReference, _Source], environment: Environment) -> None:
-    """Refuse a merge that goes without tensors that every input has.
-
-    mergekit leaves out what it knows no name for, and what only some layers have unless it is stored under the very name
-    that it looks for. Names are compared by what transformers makes of them, so what it ignores, and the second name of a
-    tied weight, are not missed. What the config takes of the inputs plays no part: to merge some layers or modules is a choice.
-    """
-    has: dict[ModelReference, dict[str, str]] = {}
-    reads: dict[ModelReference, set[str]] = {}
-    inputs = dict.fromkeys(model for planned in tensors for model in (*planned.models, planned.base) if model)
-    for model in inputs:
-        architecture = sources.get(model, next(iter(sources.values()))).architecture
-        has[model] = {
-            tensor: name for name in sorted(environment.checkpoint(model).files) if (tensor := architecture.loaded_as(name))
-        }
-        reads[model] = {architecture.loaded_as(name) for names in environment.reads(model) for name in names}
-    common = set.intersection(*map(set, has.values()))
-    for model, own in has.items():
-        lost = sorted(common - reads[model])
-        if not lost:
-            continue
-        names = [own[tensor] for tensor in lost]
-        if any(name != tensor for name, tensor in zip(names, lost)):
-            advice = (
-                "Load each model of the merge with transformers, save it with `save_pretrained(folder, "
-                "save_original_format=False)`, and merge these"
-            )
-        else:
-            advice = "mergekit knows no such tensors in this architecture; merge without a pave block if you can do without them"
-        raise PaveError(
-            f"{model}: mergekit would leave {len(lost)} tensors that every input has out of the merged model, with or without a "
-            f"pave block (such as {', '.join(names[:3])}). {advice}"
         )
 
 

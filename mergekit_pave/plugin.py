@@ -34,6 +34,7 @@ from mergekit.architecture.json_definitions import JsonModuleArchDef, JsonModule
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor
+from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from mergekit.io.tasks import FinalizeModel, GatherTensors, LoaderCache
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.multigpu_executor import MultiGPUExecutor
@@ -46,13 +47,15 @@ from mergekit_pave.calibration import distributed
 from mergekit_pave.calibration.layers import describe
 from mergekit_pave.calibration.run import Runtime
 from mergekit_pave.card import with_section
+from mergekit_pave.checkpoint import Checkpoint
+from mergekit_pave.checks import check_present
 from mergekit_pave.config import looks_local
+from mergekit_pave.dry_run import try_dtypes, try_method, try_tokenizers
 from mergekit_pave.errors import PaveError
 from mergekit_pave.failures import advising
 from mergekit_pave.licence import common_licence
 from mergekit_pave.page.picture import draw_ranks
 from mergekit_pave.planning import (
-    Checkpoint,
     ClosedForm,
     Environment,
     Plan,
@@ -116,6 +119,7 @@ def _with_purification(plan):
         if not _is_ours(self):
             return plan(self)
         self.arch_info = _with_stored_names(self)
+        _check_layers(self)
         plan(self)
         tensors = [
             PlannedTensor(
@@ -132,6 +136,8 @@ def _with_purification(plan):
         if self.config.pave is None:
             closed_forms = plan_without_data(tensors, _environment(self))
         else:
+            check_present(_inputs(self), functools.partial(_problem, self))
+            _try_out(self)
             with no_bars_of_others(self.options.quiet):
                 self._pave_plan = make_plan(self.config.pave, tensors, _environment(self))
             for place, gather in self._pave_plan.gathers.items():
@@ -143,6 +149,61 @@ def _with_purification(plan):
                 self._tensors[place] = weight, _by_regmean(task, closed_forms.get(place))
 
     return wrapper
+
+
+def _check_layers(planner: MergePlanner) -> None:
+    """Refuse slices that take no layer, or more than there are."""
+    config, modules = planner.config, planner.arch_info.modules
+    slices = [(next(iter(modules)), part) for part in config.slices or ()]
+    slices += [(name, part) for name, module in (config.modules or {}).items() for part in module.slices or ()]
+    for name, part in slices:
+        for source in part.sources if name in modules else ():
+            count = planner._model_arch(source.model).get_module(name).num_layers()
+            start, end = source.layer_range
+            if not 0 <= start < end <= count:
+                raise PaveError(
+                    f"slices: layer_range [{start}, {end}] of {source.model} does not fit. The model has {count} layers: a range "
+                    f"starts at 0 or later, ends at {count} or earlier, and takes at least one layer"
+                )
+
+
+def _inputs(planner: MergePlanner) -> Iterator[tuple[ModelReference, WeightInfo]]:
+    """Each model with each tensor that is read of it."""
+    for _, task in planner._tensors:
+        gather = getattr(task.gather_tensors, "gather_tensors", task.gather_tensors)
+        yield from gather.weight_info.items()
+
+
+def _problem(planner: MergePlanner, model: ModelReference, info: WeightInfo) -> str | None:
+    """See `check_present`; what mergekit looks for, and where."""
+    known, checkpoint = _known(planner, model), _checkpoint(model)
+    names = (info.name, *(info.aliases or ()), *(info.tied_names or ()))
+    if found := next((name for name in names if name in known.stored), None):
+        file = checkpoint.files[found]
+        if file.endswith(".safetensors") and found not in checkpoint.stored:
+            return f"which its index places in {file}, where {{}} not; fetch the checkpoint again"
+        return None
+    if info.optional or any(map(known.conversions.can_make, (info.name, *(info.aliases or ())))):
+        return None
+    return (
+        "but its checkpoint has none of such a name. Fetch it again if it is incomplete; or load it with transformers as "
+        f"{_class_name(planner, model)}, save it with `save_pretrained`, and merge that"
+    )
+
+
+def _class_name(planner: MergePlanner, model: ModelReference) -> str:
+    return (planner._model_arch(model).config.architectures or ["its class"])[0]
+
+
+def _try_out(planner: MergePlanner) -> None:
+    """Try what mergekit looks at only when it merges."""
+    config = planner.config
+    try_dtypes({"dtype": config.dtype, "out_dtype": config.out_dtype})
+    if source := config.tokenizer.source if config.tokenizer else config.tokenizer_source:
+        needed = [config.base_model or config.referenced_models()[0], source]
+        try_tokenizers([model for model in needed if isinstance(model, ModelReference)], planner.options.trust_remote_code)
+    if not _is_regmean(planner):  # its parameters are checked where its tasks are made
+        try_method(task for _, task in planner._tensors)
 
 
 def _parameters(config: MergeConfiguration) -> Iterator[str]:
@@ -355,8 +416,12 @@ def _known(planner: MergePlanner, model: ModelReference) -> _Known:
 
 
 def _checkpoint(model: ModelReference) -> Checkpoint:
-    index = LoaderCache().get(model).index
-    return Checkpoint(index.base_path, index.tensor_paths)
+    return _checkpoint_of(LoaderCache().get(model))
+
+
+@functools.lru_cache(maxsize=64)
+def _checkpoint_of(loader: LazyTensorLoader) -> Checkpoint:
+    return Checkpoint(loader.index.base_path, loader.index.tensor_paths)
 
 
 def plan_merge(config: MergeConfiguration, options: MergeOptions, *, compares: bool = True) -> Plan:

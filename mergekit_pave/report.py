@@ -12,6 +12,7 @@ from typing import Any
 
 from mergekit_pave._outputs import REPORT_NAME
 from mergekit_pave.cache import weights_fingerprint
+from mergekit_pave.checkpoint import is_pointer
 from mergekit_pave.errors import PaveError
 
 FORMAT = 1  # of the report: raised when a reader of the one before would misread it. A report without a number has 1.
@@ -82,7 +83,7 @@ def _weights_beside(folder: Path) -> list[str]:
             files = _named(index)
         else:
             continue
-        return [file for file in files if (folder / file).is_file() and not _is_pointer(folder / file)]
+        return [file for file in files if (folder / file).is_file() and not is_pointer(folder / file)]
     return []
 
 
@@ -92,12 +93,6 @@ def _named(index: Path) -> set[str]:
         return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError):
         return {index.name}
-
-
-def _is_pointer(path: Path) -> bool:
-    """Whether Git LFS has left a note in the place of a file."""
-    with path.open("rb") as file:
-        return file.read(24) == b"version https://git-lfs."
 
 
 def complete(header: dict[str, Any], stats: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, Any]:

@@ -1,0 +1,65 @@
+"""A model's files as they lie on the disk, and what their headers say."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors import SafetensorError, safe_open
+
+from mergekit_pave.errors import PaveError
+
+
+class Stored(NamedTuple):
+    """A tensor in a file: its type by safetensors' name, such as BF16, and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's folder, LoRA merged, and the file in it of each tensor."""
+
+    folder: str
+    files: dict[str, str]
+
+    @functools.cached_property
+    def stored(self) -> dict[str, Stored]:
+        """The tensors in its safetensors files; of other files nothing is known without reading them.
+
+        Raises:
+            PaveError: a file cannot be parsed.
+        """
+        found: dict[str, Stored] = {}
+        for file in sorted(set(self.files.values())):
+            path = Path(self.folder, file)
+            if path.suffix == ".safetensors":
+                found |= stored_in(path)
+        return found
+
+
+def stored_in(path: Path) -> dict[str, Stored]:
+    """The tensors in one safetensors file.
+
+    Raises:
+        PaveError: it is not there, or cannot be parsed.
+    """
+    try:
+        with safe_open(path, "pt") as tensors:
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+            return {name: Stored(one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()}
+    except (OSError, SafetensorError) as error:
+        if is_pointer(path):
+            raise PaveError(f"{path} is a pointer of Git LFS, not the file itself; run `git lfs pull` in its folder") from error
+        raise PaveError(f"{path} cannot be read ({error}); fetch it again") from error
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether Git LFS has left a note in the place of a file."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(24) == b"version https://git-lfs."
