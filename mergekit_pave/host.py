@@ -41,6 +41,7 @@ PARTS = {
     "mergekit.config:OutputSliceDefinition": "sources base_model parameters",
     "mergekit.graph": "Executor Task",
     "mergekit.graph:Task": "arguments execute group_label priority uses_accelerator main_thread_only",
+    "mergekit.io.lazy_tensor_loader": "LazyTensorLoader",
     "mergekit.io.lazy_tensor_loader:LazyTensorLoader": "index",
     "mergekit.io.lazy_tensor_loader:ShardedTensorIndex": "base_path tensor_paths is_safetensors",
     "mergekit.io.tasks": "FinalizeModel GatherTensors LoadTensor LoaderCache",

@@ -660,9 +660,9 @@ def test_layers_that_calibration_does_not_reach(llama, tmp_path, cache, monkeypa
     """They have no covariance, and are merged as task_arithmetic does."""
     from mergekit_pave.calibration.run import StoredCovariances
 
-    real = StoredCovariances.tokens
+    real = StoredCovariances._tokens
     hidden = "model.layers.1.mlp.up_proj"
-    monkeypatch.setattr(StoredCovariances, "tokens", lambda self, layer: 0 if layer == hidden else real(self, layer))
+    monkeypatch.setattr(StoredCovariances, "_tokens", lambda self, layer: 0 if layer == hidden else real(self, layer))
     config = regmean_config(llama, unpurified(llama))
     written = merge(config, tmp_path / "out")
     plain = as_task_arithmetic(config, tmp_path / "plain")
@@ -677,8 +677,8 @@ def test_most_of_a_model_that_is_not_reached(llama, tmp_path, cache, monkeypatch
     """Where it is only measured, a warning; where it is to be purified, an error, whose advice helps."""
     from mergekit_pave.calibration.run import StoredCovariances
 
-    real = StoredCovariances.tokens
-    monkeypatch.setattr(StoredCovariances, "tokens", lambda self, layer: real(self, layer) if reached in layer else 0)
+    real = StoredCovariances._tokens
+    monkeypatch.setattr(StoredCovariances, "_tokens", lambda self, layer: real(self, layer) if reached in layer else 0)
     config = regmean_config(llama, unpurified(llama))
     with caplog.at_level(logging.WARNING, "mergekit_pave"):
         written = merge(config, tmp_path / "out")
