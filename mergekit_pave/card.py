@@ -18,7 +18,7 @@ from mergekit_pave.report import by_model, regmean_reasons
 
 PAPER = "https://arxiv.org/abs/2510.14697"
 _LOADERS = ("json", "csv", "parquet", "text", "imagefolder")  # of `datasets`, which read data_files
-_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zst", ".bz2", ".xz")
 
 
 def with_section(text: str, report: dict, *, licence: dict[str, str] | None = None, picture: str | None = None) -> str:

@@ -6,12 +6,14 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
+from mergekit_pave.calibration.chats import in_form, render, takes_only_parts
 from mergekit_pave.calibration.data import Sample, share_evenly
 from mergekit_pave.config import Calibration
 from mergekit_pave.errors import PaveError
@@ -76,10 +78,12 @@ def encode(
     """
     where = f"pave.models[{model}].data"
     tokenizer = getattr(processor, "tokenizer", processor)
-    if any(sample.messages is not None for sample in samples) and tokenizer.chat_template is None:
+    chats = any(sample.messages is not None for sample in samples)
+    if chats and tokenizer.chat_template is None:
         raise PaveError(
             f"{where}.messages: the model's tokenizer has no chat template; use `text` with a template over the columns"
         )
+    parts = chats and takes_only_parts(tokenizer)
     limits = (calibration.max_length, getattr(tokenizer, "model_max_length", None), positions)
     longest = min(limit for limit in limits if limit)
     encoded: list[tuple[str, dict[str, Any]]] = []
@@ -89,11 +93,11 @@ def encode(
         if problem is None:
             try:
                 pictured = sample.image is not None and sample.text is not None
-                inputs = _prepare_pictured(sample, processor) if pictured else _prepare(sample, tokenizer, longest)
+                inputs = _prepare_pictured(sample, processor) if pictured else _prepare(sample, tokenizer, longest, parts)
                 if inputs and shift is not None:
                     # One fewer than the model can take: see `make_batches`.
                     limit = min(longest, positions - 1) if positions else longest
-                    labels = processor(text_target=sample.target, truncation=True, max_length=limit)["input_ids"]
+                    labels = _tokenised(processor, limit, text_target=sample.target)["input_ids"]
                     inputs["decoder_input_ids"] = shift(labels)
                 problem = None if inputs else "empty"
                 if pictured and len(inputs.get("input_ids", ())) > longest:
@@ -122,19 +126,35 @@ def encode(
     return [Encoded(origin, inputs, places, targets) for (origin, inputs), places, targets in drawn]
 
 
-def _prepare(sample: Sample, processor: Any, longest: int) -> dict[str, Any]:
+def _prepare(sample: Sample, processor: Any, longest: int, parts: bool) -> dict[str, Any]:
     """The model's inputs by name, or nothing where there is no text."""
     if sample.image is not None:
         return {name: values[0] for name, values in processor(images=sample.image, return_tensors="pt").items()}
-    options = {"truncation": True, "max_length": longest}
     if sample.messages is None:
-        if not sample.text and not sample.text_pair:
-            return {}
-        inputs = processor(sample.text, sample.text_pair, **options)
+        inputs = _tokenised(processor, longest, text=sample.text, text_pair=sample.text_pair)
     else:
-        chat = processor.apply_chat_template(sample.messages, tools=sample.tools, tokenize=False)
-        inputs = processor(chat, add_special_tokens=False, **options)
+        chat = render(processor, in_form(sample.messages, parts), sample.tools)
+        inputs = processor(chat, add_special_tokens=False, truncation=True, max_length=longest)
     return {name: ids for name, ids in inputs.items() if name in processor.model_input_names} if inputs["input_ids"] else {}
+
+
+def _tokenised(tokenizer: Any, longest: int, **texts: str | None) -> dict[str, list[int]]:
+    """Token ids and what goes with them. A special token that a text begins or ends with itself is not added once more."""
+    inputs = tokenizer(**texts, truncation=True, max_length=longest)
+    special = set(tokenizer.all_special_ids)
+    if not any(one == other and one in special for one, other in pairwise(inputs["input_ids"])):
+        return inputs
+    twice = _added_twice(tokenizer, truncation=True, max_length=longest, **texts)[1]
+    inputs, twice = _added_twice(tokenizer, truncation=True, max_length=longest + len(twice), **texts)
+    return {name: [value for i, value in enumerate(values) if i not in twice] for name, values in inputs.items()}
+
+
+def _added_twice(tokenizer: Any, **texts: Any) -> tuple[dict[str, list[int]], set[int]]:
+    """What a tokenizer makes of texts, and the places where it added a special token beside the same one of the text."""
+    inputs = tokenizer(**texts, return_special_tokens_mask=True)
+    pairs = list(zip(inputs["input_ids"], inputs["special_tokens_mask"]))
+    beside = {(i, j) for i in range(len(pairs)) for j in (i - 1, i + 1) if 0 <= j < len(pairs)}
+    return inputs, {i for i, j in beside if pairs[i] == (pairs[j][0], 1) and not pairs[j][1]}
 
 
 def _prepare_pictured(sample: Sample, processor: Any) -> dict[str, Any]:
@@ -151,8 +171,9 @@ def _prepare_pictured(sample: Sample, processor: Any) -> dict[str, Any]:
         raise ValueError(f"without a chat template the text has to have {placeholder!r} where the image stands")
     if chat:
         turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
-        text = processor.apply_chat_template([turn], tokenize=False)
-    inputs = dict(processor(text=[text], images=[sample.image], return_tensors="pt", add_special_tokens=not chat))
+        text = render(processor, [turn])
+    complete = chat or _added_twice(getattr(processor, "tokenizer", processor), text=text)[1]
+    inputs = dict(processor(text=[text], images=[sample.image], return_tensors="pt", add_special_tokens=not complete))
     return inputs | {"input_ids": inputs["input_ids"][0].tolist()}
 
 

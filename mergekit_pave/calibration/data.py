@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
-import string
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.compute
 
-from mergekit_pave.config import Calibration, Data, looks_local
+from mergekit_pave.calibration.chats import read_chat, read_tools
+from mergekit_pave.calibration.sources import load_rows
+from mergekit_pave.calibration.templates import Template, no_column, read_template
+from mergekit_pave.config import Calibration, Data
 from mergekit_pave.errors import PaveError
-
-_LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
 @dataclass(frozen=True)
 class Sample:
     """One row: a text, a pair of texts, the messages of a chat, an image, an image with a text, or why it is none of these.
 
-    `origin` says where it comes from, for messages; `target` is the answer to a text or a chat, for an encoder-decoder model.
+    `origin` says where it comes from, for messages; `target` is the answer to a text or a chat, for an encoder-decoder model;
+    `blank` that there is nothing in the row.
     """
 
     origin: str
@@ -33,6 +35,7 @@ class Sample:
     tools: list[Any] | None = None
     image: Any = None
     problem: str | None = None
+    blank: bool = False
 
     @property
     def content(self) -> int:
@@ -45,7 +48,8 @@ def load_samples(sources: list[Data], calibration: Calibration, model: str) -> l
     """Read the data sets of a model and pick samples from them, evenly.
 
     All rows are taken when there are no more than `calibration.samples`, otherwise as many by a seeded shuffle. A data
-    set too small for an even share gives all of its rows, and the rest comes from the others.
+    set too small for an even share gives all of its rows, and the rest comes from the others. Others take the place of blank
+    rows, which are returned, too, and of which no more than half of the rows are looked at.
 
     Args:
         sources: which data sets, and which of their columns.
@@ -56,8 +60,13 @@ def load_samples(sources: list[Data], calibration: Calibration, model: str) -> l
         PaveError: a data set cannot be loaded, has no rows or lacks a column that is asked for.
     """
     loaded = [_Rows(data, calibration, model) for data in sources]
-    shares = share_evenly([len(rows) for rows in loaded], calibration.samples)
-    samples = [sample for rows, share in zip(loaded, shares) for sample in rows.samples(share)]
+    sizes, short = [len(rows) for rows in loaded], True
+    while short:
+        shares = share_evenly(sizes, calibration.samples)
+        found = [rows.draw(share) for rows, share in zip(loaded, shares)]
+        short = any(had < share for had, share in zip(found, shares))
+        sizes = [had if had < share else size for had, share, size in zip(found, shares, sizes)]
+    samples = [sample for rows in loaded for sample in rows.drawn()]
     if len({sample.text is None and sample.messages is None for sample in samples if sample.problem is None}) > 1:
         raise PaveError(f"pave.models[{model}].data: a model cannot be calibrated with both texts and images without a text")
     return samples
@@ -73,136 +82,145 @@ def share_evenly(sizes: list[int], budget: int) -> list[int]:
 
 
 class _Rows:
-    """The rows of one `data` entry and how a sample is made of each."""
+    """The rows of one `data` entry, drawn in the order of a seeded shuffle."""
 
     def __init__(self, data: Data, calibration: Calibration, model: str):
         where = f"pave.models[{model}].data"
-        self._seed, self._path = calibration.seed, data.path
-        rows = _load(data, calibration, f"{where}.path")
-        if not len(rows):
+        rows = load_rows(data, f"{where}.path")
+        lines = rows.info.builder_name == "text"  # of a text file a blank line is no row
+        ahead: Iterator[dict[str, Any]] = iter(())
+        if isinstance(rows, datasets.IterableDataset):
+            shuffled = rows.shuffle(seed=calibration.seed, buffer_size=max(1000, 4 * calibration.samples))
+            ahead = (row for row in shuffled if not lines or row["text"].strip())
+            rows = list(islice(ahead, calibration.samples))
+        self._rows: datasets.Dataset | list[dict[str, Any]] = rows
+        places = _written_lines(rows) if lines and isinstance(rows, datasets.Dataset) else np.arange(len(rows))
+        if not len(places):
             raise PaveError(f"{where}: {data.path} (split {data.split!r}) has no rows")
-        self._rows = rows
-        columns = rows.column_names
-        self._messages, self._image, text = data.messages, data.image, data.text
+        columns = list(rows[0]) if isinstance(rows, list) else rows.column_names
+        self._read = _Reader(data, columns, where)
+        if isinstance(rows, list):
+            self._follow(ahead, calibration.samples)
+            places = np.arange(len(rows))
+        self._order = np.random.default_rng(calibration.seed).permutation(places).tolist()
+        self._drawn: dict[int, Sample] = {}
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def draw(self, count: int) -> int:
+        """Draw on until `count` rows are not blank, or half of them are, or all are drawn. Returns how many are not."""
+        while missing := max(0, count - sum(not sample.blank for sample in self._drawn.values())):
+            so_far = len(self._drawn)
+            chosen = sorted(self._order[so_far : min(so_far + missing, 2 * count)])
+            if not chosen:
+                break
+            rows = [self._rows[i] for i in chosen] if isinstance(self._rows, list) else self._rows.select(chosen)
+            self._drawn |= {i: self._read(i, row) for i, row in zip(chosen, rows)}
+        return count - missing
+
+    def drawn(self) -> list[Sample]:
+        """All that were drawn, blank ones too, in the order of the data set."""
+        return [self._drawn[i] for i in sorted(self._drawn)]
+
+    def _follow(self, ahead: Iterator[dict[str, Any]], count: int) -> None:
+        """Read on in a stream, in the place of its blank rows."""
+        more = self._rows
+        while (blank := sum(self._read(0, row).blank for row in more)) and len(self._rows) < 2 * count:
+            more = list(islice(ahead, min(blank, 2 * count - len(self._rows))))
+            self._rows += more
+
+
+def _written_lines(rows: datasets.Dataset) -> np.ndarray:
+    """Which lines of a text are not blank."""
+    column = rows.with_format("arrow")[:]["text"]
+    return np.flatnonzero(pyarrow.compute.not_equal(pyarrow.compute.utf8_trim_whitespace(column), "").to_numpy())
+
+
+class _Blank(Exception):
+    """There is nothing in a row."""
+
+
+class _Reader:
+    """How a row becomes a sample."""
+
+    def __init__(self, data: Data, columns: list[str], where: str):
+        self._path, self._messages, self._image, text = data.path, data.messages, data.image, data.text
+        self._turns: tuple[str, ...] = ()
         if data.messages is None and data.image is None and text is None:
             text = "text" if "text" in columns else None
-            self._messages = "messages" if text is None and "messages" in columns else None
-            if text is None and self._messages is None:
+            if text is None:
+                self._messages = next((name for name in ("messages", "conversations") if name in columns), None)
+            if text is None and self._messages is None and {"prompt", "completion"} <= set(columns):
+                self._turns = ("prompt",) if data.target else ("prompt", "completion")
+            if text is None and self._messages is None and not self._turns:
                 raise PaveError(
-                    f"{where}: {data.path} has neither a `text` nor a `messages` column; name the column with "
-                    f"`text`, `messages` or `image`, or give a template over the columns there are: {', '.join(columns)}"
+                    f"{where}: {data.path} has no column `text`, `messages` or `conversations`, nor `prompt` and `completion`; "
+                    "name the column with `text`, `messages` or `image`, or give a template over the columns there are: "
+                    f"{', '.join(columns)}"
                 )
         for kind, column in (("messages", self._messages), ("image", self._image)):
             if column is not None and column not in columns:
-                raise PaveError(_no_column(f"{where}.{kind}", column, data.path, columns))
-        self._text = _template(text, columns, f"{where}.text", data.path) if text else None
-        self._pair = _template(data.text_pair, columns, f"{where}.text_pair", data.path) if data.text_pair else None
-        self._target = _template(data.target, columns, f"{where}.target", data.path) if data.target else None
+                raise PaveError(no_column(f"{where}.{kind}", column, data.path, columns))
 
-    def __len__(self) -> int:
-        return len(self._rows)
+        def template(kind: str, given: str | None) -> Template | None:
+            return read_template(given, columns, f"{where}.{kind}", data.path) if given else None
 
-    def samples(self, count: int) -> list[Sample]:
-        chosen = range(len(self))
-        if count < len(self):
-            chosen = sorted(np.random.default_rng(self._seed).permutation(len(self))[:count].tolist())
-        return [self._sample(f"row {i} of {self._path}", row) for i, row in zip(chosen, self._rows.select(chosen))]
+        self._text, self._pair = template("text", text), template("text_pair", data.text_pair)
+        self._target = template("target", data.target)
 
-    def _sample(self, origin: str, row: dict[str, Any]) -> Sample:
+    def __call__(self, place: int, row: dict[str, Any]) -> Sample:
+        origin = f"row {place} of {self._path}"
         try:
-            target = _fill(self._target, row) if self._target else None
-            if target == "":
-                return Sample(origin, problem="with an empty target")
-            if self._messages is not None:
-                chat = _chat(row[self._messages])
-                return Sample(origin, messages=chat, tools=_tools(row.get("tools")), target=target)
-            if self._image is not None:
-                text = _fill(self._text, row) if self._text else None
-                return Sample(origin, image=_picture(row[self._image], self._image), text=text)
-            pair = _fill(self._pair, row) if self._pair else None
-            return Sample(origin, text=_fill(self._text, row), text_pair=pair, target=target)
+            return Sample(origin, **self._parts(row))
+        except _Blank as blank:
+            return Sample(origin, problem=str(blank), blank=True)
         except ValueError as error:
             return Sample(origin, problem=str(error))
 
+    def _parts(self, row: dict[str, Any]) -> dict[str, Any]:
+        """What a sample is made of, by name.
 
-def _load(data: Data, calibration: Calibration, where: str) -> datasets.Dataset:
-    loader = _LOADERS.get(os.path.splitext(data.path)[1].lower())
-    path = Path(data.path).expanduser()
-    if loader and not path.is_file():
-        raise PaveError(f"{where}: there is no file {data.path} (looked in {Path.cwd()})")
-    if loader and not path.stat().st_size:
-        raise PaveError(f"{where}: {data.path} is empty")
-    if looks_local(data.path) and not path.exists():
-        raise PaveError(f"{where}: there is no file or folder {data.path} (looked in {Path.cwd()})")
-    options: dict[str, Any] = {"split": data.split, "streaming": data.streaming}
-    if loader and data.data_files is not None:
-        raise PaveError(f"{where}: {data.path} is a file itself; data_files goes with a folder or a Hub data set")
-    if loader:
-        source, options["data_files"] = loader, str(path)
-    else:
-        source = str(path) if path.exists() else data.path
-        options |= {"name": data.name, "revision": data.revision, "data_files": data.data_files}
-    try:
-        rows = datasets.load_dataset(source, **options)
-        if data.streaming:
-            rows = rows.shuffle(seed=calibration.seed, buffer_size=max(1000, 4 * calibration.samples))
-            rows = datasets.Dataset.from_list(list(rows.take(calibration.samples)))
-        return rows
-    except Exception as error:  # the library raises a dozen kinds, all of them about this one entry
-        cause = error.__cause__ or error
-        reason = " ".join(str(cause).split())
-        if isinstance(cause, UnicodeDecodeError):
-            reason += "; calibration data has to be UTF-8"
-        raise PaveError(f"{where}: cannot load {data.path} (split {data.split!r}): {reason}") from error
+        Raises:
+            _Blank: there is nothing in the row.
+            ValueError: it cannot be used.
+        """
+        parts = {}
+        if self._target:
+            parts["target"] = _written(self._target.fill(row), "with an empty target")
+        if self._messages is not None:
+            return parts | {"messages": _written(read_chat(row[self._messages])), "tools": read_tools(row.get("tools"))}
+        if self._turns:
+            return parts | _written(_prompted([row[column] for column in self._turns])) | {"tools": read_tools(row.get("tools"))}
+        if self._image is not None:
+            if self._text:
+                parts["text"] = _written(self._text.fill(row))
+            return parts | {"image": _picture(_written(row[self._image]), self._image)}
+        parts["text"] = self._text.fill(row)
+        if self._pair:
+            parts["text_pair"] = self._pair.fill(row)
+        _written(parts["text"] or parts.get("text_pair"))
+        return parts
 
 
-def _template(text: str, columns: list[str], where: str, path: str) -> str:
-    """A column's name or a format template, as a checked format template."""
-    if text in columns:
-        return "{" + text + "}"
-    try:
-        fields = [field for _, field, _, _ in string.Formatter().parse(text) if field is not None]
-    except ValueError as error:
-        raise PaveError(f"{where}: {text!r} is not a valid template: {error}") from None
-    if not fields:
-        raise PaveError(_no_column(where, text, path, columns))
-    for field in fields:
-        if field not in columns:
-            raise PaveError(_no_column(where, field, path, columns))
-    return text
+def _written(part: Any, otherwise: str = "empty") -> Any:
+    if not part:
+        raise _Blank(otherwise)
+    return part
 
 
-def _no_column(where: str, name: str, path: str, columns: list[str]) -> str:
-    return f"{where}: {path} has no column {name!r}; its columns are: {', '.join(columns)}"
-
-
-def _fill(template: str, row: dict[str, Any]) -> str:
-    """A row's text. An empty cell is an empty text; a list or a dict is no text.
-
-    Raises:
-        ValueError: the row does not make a text.
-    """
-    fields = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
-    cells = {name: "" if row[name] is None else row[name] for name in fields}
-    for name, cell in cells.items():
-        if not isinstance(cell, (str, int, float)):
-            raise ValueError(f"(column {name!r} holds no text but a {type(cell).__name__})")
-    return template.format_map(cells) if any(str(cell).strip() for cell in cells.values()) else ""
-
-
-def _chat(messages: Any) -> list[dict[str, Any]]:
-    if not isinstance(messages, list) or not all(isinstance(turn, dict) and turn.get("role") for turn in messages):
-        raise ValueError("(no list of {role, content})")
-    # A table gives every turn the keys of all turns; a chat template takes a key that is there for one that is meant.
-    return [{key: value for key, value in turn.items() if value is not None} for turn in messages]
+def _prompted(cells: list[Any]) -> dict[str, Any]:
+    """A prompt and what completes it: texts make one text, lists of turns one chat."""
+    if all(cell is None or isinstance(cell, str) for cell in cells):
+        text = "".join(cell or "" for cell in cells)
+        return {"text": text} if text.strip() else {}
+    if any(isinstance(cell, str) for cell in cells):
+        raise ValueError("(of prompt and completion one is a text, the other is none)")
+    chat = [turn for cell in cells for turn in read_chat(cell)]
+    return {"messages": chat} if chat else {}
 
 
 def _picture(image: Any, column: str) -> Any:
     if not hasattr(image, "convert"):
         raise ValueError(f"(column {column!r} holds no image but a {type(image).__name__})")
     return image.convert("RGB")
-
-
-def _tools(tools: Any) -> list[Any] | None:
-    tools = json.loads(tools) if isinstance(tools, str) and tools else tools
-    return tools or None

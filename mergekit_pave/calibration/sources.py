@@ -1,0 +1,106 @@
+"""Where rows come from: files, globs, URLs, folders, saved data sets and the Hub, all through the `datasets` library."""
+
+from __future__ import annotations
+
+import glob
+import os
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from mergekit_pave.config import Data, looks_local
+from mergekit_pave.errors import PaveError
+
+_LOADERS: dict[str, tuple[str, dict[str, str]]] = {
+    ".jsonl": ("json", {}),
+    ".json": ("json", {}),
+    ".ndjson": ("json", {}),
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+    ".parquet": ("parquet", {}),
+    ".arrow": ("arrow", {}),
+    ".txt": ("text", {}),
+}
+_COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+
+
+def load_rows(data: Data, where: str) -> datasets.Dataset | datasets.IterableDataset:
+    """The rows of one `data` entry.
+
+    Args:
+        where: the key of the YAML that it stands at, for messages.
+
+    Raises:
+        PaveError: there is no such data set, or it cannot be read.
+    """
+    path = Path(data.path).expanduser()
+    loader = None if path.is_dir() else _loader(data.path)
+    remote = "://" in data.path
+    here = not remote and path.exists()
+    pattern = not remote and not here and glob.has_magic(data.path)
+    if path.is_file() and not loader:
+        raise PaveError(
+            f"{where}: the ending of {data.path} does not tell what is in it; known are {' '.join(_LOADERS)}, "
+            f"also with {' '.join(_COMPRESSED)} after them"
+        )
+    if pattern:
+        loader = _loader_of_all(data.path, str(path), where)
+    elif not here and not remote and (loader or looks_local(data.path)):
+        raise PaveError(f"{where}: there is no file {'' if loader else 'or folder '}{data.path} (looked in {Path.cwd()})")
+    if path.is_file() and not path.stat().st_size:
+        raise PaveError(f"{where}: {data.path} is empty")
+    whole = "is a file itself" if loader else "was saved by `save_to_disk`" if path.is_dir() and _is_saved(path) else ""
+    if whole and data.data_files is not None:
+        raise PaveError(f"{where}: {data.path} {whole}; data_files goes with a folder or a Hub data set")
+    try:
+        if whole and not loader:
+            return _saved(path, data.split)
+        options: dict[str, Any] = {"split": data.split, "streaming": data.streaming}
+        if loader:
+            kind, more = loader
+            files = glob.escape(str(path)) if here else data.path if remote else str(path)
+            return datasets.load_dataset(kind, data_files=files, **options, **more)
+        options |= {"name": data.name, "revision": data.revision, "data_files": data.data_files}
+        return datasets.load_dataset(str(path) if here else data.path, **options)
+    except Exception as error:  # the library raises a dozen kinds, all of them about this one entry
+        cause = error.__cause__ or error
+        reason = " ".join(str(cause).split())
+        if isinstance(cause, UnicodeDecodeError):
+            reason += "; calibration data has to be UTF-8"
+        raise PaveError(f"{where}: cannot load {data.path} (split {data.split!r}): {reason}") from error
+
+
+def _loader(name: str) -> tuple[str, dict[str, str]] | None:
+    """Which loader reads a file, by its ending, and with which options."""
+    if "://" in name:
+        name = name.split("?")[0].split("#")[0]
+    stem, ending = os.path.splitext(name.lower())
+    return _LOADERS.get(os.path.splitext(stem)[1] if ending in _COMPRESSED else ending)
+
+
+def _loader_of_all(shown: str, pattern: str, where: str) -> tuple[str, dict[str, str]]:
+    """The one loader of all files that a pattern matches."""
+    files = [file for file in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(file)]
+    if not files:
+        raise PaveError(f"{where}: there is no file that matches {shown} (looked in {Path.cwd()})")
+    loaders = {file: _loader(file) for file in files}
+    other = next((file for file in files if loaders[file] is None or loaders[file] != loaders[files[0]]), None)
+    if other:
+        raise PaveError(f"{where}: {shown} matches {other}, which is of another kind than the rest or of none that is known")
+    return loaders[files[0]]
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` wrote it."""
+    return (folder / "dataset_dict.json").is_file() or all(
+        (folder / f"{name}.json").is_file() for name in ("dataset_info", "state")
+    )
+
+
+def _saved(folder: Path, split: str) -> datasets.Dataset:
+    """Rows of a data set, or of one with several splits, that `save_to_disk` wrote. A single one is the split `train`."""
+    saved = datasets.load_from_disk(str(folder))
+    splits = saved if isinstance(saved, dict) else {"train": saved, str(saved.split or "train"): saved}
+    ranges = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in splits.items()})
+    return datasets.concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in ranges])

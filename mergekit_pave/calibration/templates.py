@@ -1,0 +1,103 @@
+"""Templates over the columns of a data set: `str.format`'s, but only what looks into rows, never at attributes."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mergekit_pave.errors import PaveError
+
+_NESTED = re.compile(r"([^.\[\]]+)((?:\[[^\[\]]+\])+)")
+
+
+@dataclass(frozen=True)
+class Template:
+    """A checked template. Each part is a literal text with a field after it, or None.
+
+    A field is a path (the column, then keys or places within its cell), a conversion and a format, as `str.format` knows them.
+    """
+
+    parts: tuple[tuple[str, tuple[tuple[str, ...], str | None, str] | None], ...]
+
+    def fill(self, row: Mapping[str, Any]) -> str:
+        """A row's text. An empty cell is an empty text, and a row of empty cells alone makes none.
+
+        Raises:
+            ValueError: the row does not make a text: a cell is none, or has no such key or place.
+        """
+        filled, shown = "", False
+        for literal, field in self.parts:
+            filled += literal
+            if field:
+                path, conversion, spec = field
+                cell = _look_up(row, path)
+                shown = shown or bool(str(cell).strip())
+                filled += format(string.Formatter().convert_field(cell, conversion), spec)
+        return filled if shown else ""
+
+
+def read_template(text: str, columns: list[str], where: str, path: str) -> Template:
+    """A column's name or a template over columns, such as `"{question}\\n{answers[text][0]}"`.
+
+    Args:
+        where: the key of the YAML that it stands at, for messages.
+        path: the data set, for messages.
+
+    Raises:
+        PaveError: it is neither, or a column is not there.
+    """
+    if text in columns:
+        return Template((("", ((text,), None, "")),))
+    braces = "; a brace that belongs to the text is doubled: {{ or }}" if re.search("[{}]", text) else ""
+    try:
+        parsed = list(string.Formatter().parse(text))
+    except ValueError as error:
+        raise PaveError(f"{where}: {text!r} is not a valid template: {error}{braces}") from None
+    parts, fields = [], 0
+    for literal, name, spec, conversion in parsed:
+        if name is None:
+            parts.append((literal, None))
+            continue
+        nested = _NESTED.fullmatch(name)
+        steps = (name,)
+        if name not in columns and nested:
+            steps = (nested[1], *nested[2][1:-1].split("]["))
+        if steps[0] not in columns:
+            hint = braces
+            if "." in name and name.split(".")[0] in columns:
+                column, *keys = name.split(".")
+                hint = f"; what is inside of a column is written {{{column}{''.join(f'[{key}]' for key in keys)}}}"
+            raise PaveError(no_column(where, steps[0], path, columns) + hint)
+        if "{" in spec:
+            raise PaveError(f"{where}: {text!r} is not a valid template: a format takes no column{braces}")
+        parts.append((literal, (steps, conversion, spec)))
+        fields += 1
+    if not fields:
+        raise PaveError(no_column(where, text, path, columns) + braces)
+    return Template(tuple(parts))
+
+
+def no_column(where: str, name: str, path: str, columns: list[str]) -> str:
+    """What to tell of a column that is not there."""
+    return f"{where}: {path} has no column {name!r}; its columns are: {', '.join(columns)}"
+
+
+def _look_up(row: Mapping[str, Any], path: tuple[str, ...]) -> str | int | float:
+    """What a path leads to; an empty text where something on the way is empty."""
+    cell, seen = row[path[0]], path[0]
+    for step in path[1:]:
+        if cell is None:
+            break
+        place = int(step) if isinstance(cell, list) and step.isdecimal() else step
+        if not isinstance(cell, (dict, list)) or place not in (cell if isinstance(cell, dict) else range(len(cell))):
+            has = f"has no {step!r}" + (f" but {', '.join(map(str, cell))}" if isinstance(cell, dict) else "")
+            raise ValueError(f"(column {seen!r} {has})")
+        cell, seen = cell[place], f"{seen}[{step}]"
+    if cell is None:
+        return ""
+    if not isinstance(cell, (str, int, float)):
+        raise ValueError(f"(column {seen!r} holds no text but a {type(cell).__name__})")
+    return cell
