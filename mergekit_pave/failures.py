@@ -43,14 +43,19 @@ def advising(work: str, device: torch.device | str, remedy: str | None = None) -
         yield
     except Exception as error:
         if is_out_of_memory(error):
-            raise PaveError(f"{work} ran out of memory on {device}. {remedy or _remedy(str(device))}") from error
+            raise ran_out(work, device, remedy) from error
         if isinstance(error, NOT_CONVERGED):
             reason = " ".join(str(error).split())
             raise PaveError(f"{work} did not converge ({reason}). Exclude the tensor, or merge with another method") from error
         raise
 
 
-def _remedy(device: str) -> str:
-    if device == "cpu":
-        return "Free memory, or use a machine that has more"
-    return "Free memory there, or use another device; in a merge, --low-cpu-memory and --read-to-gpu keep more tensors on it"
+def ran_out(work: str, device: torch.device | str, remedy: str | None = None) -> PaveError:
+    """What to tell people where a piece of work has run out of memory; see `advising`."""
+    if remedy is None and torch.device(device).type == "cpu":
+        remedy = "Free memory, or use a machine that has more"
+    if remedy is None:
+        remedy = (
+            "Free memory there, or use another device; in a merge, --low-cpu-memory and --read-to-gpu keep more tensors on it"
+        )
+    return PaveError(f"{work} ran out of memory on {device}. {remedy}")

@@ -5,6 +5,7 @@
   plans every tensor that all of its inputs have.
 - `MergePlanner._plan` gets an architecture whose tensors go by the names that the checkpoints have for them, and swaps the
   gather tasks of purified tensors, and all merge tasks of `regmean`.
+- `Executor._run` says what to do where memory runs out.
 - `MergePlanner.plan_to_disk` fills the caches with what the merge will read. What fails there leaves nothing behind, as
   mergekit has not opened its output; and each phase has a bar of its own, where mergekit's, which counts tasks, would take
   a calibration for one of hundreds. It also adds the task that writes the report, and sees to it that `generate_card`, which
@@ -22,6 +23,7 @@ import json
 import logging
 import shutil
 import sys
+import traceback
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +54,7 @@ from mergekit_pave.checks import check_present
 from mergekit_pave.config import looks_local
 from mergekit_pave.dry_run import try_dtypes, try_method, try_tokenizers
 from mergekit_pave.errors import PaveError
-from mergekit_pave.failures import advising
+from mergekit_pave.failures import is_out_of_memory, ran_out
 from mergekit_pave.licence import common_licence
 from mergekit_pave.page.picture import draw_ranks
 from mergekit_pave.planning import (
@@ -79,9 +81,34 @@ def wrap() -> None:
         MergePlanner.plan_tensor = _noting_position(MergePlanner.plan_tensor)
         MergePlanner._plan = _with_purification(MergePlanner._plan)
         MergePlanner.plan_to_disk = _with_phases(MergePlanner.plan_to_disk)
+        Executor._run = _with_advice(Executor._run)
         log = logging.getLogger("mergekit_pave")
         if log.level == logging.NOTSET:
             log.setLevel(logging.INFO)  # the line that says what was purified shows at default verbosity
+
+
+def _with_advice(run):
+    """Where memory runs out in a task of mergekit's, or while it moves tensors for one of ours, there is advice as well."""
+
+    @functools.wraps(run)
+    def wrapper(self, *args, **kwargs):
+        running = run(self, *args, **kwargs)
+        ours = any(type(handle.task()).__module__.startswith("mergekit_pave.") for handle in self.schedule.tasks)
+        return advised(running, self.math_device) if ours else running
+
+    def advised(running, device):
+        try:
+            yield from running
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code is run.__code__)
+            task = next((frame.f_locals.get("task") for frame in frames), None)
+            tensor = getattr(task, "tensor", None) or getattr(getattr(task, "output_weight", None), "name", "a tensor")
+            model = f"{task.model}: " if hasattr(task, "model") else ""
+            raise ran_out(f"{model}working on {tensor}", device) from error
+
+    return wrapper
 
 
 def _noting_position(plan_tensor):
@@ -534,10 +561,6 @@ def _decompose(tasks: list[DecomposeWeight], options: MergeOptions) -> None:
     else:
         executor = Executor(tasks, math_device=options.device, storage_device=storage)
     # Over several GPUs the executor yields nothing before all is done, and draws a bar that knows better.
-    with (
-        # The tasks name the tensor that they fail at; what is left is moving one to its device.
-        advising("decomposing", options.device),
-        bar(len(tasks), "Decomposing", "weights", hidden=options.quiet or options.multi_gpu) as progress,
-    ):
+    with bar(len(tasks), "Decomposing", "weights", hidden=options.quiet or options.multi_gpu) as progress:
         for _ in executor.run(quiet=options.quiet or not options.multi_gpu):
             progress.update()
