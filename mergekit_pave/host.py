@@ -40,6 +40,7 @@ PARTS = {
     "mergekit.config:OutputModuleDefinition": "models slices parameters",
     "mergekit.config:OutputSliceDefinition": "sources base_model parameters",
     "mergekit.graph": "Executor Task",
+    "mergekit.graph:Executor": "_run schedule math_device",
     "mergekit.graph:Task": "arguments execute group_label priority uses_accelerator main_thread_only",
     "mergekit.io.lazy_tensor_loader": "LazyTensorLoader",
     "mergekit.io.lazy_tensor_loader:LazyTensorLoader": "index",
