@@ -187,7 +187,8 @@ class SecondMoment:
             ValueError: the values are so large that their squares are not finite, even in float64.
         """
         if self._gram is None:
-            result = Covariance(self.tokens, rows=torch.cat(self._rows))
+            self._rows = [torch.cat(self._rows)]  # not both: those of a block may be all that fits into memory
+            result = Covariance(self.tokens, rows=self._rows[0])
         else:
             if self._pending:
                 self._sum_pending()

@@ -47,6 +47,13 @@ class Encoded:
         return len(self.inputs["input_ids"]) + len(self.inputs.get("decoder_input_ids", ()))
 
     @property
+    def longest(self) -> int:
+        """Tokens, or patches, of the longest sequence that attention sees."""
+        if "input_ids" not in self.inputs:
+            return len(self.counted)
+        return max(len(self.inputs["input_ids"]), len(self.inputs.get("decoder_input_ids", ())))
+
+    @property
     def is_pictured(self) -> bool:
         """Whether it is an image with a text, and no model says how such samples make a batch."""
         return "input_ids" in self.inputs and any(isinstance(values, Tensor) for values in self.inputs.values())

@@ -83,6 +83,8 @@ class Architecture:
         vocabulary: the number of token ids it knows, or None.
         positions: the longest sequence it can take, or None; of an image model the number of patches.
         hidden_size: width of the hidden states between blocks.
+        scored_heads: how many heads' scores of all pairs of tokens are in memory at once, which for most models is none.
+        is_windowed: attention is limited to a window, so that it needs a mask also where there is no padding.
         experts_a_token: how many experts a token is routed to, at most.
         blocks: number of parameters of each block by its path, and under "" of all that is in no block.
         conversions: how transformers makes parameters of the tensors of a checkpoint that has them in another form.
@@ -102,6 +104,8 @@ class Architecture:
     vocabulary: int | None
     positions: int | None
     hidden_size: int
+    scored_heads: int
+    is_windowed: bool
     experts_a_token: int
     blocks: dict[str, int]
     conversions: list[WeightTransform]
@@ -230,12 +234,22 @@ def describe(
         vocabulary=getattr(model.get_input_embeddings(), "num_embeddings", None),
         positions=_longest_sequence(model),
         hidden_size=getattr(config.get_text_config(), "hidden_size", 0),
+        scored_heads=_scored_heads(model),
+        is_windowed=getattr(config.get_text_config(), "sliding_window", None) is not None,
         experts_a_token=getattr(config.get_text_config(), "num_experts_per_tok", None) or most,
         blocks=_sizes(model),
         conversions=get_model_conversion_mapping(model, add_legacy=False),
         inputs=frozenset(inspect.signature(backbone(model).forward).parameters),
         shift=_target_shift(model, path),
     )
+
+
+def _scored_heads(model: nn.Module) -> int:
+    """The heads of a model that uses no attention of PyTorch's, or adds biases by distance, as T5 does."""
+    config = model.config.get_text_config()
+    biased = any(path.endswith("relative_attention_bias") for path, _ in model.named_modules())
+    eager = getattr(config, "_attn_implementation", None) == "eager"
+    return getattr(config, "num_attention_heads", 0) if eager or biased else 0
 
 
 def find_linears(model: nn.Module) -> tuple[dict[str, Linear], frozenset[str], frozenset[str]]:

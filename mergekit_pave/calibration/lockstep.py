@@ -5,11 +5,13 @@ model's outermost `ModuleList`s) hands control back before the block runs. When 
 block, the block is loaded, each batch runs through it, and the block is let go. Nothing needs to be known about the
 architecture, and what a batch computes is what it would compute alone.
 
-Memory: one block's weights and covariances, and the hidden states of all samples, whatever the depth.
+Memory: one block's weights and covariances, and the hidden states of all samples, whatever the depth. Attention masks, which the
+suspended passes keep as well, are packed.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 
 from greenlet import getcurrent, greenlet
@@ -18,6 +20,7 @@ from torch import nn
 from mergekit_pave.calibration import distributed
 from mergekit_pave.calibration.batches import Batch
 from mergekit_pave.calibration.layers import find_blocks
+from mergekit_pave.calibration.masks import pack, packed_masks
 from mergekit_pave.calibration.weights import StreamedModel, UnknownWeightError
 
 Waiting = list[tuple[greenlet, Batch, nn.Module]]  # each batch, and the block that it waits before
@@ -58,6 +61,7 @@ def run_in_lockstep(
     within = {module for block in blocks for module in block.modules()}
     outside = [module for module in streamed.model.modules() if module._parameters and module not in within]
     handles = [block.register_forward_pre_hook(pause, prepend=True) for block in blocks]
+    handles += [block.register_forward_hook(lambda m, args, output: pack(output)) for block in blocks]
     for module in outside:
         handles.append(module.register_forward_pre_hook(lambda m, _: streamed.load(m, recurse=False), prepend=True))
 
@@ -84,6 +88,8 @@ def run_in_lockstep(
         streamed.release()
         return later
 
+    masks = contextlib.ExitStack()
+    masks.enter_context(packed_masks())
     try:
         waiting = distributed.together(start)
         yield None
@@ -94,5 +100,6 @@ def run_in_lockstep(
             waiting = distributed.together(lambda: through(current, waiting))  # noqa: B023
             yield blocks[current]
     finally:
+        masks.close()
         for handle in handles:
             handle.remove()

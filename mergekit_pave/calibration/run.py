@@ -271,8 +271,11 @@ def _runner(model: nn.Module, unpadded: bool) -> Callable[[Batch], None]:
     if "input_ids" in accepted and "attention_mask" not in accepted and not unpadded:
         raise UnalignedInputError("a model without attention_mask")
 
+    # Some parts of encoder-decoder models have a configuration of their own.
+    options = {"use_cache": False} if "use_cache" in accepted else {}
+
     def run(batch: Batch) -> None:
-        base(**{name: values for name, values in batch.inputs.items() if name in accepted})
+        base(**{name: values for name, values in batch.inputs.items() if name in accepted}, **options)
 
     return run
 
