@@ -24,7 +24,7 @@ import logging
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,11 +112,13 @@ def _with_advice(run):
 
 
 def _noting_position(plan_tensor):
+    signature = inspect.signature(plan_tensor)
+
     @functools.wraps(plan_tensor)
     def wrapper(self, *args, **kwargs):
         if not _is_ours(self):
             return plan_tensor(self, *args, **kwargs)
-        bound = inspect.signature(plan_tensor).bind(self, *args, **kwargs).arguments
+        bound = signature.bind(self, *args, **kwargs).arguments
         models, reader = bound["models"], bound["cfg_reader"]
         bound["weights_in"] = weights = [_without_aliases(weight) for weight in bound["weights_in"]]
         if bound["weight"].optional and all(map(functools.partial(_has, self), models, weights)):
@@ -277,8 +279,10 @@ def _with_stored_names(planner: MergePlanner) -> ModelArchitecture:
     definitions = {key: _with_prefix(module) for key, module in modules.items()}
     infos = [info for d in definitions.values() for info in (*d.pre_weights, *d.layer_templates.weights, *d.post_weights)]
     known = {name for info in infos for name in (info.name, *(info.aliases or ()), *(info.tied_names or ()))}
-    names = [name for model in config.referenced_models() for name in sorted(_checkpoint(model).files)]
-    stored = {name if name in known else _template(name): name for name in names}
+    # Of all layers the first, as a checkpoint may have one more for predicting several tokens, which transformers leaves out.
+    names = {name for model in config.referenced_models() for name in _checkpoint(model).files}
+    in_order = sorted(names, key=lambda name: (int(_layer(name) or 0), name), reverse=True)
+    stored = {name if name in known else _template(name): name for name in in_order}
     models = sorted(config.referenced_models(), key=str)
     one = models[0] if _is_regmean(planner) else next(filter(config.pave.entry, models), None)
     if one is None or not infos or stored.keys() <= known:
@@ -428,14 +432,14 @@ class _Known:
 
     infos: list[WeightInfo]
     names: frozenset[str]
-    stored: Collection[str]
+    stored: frozenset[str]
     conversions: Conversions
 
 
 def _known(planner: MergePlanner, model: ModelReference) -> _Known:
     known = planner.__dict__.setdefault("_pave_known", {})
     if model not in known:
-        architecture, stored = planner._model_arch(model), _checkpoint(model).files.keys()
+        architecture, stored = planner._model_arch(model), frozenset(_checkpoint(model).files)
         infos = architecture.all_weights()
         conversions = Conversions(architecture.config.model_type, stored)
         known[model] = _Known(infos, frozenset(info.name for info in infos), stored, conversions)

@@ -188,7 +188,10 @@ def test_planning_a_mixture_looks_nothing_up_for_each_tensor_anew(llama, tmp_pat
 
 
 def mixture(llama, folder: Path, experts: int) -> dict:
-    """A merge of DeepSeeks with one dense layer and two of experts, stored one by one; their weights are holes."""
+    """A merge of DeepSeeks with one dense layer and two of experts, stored one by one; their weights are holes.
+
+    As in what DeepSeek publishes there is one more layer, which predicts a second token, and which transformers leaves out.
+    """
     config = transformers.DeepseekV3Config(
         vocab_size=320,
         hidden_size=32,
@@ -207,10 +210,12 @@ def mixture(llama, folder: Path, experts: int) -> dict:
         architectures=["DeepseekV3ForCausalLM"],
     )
     family = dataclasses.replace(llama, base=folder / "base", tuned=(folder / "tuned0", folder / "tuned1"))
+    shapes = published_shapes(config)
+    more = {name.replace(".2.", ".3.", 1): shape for name, shape in shapes.items() if ".layers.2." in name}
     for place in (family.base, *family.tuned):
         transformers.AutoTokenizer.from_pretrained(llama.base).save_pretrained(place)
         config.save_pretrained(place)
-        write_hollow(place, published_shapes(config))
+        write_hollow(place, shapes | more | {"model.layers.3.enorm.weight": [32]})
     return config_for(family, {})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Container
@@ -306,6 +307,7 @@ def renaming(model: nn.Module) -> Callable[[str], str]:
     """What transformers calls a checkpoint's tensors once they are loaded: it has moved modules of some models since."""
     renamings = [change for change in get_model_conversion_mapping(model) if isinstance(change, WeightRenaming)]
 
+    @functools.cache
     def renamed(name: str) -> str:
         for change in renamings:
             name = change.rename_source_key(name)[0]
