@@ -5,9 +5,11 @@ For each tensor it goes through all names of a checkpoint, which takes hours whe
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Collection, Iterator
 
+from mergekit.architecture import auto
 from mergekit.architecture.conversion import _expanded_target_keys, can_convert_checkpoint_keys
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, WeightTransform
@@ -28,6 +30,25 @@ class Conversions:
         """What `can_convert_checkpoint_keys` says, given the whole checkpoint."""
         sources = self._sources.get(name)
         return sources is not None and can_convert_checkpoint_keys(self._model_type, sources, name)
+
+
+@contextlib.contextmanager
+def known_once() -> Iterator[None]:
+    """Within this, mergekit goes through each checkpoint once to infer an architecture."""
+    known: dict[tuple[str | None, int], tuple[Collection[str], Conversions]] = {}
+
+    def can_make(model_type: str | None, stored: Collection[str], name: str) -> bool:
+        key = model_type, id(stored)  # which nothing else gets while we hold it
+        if key not in known:
+            known[key] = stored, Conversions(model_type, stored)
+        return known[key][1].can_make(name)
+
+    own = auto.can_convert_checkpoint_keys
+    auto.can_convert_checkpoint_keys = can_make
+    try:
+        yield
+    finally:
+        auto.can_convert_checkpoint_keys = own
 
 
 def _targets(transforms: list[WeightTransform], name: str) -> Iterator[str]:

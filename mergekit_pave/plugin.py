@@ -44,7 +44,7 @@ from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 
 from mergekit_pave import _field, _methods
-from mergekit_pave._conversion import Conversions
+from mergekit_pave._conversion import Conversions, known_once
 from mergekit_pave.calibration import distributed
 from mergekit_pave.calibration.layers import describe
 from mergekit_pave.calibration.run import Runtime
@@ -481,9 +481,11 @@ def _plan_merge(config: MergeConfiguration, options: MergeOptions, compares: boo
     LoaderCache().setup(options=options)
     _merge_adapters(config, options)
     base = config.base_model or config.referenced_models()[0]
+    with known_once():
+        architecture = get_architecture_info(config, options)
     planner = MergePlanner(
         config,
-        get_architecture_info(config, options),
+        architecture,
         options=options,
         out_model_config=base.config(trust_remote_code=options.trust_remote_code),
     )

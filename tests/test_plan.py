@@ -161,8 +161,13 @@ def test_seventy_billion_parameters(llama, tmp_path, cache):
         assert model["decomposition"]["seconds"] > 60
 
 
-def test_planning_a_mixture_looks_nothing_up_for_each_tensor_anew(llama, tmp_path, cache, monkeypatch):
-    """Three times as many experts, in some layers only: no more reads of a configuration, and no more work for each tensor."""
+DEEPSEEK = {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "q_lora_rank": 8, "kv_lora_rank": 8}
+MIXTURES = {"DeepseekV3": ("n_routed_experts", DEEPSEEK), "Olmoe": ("num_experts", {})}
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_planning_a_mixture_looks_nothing_up_for_each_tensor_anew(llama, tmp_path, cache, monkeypatch, kind):
+    """Experts in some layers or in all: for many, no configuration is read more often, and no name is looked at more often."""
     counts = collections.Counter()
 
     def counted(owner, name):
@@ -176,47 +181,45 @@ def test_planning_a_mixture_looks_nothing_up_for_each_tensor_anew(llama, tmp_pat
 
     counted(transformers.AutoConfig, "from_pretrained")
     counted(WeightTransform, "rename_source_key")
-    found = {}
-    for experts in (4, 12):
+    found = []
+    for size in (1, 3):
+        config, stored = mixture(kind, size, llama, tmp_path / str(size))
         counts.clear()
-        config = mixture(llama, tmp_path / str(experts), experts)
-        purified = [model["purified"] for model in json.loads(plan(config, tmp_path, "--json"))["models"].values()]
-        assert [sum(".experts." in row["tensor"] for row in rows) for rows in purified] == [2 * 3 * experts] * 2
-        found[experts] = dict(counts)
-    assert found[12]["from_pretrained"] == found[4]["from_pretrained"] < 3 * 12
-    assert found[12]["rename_source_key"] < 3 * found[4]["rename_source_key"]
+        planned = json.loads(plan(config, tmp_path, "--json"))["models"].values()
+        experts = sum(math.prod(row["shape"]) for model in planned for row in model["purified"] if ".experts." in row["tensor"])
+        assert experts == 2 * (3 * size - (kind != "Olmoe")) * (4 * size) * 3 * 16 * 32
+        found.append((counts["from_pretrained"], counts["rename_source_key"] / stored))
+    (reads, looks), (more_reads, more_looks) = found
+    assert more_reads == reads < 3 * 12 and more_looks < 1.3 * looks
 
 
-def mixture(llama, folder: Path, experts: int) -> dict:
-    """A merge of DeepSeeks with one dense layer and two of experts, stored one by one; their weights are holes.
-
-    As in what DeepSeek publishes there is one more layer, which predicts a second token, and which transformers leaves out.
-    """
-    config = transformers.DeepseekV3Config(
+def mixture(kind: str, size: int, llama, folder: Path) -> tuple[dict, int]:
+    """A merge of models with experts that are stored one by one, and the number of tensors; their weights are holes."""
+    experts, settings = MIXTURES[kind]
+    config = getattr(transformers, f"{kind}Config")(
         vocab_size=320,
         hidden_size=32,
-        intermediate_size=64,
+        intermediate_size=16,
         moe_intermediate_size=16,
-        num_hidden_layers=3,
-        first_k_dense_replace=1,
+        num_hidden_layers=3 * size,
         num_attention_heads=2,
         num_key_value_heads=2,
-        n_routed_experts=experts,
-        n_group=1,
-        topk_group=1,
         num_experts_per_tok=2,
-        q_lora_rank=8,
-        kv_lora_rank=8,
-        architectures=["DeepseekV3ForCausalLM"],
+        architectures=[f"{kind}ForCausalLM"],
+        **settings,
+        **{experts: 4 * size},
     )
     family = dataclasses.replace(llama, base=folder / "base", tuned=(folder / "tuned0", folder / "tuned1"))
     shapes = published_shapes(config)
-    more = {name.replace(".2.", ".3.", 1): shape for name, shape in shapes.items() if ".layers.2." in name}
+    if kind != "Olmoe":  # one more layer, which predicts a second token, and which transformers leaves out
+        last, next_one = f".layers.{3 * size - 1}.", f".layers.{3 * size}."
+        shapes |= {name.replace(last, next_one): shape for name, shape in shapes.items() if last in name}
+        shapes[f"model{next_one}enorm.weight"] = [32]
     for place in (family.base, *family.tuned):
         transformers.AutoTokenizer.from_pretrained(llama.base).save_pretrained(place)
         config.save_pretrained(place)
-        write_hollow(place, shapes | more | {"model.layers.3.enorm.weight": [32]})
-    return config_for(family, {})
+        write_hollow(place, shapes)
+    return config_for(family, {}), len(shapes)
 
 
 @pytest.mark.parametrize("value", ["0", "false"])
