@@ -25,7 +25,7 @@ import safetensors.torch
 from torch import Tensor
 
 from mergekit_pave.errors import PaveError
-from mergekit_pave.files import replacing
+from mergekit_pave.files import readable, replacing
 
 MANIFEST = "manifest.json"
 # Part of every key of a kind: raise it when the same inputs would lead to other numbers or other files.
@@ -199,7 +199,7 @@ def require_space(folder: Path, size: int) -> None:
     free = shutil.disk_usage(next(parent for parent in folder.parents if parent.exists())).free
     if free < size:
         raise PaveError(
-            f"the PAVE cache at {folder} may need {size / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free. Choose "
+            f"the PAVE cache at {folder} may need {readable(size)}, but only {readable(free)} are free. Choose "
             "another place with pave.cache_dir or MERGEKIT_PAVE_CACHE, or lower pave.calibration.max_tokens"
         )
 

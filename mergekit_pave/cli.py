@@ -21,8 +21,8 @@ from mergekit_pave import cache as caches
 from mergekit_pave import host, versions
 from mergekit_pave._refusals import tool_of
 from mergekit_pave.calibration import distributed
-from mergekit_pave.calibration.estimate import readable
 from mergekit_pave.errors import PaveError
+from mergekit_pave.files import readable
 from mergekit_pave.page.picture import require_matplotlib
 from mergekit_pave.report import read_report
 

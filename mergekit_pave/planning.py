@@ -29,7 +29,6 @@ from mergekit_pave import cache, versions
 from mergekit_pave.allocation import fair_share, most_dropped
 from mergekit_pave.calibration.batches import encode
 from mergekit_pave.calibration.data import Sample, load_samples
-from mergekit_pave.calibration.estimate import readable
 from mergekit_pave.calibration.layers import Architecture, Linear, describe, inference_dtype
 from mergekit_pave.calibration.run import Job, Runtime, covariance_key
 from mergekit_pave.checkpoint import Checkpoint
@@ -37,6 +36,7 @@ from mergekit_pave.checks import check_complete, check_sizes
 from mergekit_pave.comparison import Comparison
 from mergekit_pave.config import Data, PaveConfig, PaveModel, RelativeRegularization, looks_local
 from mergekit_pave.errors import PaveError
+from mergekit_pave.files import readable
 from mergekit_pave.report import FORMAT, NEVER_CALLED, UNCHANGED
 from mergekit_pave.tasks import (
     AllocateRanks,

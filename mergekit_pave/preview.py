@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from mergekit_pave.calibration.estimate import readable
 from mergekit_pave.calibration.layers import Linear, inference_dtype
 from mergekit_pave.exact import float64_device
+from mergekit_pave.files import readable
 from mergekit_pave.planning import Plan
 from mergekit_pave.report import by_model, kind, regmean_reasons, warnings
 

@@ -212,6 +212,11 @@ def left_weights(report: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _times(ratio: float) -> str:
+    shown = f"{ratio:.2g}"
+    return "about as large as" if shown == "1" else f"{shown} times as large as"
+
+
 def warnings(report: dict[str, Any]) -> list[str]:
     """What should make a user look twice: a model from which more went than fine-tuning had changed, or hardly anything."""
     found = [
@@ -222,7 +227,7 @@ def warnings(report: dict[str, Any]) -> list[str]:
     for model, sums in by_model(report).items():
         if sums["change_norm"] and sums["removed_norm"] > sums["change_norm"]:
             found.append(
-                f"{model}: the removed part is {sums['removed_norm'] / sums['change_norm']:.2g} times as large as what "
+                f"{model}: the removed part is {_times(sums['removed_norm'] / sums['change_norm'])} what "
                 f"fine-tuning changed ({sums['exceeding']} of {sums['tensors']} tensors lost more than their change), so it is "
                 "mostly weight of the base model. Look at the quality of the merge; a larger "
                 "rank_ratio removes less, and `target: task_vector` only from the change"

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -13,6 +14,7 @@ import torch
 from mergekit_pave import cache
 from mergekit_pave.cache import MANIFEST, Artefact, cache_root, digest, weights_identity
 from mergekit_pave.errors import PaveError
+from mergekit_pave.files import readable
 
 WAY_OUT = r"pave\.cache_dir or MERGEKIT_PAVE_CACHE"
 
@@ -293,3 +295,16 @@ class TestArtefact:
         with pytest.raises(ZeroDivisionError), artefact.lock():
             raise ZeroDivisionError
         assert subprocess.run(other).returncode == 0
+
+
+def test_sizes_for_people():
+    given = (0, 999, 999.4, 999_600, 12_345, 999_499_999, 1.5e9, 999.6e9, 7e13)
+    assert [readable(size) for size in given] == [
+        "0 bytes", "999 bytes", "999 bytes", "1 MB", "12.3 KB", "999 MB", "1.5 GB", "1 TB", "70 TB",
+    ]  # fmt: skip
+
+
+def test_little_space_is_told_in_small_units(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=1234))
+    with pytest.raises(PaveError, match=r"may need 2\.5 MB, but only 1\.23 KB are free"):
+        cache.require_space(tmp_path / "cache" / "key", 2_500_000)

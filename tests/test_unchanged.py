@@ -16,7 +16,7 @@ from test_in_memory import BATCH, load
 from mergekit_pave import comparison, purify_model
 from mergekit_pave.cli import main
 from mergekit_pave.comparison import equal_matrices
-from mergekit_pave.report import UNCHANGED
+from mergekit_pave.report import UNCHANGED, warnings
 
 RATIO = 0.875
 
@@ -209,3 +209,10 @@ def test_tensors_that_lost_more_than_their_change_are_counted(llama, tmp_path, c
         assert 0 < count < len(rows)
         assert report["models"][str(model)]["removed_more_than_changed"] == count
         assert f"(more than it in {count} of {len(rows)} tensors)" in caplog.text
+
+
+@pytest.mark.parametrize(("removed", "said"), [(1.01, "about as large as"), (1.4, "1.4 times as large as"), (0.99, None)])
+def test_how_much_larger(removed, said):
+    row = {"model": "m", "output": "w", "kept": 1, "components": 2, "energy_dropped": 0.0, "tokens": 1}
+    report = {"models": {}, "purified": [row | {"removed_norm": removed, "change_norm": 1.0}]}
+    assert [said is not None and said in line for line in warnings(report)] == [True] * (said is not None)

@@ -131,12 +131,3 @@ def _activations(architecture: Architecture, batch: list[Encoded], itemsize: int
     if architecture.is_windowed or min(lengths) < max(lengths):
         attention += pairs * (1 + itemsize)
     return max(attention, (2 * hidden + 3 * wide) * size, (2 * hidden + wide) * size + adding)
-
-
-def readable(size: float) -> str:
-    """Bytes for people."""
-    for unit in ("bytes", "KB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"

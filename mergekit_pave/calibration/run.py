@@ -19,7 +19,7 @@ from mergekit_pave import cache
 from mergekit_pave.calibration import distributed
 from mergekit_pave.calibration.batches import Batch, Encoded
 from mergekit_pave.calibration.blame import NotFiniteError, explained
-from mergekit_pave.calibration.estimate import Estimate, estimate, readable
+from mergekit_pave.calibration.estimate import Estimate, estimate
 from mergekit_pave.calibration.layers import Architecture, backbone, find_blocks, inference_dtype, load_model
 from mergekit_pave.calibration.lockstep import run_in_lockstep
 from mergekit_pave.calibration.observe import DivergedError, Observer, ReenteredError, UnalignedInputError
@@ -27,6 +27,7 @@ from mergekit_pave.calibration.weights import StreamedModel, UnknownWeightError,
 from mergekit_pave.covariance import Covariance, Covariances
 from mergekit_pave.errors import PaveError
 from mergekit_pave.failures import is_out_of_memory
+from mergekit_pave.files import readable
 from mergekit_pave.progress import bar
 
 LOG = logging.getLogger(__name__)
