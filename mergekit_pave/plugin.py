@@ -281,8 +281,8 @@ def _with_stored_names(planner: MergePlanner) -> ModelArchitecture:
     known = {name for info in infos for name in (info.name, *(info.aliases or ()), *(info.tied_names or ()))}
     # Of all layers the first, as a checkpoint may have one more for predicting several tokens, which transformers leaves out.
     names = {name for model in config.referenced_models() for name in _checkpoint(model).files}
-    in_order = sorted(names, key=lambda name: (int(_layer(name) or 0), name), reverse=True)
-    stored = {name if name in known else _template(name): name for name in in_order}
+    names = sorted(names, key=lambda name: (int(_layer(name) or 0), name), reverse=True)
+    stored = {name if name in known else _template(name): name for name in names}
     models = sorted(config.referenced_models(), key=str)
     one = models[0] if _is_regmean(planner) else next(filter(config.pave.entry, models), None)
     if one is None or not infos or stored.keys() <= known:
