@@ -435,9 +435,10 @@ def announce(plan: Plan) -> None:
     for task in plan.to_calibrate:
         cost = task.job.estimate(task.runtime.device)
         LOG.info(
-            "%s: to be calibrated with %d tokens; takes at most %s of cache and about %s of memory",
+            "%s: to be calibrated with %d tokens in %s; takes at most %s of cache and about %s of memory",
             task.job.name,
             task.job.about["tokens"],
+            task.job.about["dtype"],
             readable(cost.cache),
             readable(cost.peak),
         )
