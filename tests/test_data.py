@@ -246,6 +246,8 @@ def test_urls(url, tmp_path, streaming):
     assert sorted(texts(f"file://{tmp_path}/served/*.jsonl.gz", streaming=streaming)) == ["one", "two"]
     with pytest.raises(PaveError, match=r"cannot load .*none\.jsonl"):
         drawn(f"{url}/none.jsonl", streaming=streaming)
+    with pytest.raises(PaveError, match=r"the ending of .*/rows does not tell what is in it"):
+        drawn(f"{url}/rows", streaming=streaming)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -326,6 +326,17 @@ def test_samples_that_are_too_long_with_their_image_are_skipped(pictured, pictur
         encode(samples, processor, DEFAULT_CALIBRATION.model_copy(update={"max_length": 5}), 128, "m")
 
 
+def test_a_text_that_begins_with_bos_gets_one(pictured, pictures):
+    processor = transformers.AutoProcessor.from_pretrained(pictured("gemma3").tuned[0])
+
+    def ids(text: str) -> list[list[int]]:
+        samples = load_samples([Data(**data(pictures, text=text))], DEFAULT_CALIBRATION, "m")
+        return [sample.inputs["input_ids"] for sample in encode(samples, processor, DEFAULT_CALIBRATION, 128, "m")]
+
+    plain = ids("placed")
+    assert plain == ids("<s>{placed}") and all(row.count(1) == 1 == row[0] for row in plain)
+
+
 def test_a_text_without_a_place_for_its_image(pictured, pictures):
     family = pictured("gemma3")
     processor = transformers.AutoProcessor.from_pretrained(family.tuned[0])

@@ -39,7 +39,7 @@ def load_rows(data: Data, where: str) -> datasets.Dataset | datasets.IterableDat
     remote = "://" in data.path
     here = not remote and path.exists()
     pattern = not remote and not here and glob.has_magic(data.path)
-    if path.is_file() and not loader:
+    if not loader and (path.is_file() or (remote and not data.path.startswith("hf://"))):
         raise PaveError(
             f"{where}: the ending of {data.path} does not tell what is in it; known are {' '.join(_LOADERS)}, "
             f"also with {' '.join(_COMPRESSED)} after them"
