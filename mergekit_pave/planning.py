@@ -376,11 +376,12 @@ def _leave_unchanged(
         for choice in chosen[place]:
             read = functools.partial(_read_both, gather, choice.model, base)
             pairs.setdefault((choice.model, base), {})[_pair_name(choice, gather, base)] = read
-    comparisons = {}
+    comparisons, identities = {}, {}
     for (model, base), of_models in pairs.items():
-        checkpoint = environment.checkpoint(base)
-        identity = cache.weights_identity(checkpoint.folder, list(checkpoint.files.values()))
-        comparison = sources[model].comparison(identity, str(base))
+        if base not in identities:
+            checkpoint = environment.checkpoint(base)
+            identities[base] = cache.weights_identity(checkpoint.folder, list(checkpoint.files.values()))
+        comparison = sources[model].comparison(identities[base], str(base))
         if environment.compares:
             comparison.compare(of_models, environment.runtime.quiet)
         comparisons[model, base] = comparison
@@ -505,8 +506,11 @@ class _Source:
 
     def comparison(self, base_identity: str, base: str) -> Comparison:
         """What is known of the weights beside those of a base model."""
-        identity = cache.weights_identity(self.folder, self._shards)
-        return Comparison(self._root, (identity, base_identity), (str(self.model), base))
+        return Comparison(self._root, (self._identity, base_identity), (str(self.model), base))
+
+    @functools.cached_property
+    def _identity(self) -> str:
+        return cache.weights_identity(self.folder, self._shards)
 
     def _use_data(self) -> str:
         settings = self._pave.calibration_of(self.model)
@@ -525,11 +529,10 @@ class _Source:
         self.tokens = sum(sample.tokens for sample in encoded)
         self.data = [data.model_dump(mode="json", exclude_defaults=True) | {"split": data.split} for data in self.entry.sources]
         watched = sorted(linear.module for linear in self.architecture.linears.values())
-        weights = cache.weights_identity(self.folder, self._shards)
 
         def key_for(precision: str) -> str:
             # Another version of transformers may compute otherwise, or have other layers.
-            return covariance_key(cache.digest(weights, self.architecture.computation, watched, precision), encoded)
+            return covariance_key(cache.digest(self._identity, self.architecture.computation, watched, precision), encoded)
 
         device = self._environment.runtime.device
         self.dtype, *others = (_precision(self._config, kind) for kind in (device, "cpu", "cuda"))
@@ -591,7 +594,7 @@ class _Source:
         self.dtype = manifest["dtype"]
         self.contents = set()  # nobody knows
         self._calibrate = functools.partial(GivenCovariance, folder=str(folder))
-        return cache.digest(manifest["files"], cache.weights_identity(self.folder, self._shards))
+        return cache.digest(manifest["files"], self._identity)
 
     def tail_folder(self, tensor: str) -> Path:
         return self._tails / tensor.replace("/", "_")
