@@ -7,6 +7,7 @@ from typing import Any
 
 from mergekit.common import ModelReference
 
+from mergekit_pave.calibration.layers import Architecture
 from mergekit_pave.checkpoint import Checkpoint
 from mergekit_pave.errors import PaveError
 
@@ -53,6 +54,30 @@ def check_sizes(tensors: list[Any], checkpoint: Callable[[ModelReference], Check
                     "the models have different vocabularies; add `tokenizer: {source: base}` to the config to bring them in line"
                 )
             raise PaveError(f"{planned.name} is {told}; {advice}")
+
+
+_WIDE = {"F64", "F32", "F16", "BF16"}
+
+
+def check_unquantised(model: ModelReference, checkpoint: Checkpoint, architecture: Architecture) -> None:
+    """Refuse a model whose configuration speaks of quantisation, unless its weights are what they would be without.
+
+    Merging QLoRA into a model leaves the mention of it behind. Then every linear layer has a weight of at least 16 bits under
+    its own name, and nothing else that only a quantised layer has, such as a scale.
+    """
+    stored = checkpoint.stored
+    parameters = {name: architecture.loaded_as(name) for name in stored}
+    weights = {name: parameter for name, parameter in parameters.items() if parameter in architecture.linears}
+    lacking = (architecture.linears.keys() & architecture.tensors).difference(weights.values())
+    found = [f"{name} is {stored[name].dtype}" for name in weights if stored[name].dtype not in _WIDE]
+    layers = tuple(name.removesuffix("weight") for name in weights)
+    found += [f"it has {name}" for name, known in parameters.items() if known is None and name.startswith(layers)]
+    found += [f"no safetensors file has {name}" for name in sorted(lacking)]
+    if found:
+        raise PaveError(
+            f"pave.models: {model} is quantised ({found[0]}), which cannot be calibrated; give it `purify: false`, or use a copy "
+            "with weights of 16 bits. If these are what it has, remove quantization_config from its config.json"
+        )
 
 
 def check_complete(

@@ -5,6 +5,7 @@ Everything that can be judged from the YAML alone is judged here, when mergekit 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -286,7 +287,9 @@ def parse(value: Any, handler, info) -> PaveConfig | None:
             raise PaveError(f"pave.models: {entry.model} is the base model, which is never purified; remove its entry")
         if entry.model not in merged and entry.model != base:
             known = ", ".join(sorted(map(str, merged)))
-            raise PaveError(f"pave.models: {entry.model} is not part of this merge (its models: {known})")
+            same = [str(model) for model in (*merged, base) if model and _place(model) == _place(entry.model)]
+            hint = f"; it is called {same[0]} there, so call it the same here" if same else ""
+            raise PaveError(f"pave.models: {entry.model} is not part of this merge (its models: {known}){hint}")
     listed = {entry.model for entry in config.models}
     for model in sorted(merged - listed, key=str):
         raise PaveError(
@@ -294,6 +297,11 @@ def parse(value: Any, handler, info) -> PaveConfig | None:
             "or `purify: false` to merge it as it is"
         )
     return config
+
+
+def _place(model: ModelReference) -> list[tuple[str, str | None]]:
+    """What a reference refers to, however its paths are written."""
+    return [(os.path.realpath(part.path), part.revision) for part in (model.model, model.lora) if part]
 
 
 def _register(otherwise: str) -> None:

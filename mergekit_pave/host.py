@@ -78,6 +78,7 @@ CALLS = {
     "mergekit.architecture.conversion:can_convert_checkpoint_keys": "model_type source_keys target_key",
     "mergekit.card:generate_card": "config config_yaml name",
     "mergekit.common:ModelReference.config": "self trust_remote_code",
+    "mergekit.common:ModelReference.serialize": "self",
     "mergekit.common:dtype_from_name": "name",
     "mergekit.config:evaluate_setting": "tensor_name setting t validate",
     "mergekit.graph:Executor": "targets math_device storage_device",

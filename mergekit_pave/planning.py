@@ -32,7 +32,7 @@ from mergekit_pave.calibration.data import Sample, load_samples
 from mergekit_pave.calibration.layers import Architecture, Linear, describe, inference_dtype
 from mergekit_pave.calibration.run import Job, Runtime, covariance_key
 from mergekit_pave.checkpoint import Checkpoint
-from mergekit_pave.checks import check_complete, check_sizes
+from mergekit_pave.checks import check_complete, check_sizes, check_unquantised
 from mergekit_pave.comparison import Comparison
 from mergekit_pave.config import Data, PaveConfig, PaveModel, RelativeRegularization, looks_local
 from mergekit_pave.errors import PaveError
@@ -462,9 +462,12 @@ class _Source:
         self.folder, self._shards = checkpoint.folder, list(checkpoint.files.values())
         trust = environment.runtime.trust_remote_code
         self._config = model.config(trust_remote_code=trust)
-        if getattr(self._config, "quantization_config", None):
-            raise PaveError(f"pave.models: {model} is quantised, which cannot be calibrated; give it `purify: false`")
+        parts = (self._config, self._config.get_text_config(decoder=True))
+        # With it transformers would quantise the model as it loads it.
+        quantised = [part for part in parts if part.__dict__.pop("quantization_config", None)]
         self.architecture: Architecture = describe(self._config, model.model.path, trust, model.model.revision)
+        if quantised:
+            check_unquantised(model, checkpoint, self.architecture)
         for data in self.entry.sources if self.entry.data else ():
             if data.image is not None and "pixel_values" not in self.architecture.inputs:
                 raise PaveError(f"pave.models[{model}].data.image: the model takes no images")

@@ -1,6 +1,8 @@
 """Every place where we touch mergekit's inside, for mergekit >=0.1.5,<0.2; the field itself is added in `_field`, and
 `_conversion` asks what it can convert.
 
+- `ModelReference.serialize` gets another body, see `_references`.
+- `get_architecture_info`, which a merge begins with, first looks whether the device and the models are there.
 - `MergePlanner.plan_tensor` notes where in its slice a tensor lies (gradients need it, and the plan forgets it), and
   plans every tensor that all of its inputs have.
 - `MergePlanner._plan` gets an architecture whose tensors go by the names that the checkpoints have for them, and swaps the
@@ -17,6 +19,7 @@ Without a `pave:` block each of these hands on to mergekit's own code and does n
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import json
@@ -45,16 +48,17 @@ from mergekit.plan import MergePlanner
 
 from mergekit_pave import _field, _methods
 from mergekit_pave._conversion import Conversions, known_once
+from mergekit_pave._references import make_writable
 from mergekit_pave.calibration import distributed
 from mergekit_pave.calibration.layers import describe
 from mergekit_pave.calibration.run import Runtime
 from mergekit_pave.card import with_section
 from mergekit_pave.checkpoint import Checkpoint
 from mergekit_pave.checks import check_present
-from mergekit_pave.config import looks_local
 from mergekit_pave.dry_run import try_dtypes, try_method, try_tokenizers
 from mergekit_pave.errors import PaveError
 from mergekit_pave.failures import is_out_of_memory, ran_out
+from mergekit_pave.inputs import check_inputs, check_name, in_a_line
 from mergekit_pave.licence import common_licence
 from mergekit_pave.page.picture import draw_ranks
 from mergekit_pave.planning import (
@@ -77,10 +81,14 @@ LOG = logging.getLogger(__name__)
 def wrap() -> None:
     """Wrap mergekit's planner; see `host.register`, which has looked whether that can be done. Idempotent."""
     _field.add()
+    make_writable()
     if not hasattr(MergePlanner._plan, "__wrapped__"):
         MergePlanner.plan_tensor = _noting_position(MergePlanner.plan_tensor)
         MergePlanner._plan = _with_purification(MergePlanner._plan)
         MergePlanner.plan_to_disk = _with_phases(MergePlanner.plan_to_disk)
+        # Where `mergekit.merge` has it from, or has it already.
+        for module in filter(None, map(sys.modules.get, ("mergekit.architecture", "mergekit.merge"))):
+            module.get_architecture_info = _with_checks(get_architecture_info)
         Executor._run = _with_advice(Executor._run)
         log = logging.getLogger("mergekit_pave")
         if log.level == logging.NOTSET:
@@ -109,6 +117,27 @@ def _with_advice(run):
             raise ran_out(f"{model}working on {tensor}", device) from error
 
     return wrapper
+
+
+def _with_checks(get_architecture_info):
+    @functools.wraps(get_architecture_info)
+    def wrapper(config, options):
+        if getattr(config, "pave", None) is None:
+            return get_architecture_info(config, options)
+        check_inputs(config, options)
+        with _told_in_a_line():
+            return get_architecture_info(config, options)
+
+    return wrapper
+
+
+@contextlib.contextmanager
+def _told_in_a_line() -> Iterator[None]:
+    """What mergekit has against a merge is for people, too."""
+    try:
+        yield
+    except Exception as error:
+        raise PaveError(f"mergekit cannot plan this merge: {in_a_line(error)}") from error
 
 
 def _noting_position(plan_tensor):
@@ -471,17 +500,13 @@ def plan_merge(config: MergeConfiguration, options: MergeOptions, *, compares: b
 
 
 def _plan_merge(config: MergeConfiguration, options: MergeOptions, compares: bool) -> Plan:
-    for model in config.referenced_models():
-        path = model.model.path
-        if looks_local(path) and not Path(path).expanduser().exists():
-            raise PaveError(f"there is no model at {path} (looked in {Path.cwd()})")
     told = "the config has no `pave:` block, so nothing would be purified or measured"
     if config.pave is None and not _methods.is_ours(config.merge_method):
         raise PaveError(told)
-    LoaderCache().setup(options=options)
+    check_inputs(config, options)
     _merge_adapters(config, options)
     base = config.base_model or config.referenced_models()[0]
-    with known_once():
+    with known_once(), _told_in_a_line():
         architecture = get_architecture_info(config, options)
     planner = MergePlanner(
         config,
@@ -537,6 +562,7 @@ def sample_removal(plan: Plan, options: MergeOptions) -> dict[str, list[dict[str
 def fill_caches(config: MergeConfiguration, options: MergeOptions) -> Plan:
     """Calibrate and decompose whatever the caches lack for a merge, in as many processes as were started."""
     distributed.start()
+    check_name(options.device)
     options = options.model_copy(update={"device": distributed.local_device(options.device)})
     if distributed.rank() > 0:  # of several processes one speaks
         logging.getLogger("mergekit_pave").setLevel(logging.ERROR)

@@ -217,7 +217,16 @@ def describe(
         See `model_class`.
     """
     cls = model_class(config, path, trust_remote_code, revision)
-    model = empty_model(cls, config)
+    try:
+        model = empty_model(cls, config)
+    except Exception as error:  # whatever a class trips over in a configuration that is not meant for it
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())
+        raise PaveError(
+            f"{path}: transformers cannot make a {cls.__name__} of its config.json ({type(error).__name__}: {reason}); see "
+            "whether `architectures` there, or override_architecture in the config of the merge, names the right class"
+        ) from error
     model.tie_weights()
     linears, heads, routers = find_linears(model)
     weights = {name: tuple(value.shape) for name, value in model.named_parameters(remove_duplicate=False)}
