@@ -35,8 +35,9 @@ def check_inputs(config: MergeConfiguration, options: MergeOptions) -> None:
     LoaderCache().setup(options=options)
     for model in sorted(config.referenced_models(), key=str):
         folder = Path(model.model.path)
-        if looks_local(model.model.path) and not folder.exists():
-            raise PaveError(f"there is no model at {model.model.path} (looked in {Path.cwd()})")
+        for what, part in (("model", model.model), ("adapter", model.lora)):
+            if part and looks_local(part.path) and not Path(part.path).exists():
+                raise PaveError(f"there is no {what} at {part.path} (looked in {Path.cwd()})")
         if folder.exists():
             _check_folder(model, folder, "config.json", _WEIGHTS)
         if model.lora and Path(model.lora.path).exists():

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 import yaml
 from click.testing import CliRunner
 from mergekit.config import MergeConfiguration
@@ -89,6 +90,22 @@ def test_steps_of_several_merges(named, expected, tmp_path, cache):
     assert_same(weights(tmp_path / "all steps" / "first step"), expected)
     last["models"][0]["model"] = str(tmp_path / "all steps" / "first step")
     assert_same(weights(tmp_path / "all steps" / "final"), merge(last, tmp_path / "last"))
+
+
+def test_an_adapter(llama, tmp_path, monkeypatch, cache):
+    peft = pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(llama.base, "My Drive/the base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama.base)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    model.save_pretrained("My Drive/an adapter")
+    config = config_for(llama, {}, models=1)
+    reference = "./My Drive/the base+./My Drive/an adapter"
+    config["models"][0]["model"] = config["pave"]["models"][0]["model"] = reference
+    result = invoke(config, tmp_path / "out", "--lora-merge-cache", str(tmp_path / "merged ones"))
+    assert result.exit_code == 0, (result.output, result.exception)
+    purified = json.loads((tmp_path / "out" / "pave_report.json").read_text())["purified"]
+    assert {row["model"] for row in purified} == {reference} and len(purified) == 3
 
 
 def test_a_reference_with_an_architecture_or_an_adapter_is_written_whole():
