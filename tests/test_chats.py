@@ -1,6 +1,7 @@
 """Chats as data sets keep them: what a chat template is given, and what it makes of it."""
 
 import json
+from datetime import datetime
 from pathlib import Path
 
 import datasets
@@ -10,6 +11,7 @@ from models import write_rows
 from transformers.utils import chat_template_utils
 
 from mergekit_pave.calibration.batches import encode
+from mergekit_pave.calibration.chats import read_chat, read_tools, render
 from mergekit_pave.calibration.data import load_samples
 from mergekit_pave.config import DEFAULT_CALIBRATION, Data
 from mergekit_pave.errors import PaveError
@@ -159,9 +161,9 @@ def test_chats_of_from_and_value(llama, tmp_path, column, written):
 
 
 def test_names_of_who_speaks(llama, tmp_path):
-    names = ["human", "user", "gpt", "assistant", "system", "function_call", "observation", "tool", "narrator"]
+    names = ["human", "user", "gpt", "assistant", "system", "function_call", "observation", "tool", "Human"]
     path = write_rows(tmp_path / "chats.jsonl", [{"conversations": [{"from": name, "value": "x"} for name in names]}])
-    shown = ["user", "user", "assistant", "assistant", "system", "assistant", "tool", "tool", "narrator"]
+    shown = ["user", "user", "assistant", "assistant", "system", "assistant", "tool", "tool", "user"]
     assert rendered(path, tokenizer_with(llama)) == ["".join(f"{name}:x;" for name in shown)]
 
 
@@ -198,8 +200,24 @@ def test_what_is_no_chat(llama, tmp_path, cell):
 
 
 def test_chats_without_turns_are_blank(llama, tmp_path, caplog):
-    cells = [json.dumps(TURNS), "[]", "", None, json.dumps(TURNS), json.dumps(TURNS)]
+    silent = json.dumps([{"role": "user", "content": " "}])
+    cells = [json.dumps(TURNS), "[]", "", None, silent, *[json.dumps(TURNS)] * 3]
     path = write_rows(tmp_path / "chats.jsonl", [{"messages": cell} for cell in cells])
     with caplog.at_level("WARNING", logger="mergekit_pave"):
-        assert len(rendered(path, tokenizer_with(llama))) == 3
-    assert "skipped 3 of 6 rows: 3 empty" in caplog.text
+        assert len(rendered(path, tokenizer_with(llama))) == 4
+    assert "skipped 4 of 8 rows: 4 empty" in caplog.text
+
+
+def test_what_is_read_as_people_write_it():
+    """Names of who speaks in any case, numbers, tools that are each written as JSON."""
+    turns = [{"from": "Human", "value": 7}, {"from": "GPT", "value": ["se", "ven"]}]
+    assert read_chat(turns) == [{"role": "user", "content": "7"}, {"role": "assistant", "content": "seven"}]
+    assert read_tools(['{"name": "add", "default": null}', {"name": "sub"}]) == [{"name": "add"}, {"name": "sub"}]
+    with pytest.raises(ValueError, match="from 'narrator', which is none of system, user"):
+        read_chat([{"from": "narrator", "value": "once"}])
+
+
+@pytest.mark.parametrize("shown", ["%d %b %Y", "%-d.%-m.%y", "%A, %B %e", "100%% %H:%M:%S"])
+def test_how_a_date_is_written(llama, shown):
+    tokenizer = tokenizer_with(llama, "{{ strftime_now('" + shown + "') }}" + SHOWN)
+    assert render(tokenizer, TURNS).startswith(datetime(2024, 7, 26).strftime(shown))

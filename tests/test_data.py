@@ -295,6 +295,26 @@ def test_texts_that_begin_with_bos_are_cut_like_others(llama, tmp_path):
     assert plain == exported and len(plain) == tokenizer.model_max_length
 
 
+def test_a_last_token_of_its_own_that_is_cut_off(families, tmp_path):
+    """No sample is longer than it may be."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(families["bert"].base)
+    path = write_rows(tmp_path / "rows.jsonl", [{"text": "seven nine[SEP]seven nine"}])
+    whole = len(ids_of(path, tokenizer)[0])
+    for length in range(4, whole + 2):
+        tokenizer.model_max_length = length
+        assert length - 1 <= len(ids_of(path, tokenizer)[0]) <= length or len(ids_of(path, tokenizer)[0]) == whole
+
+
+def test_few_samples_of_many_blank_rows(llama, tmp_path):
+    """As many as are wanted are enough, however many blank rows were between them."""
+    path = write_rows(tmp_path / "rows.jsonl", rows_of(400, lambda i: i % 5 > 1))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama.base)
+    for seed in range(40):
+        settings = DEFAULT_CALIBRATION.model_copy(update={"samples": 4, "seed": seed})
+        samples = load_samples([Data(path=str(path))], settings, "m")
+        assert len(encode(samples, tokenizer, settings, None, "m")) == 4
+
+
 def test_tokens_at_both_ends(families, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(families["bert"].base)
     rows = [{"text": "[CLS]seven[SEP]", "b": "nine[SEP]"}, {"text": "seven", "b": "nine"}]

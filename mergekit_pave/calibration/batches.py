@@ -117,7 +117,7 @@ def encode(
             problems[problem] += 1
     if problems:
         told = ", ".join(f"{count} {problem}" for problem, count in problems.most_common(3))
-        if 2 * problems.total() > len(samples):
+        if 2 * problems.total() > len(samples) and len(encoded) < calibration.samples:
             raise PaveError(
                 f"{where}: {problems.total()} of {len(samples)} rows cannot be used: {told}. Texts go under `text`, "
                 "chats under `messages`, images under `image`"
@@ -151,9 +151,11 @@ def _tokenised(tokenizer: Any, longest: int, **texts: str | None) -> dict[str, l
     special = set(tokenizer.all_special_ids)
     if not any(one == other and one in special for one, other in pairwise(inputs["input_ids"])):
         return inputs
-    twice = _added_twice(tokenizer, truncation=True, max_length=longest, **texts)[1]
-    inputs, twice = _added_twice(tokenizer, truncation=True, max_length=longest + len(twice), **texts)
-    return {name: [value for i, value in enumerate(values) if i not in twice] for name, values in inputs.items()}
+    short, twice = _added_twice(tokenizer, truncation=True, max_length=longest, **texts)
+    inputs, still = _added_twice(tokenizer, truncation=True, max_length=longest + len(twice), **texts)
+    if len(inputs["input_ids"]) - len(still) > longest:  # the text's own token at its end was cut off before
+        inputs, still = short, twice
+    return {name: [value for i, value in enumerate(values) if i not in still] for name, values in inputs.items()}
 
 
 def _added_twice(tokenizer: Any, **texts: Any) -> tuple[dict[str, list[int]], set[int]]:

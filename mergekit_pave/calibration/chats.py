@@ -5,14 +5,23 @@ from __future__ import annotations
 import json
 from datetime import datetime
 from typing import Any
-from unittest import mock
 
 from jinja2 import TemplateError
-from transformers.utils import chat_template_utils
 
-# ShareGPT's names of who speaks. Any other stays as it is: the template knows it, or refuses the chat.
-_ROLES = {"human": "user", "observation": "tool", "function_response": "tool", "function_call": "assistant"}
+# ShareGPT's names of who speaks. Turns of {role, content} have the names of the model's own template.
+_ROLES = {name: name for name in ("system", "user", "assistant", "tool")}
+_ROLES |= {"human": "user", "observation": "tool", "function_response": "tool", "function_call": "assistant"}
 _ROLES |= dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "bot", "model"), "assistant")
+_DAY = datetime(2024, 7, 26)  # that Llama's templates fall back on
+_SHOWN = {f"%{letter}": _DAY.strftime(f"%{letter}") for letter in "aAbBcdDeFGhHIjmMprRSTuUVwWxXyYzZ"}
+_SHOWN |= {f"%-{key[1]}": shown.lstrip("0 ") or "0" for key, shown in _SHOWN.items()} | {"%f": "000000", "%%": "%"}
+# Shadows the function by which templates get today's date. (As a keyword transformers passes no function on.)
+_FIXED_DATE = (
+    "{% macro strftime_now(format) %}{% set date = namespace(text=format) %}"
+    f"{{% for directive, shown in {list(_SHOWN.items())} %}}"
+    "{% set date.text = date.text | replace(directive, shown) %}"
+    "{% endfor %}{{ date.text }}{% endmacro %}\n"
+)
 _NO_CHAT = "(no list of {role, content} or {from, value}, nor such a list as JSON)"
 
 
@@ -36,7 +45,14 @@ def read_tools(cell: Any) -> list[Any] | None:
     Raises:
         ValueError: they are written as something else.
     """
-    return without_nulls(_parsed(cell, "(tools that are no list, nor a list as JSON)")) or None
+    refusal = "(tools that are no list, nor a list as JSON)"
+    tools = [_from_json(tool, refusal) if isinstance(tool, str) else tool for tool in _parsed(cell, refusal)]
+    return without_nulls(tools) or None
+
+
+def says_something(chat: list[dict[str, Any]]) -> bool:
+    """Whether any turn of a chat has more to it than its role."""
+    return any(str(value).strip() for turn in chat for key, value in turn.items() if key != "role")
 
 
 def without_nulls(value: Any) -> Any:
@@ -55,8 +71,23 @@ def render(processor: Any, chat: list[dict[str, Any]], tools: list[Any] | None =
     Raises:
         TemplateError, TypeError, ValueError, KeyError: the template refuses the chat.
     """
-    with mock.patch.object(chat_template_utils, "datetime", _ThatDay, create=True):
-        return processor.apply_chat_template(chat, tokenize=False, **({"tools": tools} if tools else {}))
+    template = _template(processor, bool(tools))
+    return processor.apply_chat_template(
+        chat, tokenize=False, chat_template=on_a_fixed_date(template), **({"tools": tools} if tools else {})
+    )
+
+
+def _template(processor: Any, with_tools: bool) -> str | None:
+    """The chat template that transformers would choose where there are several."""
+    template = processor.chat_template
+    if isinstance(template, dict):
+        template = (with_tools and template.get("tool_use")) or template.get("default")
+    return template
+
+
+def on_a_fixed_date(template: str | None) -> str | None:
+    """A chat template that prints the same date every day, so that its tokens are the same, too."""
+    return _FIXED_DATE + template if template and "strftime_now" in template else template
 
 
 def in_form(chat: list[dict[str, Any]], parts: bool) -> list[dict[str, Any]]:
@@ -82,21 +113,10 @@ def takes_only_parts(tokenizer: Any) -> bool:
     return not shows(False) and shows(True)
 
 
-class _ThatDay(datetime):
-    """A clock that stands, in the place of the one that `strftime_now` in a template reads."""
-
-    @classmethod
-    def now(cls, tz=None) -> datetime:
-        return datetime(2024, 7, 26, tzinfo=tz)
-
-
 def _parsed(cell: Any, refusal: str) -> list[Any]:
     """A list that may be written as JSON; an empty cell is an empty list."""
     if isinstance(cell, str):
-        try:
-            cell = json.loads(cell) if cell.strip() else None
-        except ValueError:
-            raise ValueError(refusal) from None
+        cell = _from_json(cell, refusal) if cell.strip() else None
     if cell is None:
         return []
     if not isinstance(cell, list):
@@ -104,16 +124,27 @@ def _parsed(cell: Any, refusal: str) -> list[Any]:
     return cell
 
 
+def _from_json(text: str, refusal: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise ValueError(refusal) from None
+
+
 def _read_turn(turn: dict[str, Any]) -> dict[str, Any]:
     if "role" not in turn and "from" in turn:
-        turn = {"role": _ROLES.get(turn["from"], turn["from"])} | {key: turn[key] for key in turn if key != "from"}
+        name = str(turn["from"]).lower()
+        if name not in _ROLES:
+            raise ValueError(f"(a turn that is from {turn['from']!r}, which is none of {', '.join(_ROLES)})")
+        turn = {"role": _ROLES[name]} | {key: turn[key] for key in turn if key != "from"}
     if "content" not in turn and "value" in turn:
         turn = {"content" if key == "value" else key: value for key, value in turn.items()}
     if not turn.get("role"):
         raise ValueError(_NO_CHAT)
-    if isinstance(turn.get("content"), (list, dict)):
-        turn = turn | {"content": _joined(turn["content"])}
-    return turn
+    content = turn.get("content")
+    if isinstance(content, (list, dict)):
+        return turn | {"content": _joined(content)}
+    return turn | {"content": str(content)} if isinstance(content, (int, float)) else turn
 
 
 def _joined(content: list[Any] | dict[str, Any]) -> str:

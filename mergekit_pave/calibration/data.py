@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 import pyarrow.compute
 
-from mergekit_pave.calibration.chats import read_chat, read_tools
+from mergekit_pave.calibration.chats import read_chat, read_tools, says_something
 from mergekit_pave.calibration.sources import load_rows
 from mergekit_pave.calibration.templates import Template, no_column, read_template
 from mergekit_pave.config import Calibration, Data
@@ -49,7 +49,7 @@ def load_samples(sources: list[Data], calibration: Calibration, model: str) -> l
 
     All rows are taken when there are no more than `calibration.samples`, otherwise as many by a seeded shuffle. A data
     set too small for an even share gives all of its rows, and the rest comes from the others. Others take the place of blank
-    rows, which are returned, too, and of which no more than half of the rows are looked at.
+    rows, which are returned, too; for these no more than twice as many rows are looked at, or a few dozen.
 
     Args:
         sources: which data sets, and which of their columns.
@@ -109,10 +109,10 @@ class _Rows:
         return len(self._order)
 
     def draw(self, count: int) -> int:
-        """Draw on until `count` rows are not blank, or half of them are, or all are drawn. Returns how many are not."""
+        """Draw on until `count` rows are not blank, or twice as many are drawn, or all. Returns how many are not blank."""
         while missing := max(0, count - sum(not sample.blank for sample in self._drawn.values())):
             so_far = len(self._drawn)
-            chosen = sorted(self._order[so_far : min(so_far + missing, 2 * count)])
+            chosen = sorted(self._order[so_far : min(so_far + missing, _most(count))])
             if not chosen:
                 break
             rows = [self._rows[i] for i in chosen] if isinstance(self._rows, list) else self._rows.select(chosen)
@@ -126,9 +126,14 @@ class _Rows:
     def _follow(self, ahead: Iterator[dict[str, Any]], count: int) -> None:
         """Read on in a stream, in the place of its blank rows."""
         more = self._rows
-        while (blank := sum(self._read(0, row).blank for row in more)) and len(self._rows) < 2 * count:
-            more = list(islice(ahead, min(blank, 2 * count - len(self._rows))))
+        while (blank := sum(self._read(0, row).blank for row in more)) and len(self._rows) < _most(count):
+            more = list(islice(ahead, min(blank, _most(count) - len(self._rows))))
             self._rows += more
+
+
+def _most(count: int) -> int:
+    """How many rows are looked at where so many are wanted and some are blank."""
+    return max(2 * count, 32)
 
 
 def _written_lines(rows: datasets.Dataset) -> np.ndarray:
@@ -189,7 +194,8 @@ class _Reader:
         if self._target:
             parts["target"] = _written(self._target.fill(row), "with an empty target")
         if self._messages is not None:
-            return parts | {"messages": _written(read_chat(row[self._messages])), "tools": read_tools(row.get("tools"))}
+            chat = read_chat(row[self._messages])
+            return parts | {"messages": _written(says_something(chat) and chat), "tools": read_tools(row.get("tools"))}
         if self._turns:
             return parts | _written(_prompted([row[column] for column in self._turns])) | {"tools": read_tools(row.get("tools"))}
         if self._image is not None:
@@ -217,7 +223,7 @@ def _prompted(cells: list[Any]) -> dict[str, Any]:
     if any(isinstance(cell, str) for cell in cells):
         raise ValueError("(of prompt and completion one is a text, the other is none)")
     chat = [turn for cell in cells for turn in read_chat(cell)]
-    return {"messages": chat} if chat else {}
+    return {"messages": chat} if says_something(chat) else {}
 
 
 def _picture(image: Any, column: str) -> Any:
