@@ -176,7 +176,7 @@ def list_cache(cache_dir: str | None) -> None:
                 known = manifests[0]
                 content = f"{len(known['layers'])} layers, {known['tokens']} tokens, {known.get('dtype', 'format 1')}"
         elif entry.kind == "comparison":
-            content = f"{len(manifests[0]['equal'])} equal weights" if manifests else "-"
+            content = f"{sum(map(bool, manifests[0]['equal'].values()))} equal weights" if manifests else "-"
         else:
             content = f"{len(manifests)} weights"
         click.echo(f"{entry.key[:12]}  {entry.kind:10}  {readable(entry.size):>8}  {content:38}  {model}")
@@ -271,7 +271,9 @@ def doctor() -> None:
 
     Where something of mergekit's inside is missing that this package needs, or a merge method comes from elsewhere, it names it.
     """
+    before = logging.root.manager.disable
     logging.disable(logging.INFO)
+    click.get_current_context().call_on_close(lambda: logging.disable(before))
     for package, version in versions.installed().items():
         click.echo(f"{package:14} {version}")
     root = caches.cache_root(None)

@@ -52,7 +52,7 @@ class Comparison:
         self._artefact = cache.Artefact(root / "comparison" / cache.key("comparison", *identities))
         self._names = names
         manifest = self._artefact.manifest()
-        self._equal: dict[str, list[int]] = manifest["equal"] if manifest else {}
+        self._equal: dict[str, list[int]] = manifest["equal"] if manifest else {}  # of a changed stack the list is empty
 
     def known(self, tensor: str) -> tuple[int, ...]:
         """The matrices of a weight that are known to equal the base model's."""
@@ -68,7 +68,10 @@ class Comparison:
         found = {}
         with bar(len(unknown), f"Comparing {self._names[0]} with {self._names[1]}", "weights", quiet) as progress:
             for tensor, read in unknown.items():
-                if equal := equal_matrices(*read()):
+                both = read()
+                equal = equal_matrices(*both)
+                # A stack may be made of many tensors, all of which are read for it, so what is known of one is kept, too.
+                if equal or (both[0] is not None and both[0].dim() == 3):
                     found[tensor] = list(equal)
                 progress.update()
         if found:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
+from types import SimpleNamespace
 
 import torch
-import transformers
 from mergekit.common import ModelReference, dtype_from_name
+from mergekit.config import MergeConfiguration
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary
 
 from mergekit_pave.errors import PaveError
 
@@ -29,16 +32,39 @@ def try_dtypes(dtypes: dict[str, str | None]) -> None:
             raise PaveError(f"{key}: {name!r} is no precision to merge in; use bfloat16, float16, float32 or float64")
 
 
-def try_tokenizers(models: Iterable[ModelReference], trust_remote_code: bool) -> None:
-    """Refuse models that the output's tokenizer is made of, but that have none."""
-    for model in models:
-        try:
-            transformers.AutoTokenizer.from_pretrained(
-                model.model.path, revision=model.model.revision, trust_remote_code=trust_remote_code
-            )
-        except Exception as error:  # transformers and the Hub raise a dozen kinds
-            reason = " ".join(str(error).split())
-            raise PaveError(f"tokenizer: the tokenizer of {model} cannot be loaded, and the merge needs it: {reason}") from error
+def try_chat_template(config: MergeConfiguration) -> None:
+    """Refuse a chat template that is neither a template nor the name of one."""
+    from mergekit.merge import _set_chat_template  # which is not loaded before somebody merges
+
+    try:
+        _set_chat_template(SimpleNamespace(chat_template=None), config)
+    except RuntimeError as error:
+        raise PaveError(
+            f"chat_template: {config.chat_template!r} is neither a Jinja template nor the name of one that mergekit has, such as "
+            "chatml or llama3"
+        ) from error
+
+
+def try_tokenizer(task: BuildTokenizer, vocabularies: Iterable[tuple[PermutedVocabulary, dict[ModelReference, int]]]) -> None:
+    """Build the output's tokenizer, and bring vocabularies in line with it.
+
+    Args:
+        vocabularies: the tasks that do so, with the number of rows that each model's tensor has.
+    """
+    log = logging.getLogger("mergekit.tokenizer")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # the merge will say it all again
+    try:
+        built = task.execute()
+        for vocabulary, rows in vocabularies:
+            shapes = {model: [1, 1] for model in rows}
+            for model, shape in shapes.items():
+                shape[vocabulary.vocabulary_axis] = rows[model]
+            vocabulary.execute(tokenizer_info=built, tensors={model: torch.zeros(shape) for model, shape in shapes.items()})
+    except Exception as error:  # transformers, the Hub and mergekit raise a dozen kinds
+        raise PaveError(f"tokenizer: mergekit cannot make the output's tokenizer as the config says: {_reason(error)}") from error
+    finally:
+        log.setLevel(level)
 
 
 def try_method(tasks: Iterable[ExecuteMergeMethodTask]) -> None:
@@ -56,13 +82,16 @@ def try_method(tasks: Iterable[ExecuteMergeMethodTask]) -> None:
                 continue
             tried.add(parameters)
             tensors = {model: torch.randn(_SIDE, _SIDE, generator=values) for model in task.model_order}
+            what = f"{task.method_name}: mergekit cannot merge {task.output_weight.name} with the parameters of the config"
             try:
-                task.execute(tensors)
+                merged = task.execute(tensors)
             except PaveError:
                 raise
             except Exception as error:
-                reason = " ".join(str(error).split()) or type(error).__name__
-                raise PaveError(
-                    f"{task.method_name}: mergekit cannot merge {task.output_weight.name} with the parameters that the config "
-                    f"gives it ({reason})"
-                ) from error
+                raise PaveError(f"{what} ({_reason(error)})") from error
+            if merged is not None and not merged.isfinite().all():
+                raise PaveError(f"{what}: the result is not finite. Look for NaN or infinity among them")
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -34,7 +34,9 @@ PARTS = {
     "mergekit.config": "ConditionalParameter ConfigReader MergeConfiguration ParameterSetting evaluate_setting",
     "mergekit.config:ConditionalParameter": "filter value",
     "mergekit.config:ConfigReader": "t",
-    "mergekit.config:MergeConfiguration": "merge_method models slices modules base_model parameters referenced_models",
+    "mergekit.config:MergeConfiguration": (
+        "merge_method models slices modules base_model parameters referenced_models dtype out_dtype chat_template"
+    ),
     "mergekit.config:InputModelDefinition": "model parameters",
     "mergekit.config:InputSliceDefinition": "model parameters",
     "mergekit.config:OutputModuleDefinition": "models slices parameters",
@@ -52,6 +54,7 @@ PARTS = {
     "mergekit.io.tasks:LoaderCache": "loaders hf_cache_dir",
     "mergekit.io.tensor_writer": "TensorWriter",
     "mergekit.io.tensor_writer:TensorWriter": "finalize out_path override_basename weight_map shards_written",
+    "mergekit.merge": "_set_chat_template",
     "mergekit.merge_methods": "get register registered_methods",
     "mergekit.merge_methods.base": (
         "BasePolicy GroupMergeMethod InputContract MergeMethodSpec ParameterScope ParameterSpec TensorEntry TensorGroup"
@@ -68,7 +71,11 @@ PARTS = {
         "device trust_remote_code quiet transformers_cache lora_merge_cache low_cpu_memory multi_gpu apply_global_options"
     ),
     "mergekit.plan": "MergePlanner",
-    "mergekit.plan:MergePlanner": "config arch_info options _method _tensors _model_arch _plan plan_tensor plan_to_disk",
+    "mergekit.plan:MergePlanner": (
+        "config arch_info options _method _tensors _tokenizer_task _model_arch _plan plan_tensor plan_to_disk"
+    ),
+    "mergekit.tokenizer": "BuildTokenizer PermutedVocabulary",
+    "mergekit.tokenizer:PermutedVocabulary": "gather_tensors vocabulary_axis execute",
 }
 
 # What is wrapped or called: the arguments that are known to us. It has to take all of them and to need no others.

@@ -45,6 +45,7 @@ from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.multigpu_executor import MultiGPUExecutor
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
+from mergekit.tokenizer import PermutedVocabulary
 
 from mergekit_pave import _field, _methods
 from mergekit_pave._conversion import Conversions, known_once
@@ -55,7 +56,7 @@ from mergekit_pave.calibration.run import Runtime
 from mergekit_pave.card import with_section
 from mergekit_pave.checkpoint import Checkpoint
 from mergekit_pave.checks import check_present
-from mergekit_pave.dry_run import try_dtypes, try_method, try_tokenizers
+from mergekit_pave.dry_run import try_chat_template, try_dtypes, try_method, try_tokenizer
 from mergekit_pave.errors import PaveError
 from mergekit_pave.failures import is_out_of_memory, ran_out
 from mergekit_pave.inputs import check_inputs, check_name, in_a_line
@@ -244,8 +245,8 @@ def _problem(planner: MergePlanner, model: ModelReference, info: WeightInfo) -> 
     if info.optional or any(map(known.conversions.can_make, (info.name, *(info.aliases or ())))):
         return None
     return (
-        "but its checkpoint has none of such a name. Fetch it again if it is incomplete; or load it with transformers as "
-        f"{_class_name(planner, model)}, save it with `save_pretrained`, and merge that"
+        "but its checkpoint has none of such a name. Fetch it again if it is incomplete. If a complete "
+        f"{_class_name(planner, model)} has none either, mergekit cannot merge it, with or without a `pave:` block"
     )
 
 
@@ -257,11 +258,24 @@ def _try_out(planner: MergePlanner) -> None:
     """Try what mergekit looks at only when it merges."""
     config = planner.config
     try_dtypes({"dtype": config.dtype, "out_dtype": config.out_dtype})
-    if source := config.tokenizer.source if config.tokenizer else config.tokenizer_source:
-        needed = [config.base_model or config.referenced_models()[0], source]
-        try_tokenizers([model for model in needed if isinstance(model, ModelReference)], planner.options.trust_remote_code)
+    if config.chat_template not in (None, "auto"):
+        try_chat_template(config)
+    if planner._tokenizer_task:
+        gathers = (task.gather_tensors for _, task in planner._tensors)
+        vocabularies = [gather for gather in gathers if isinstance(gather, PermutedVocabulary)]
+        try_tokenizer(planner._tokenizer_task, [(vocabulary, _rows(vocabulary)) for vocabulary in vocabularies])
     if not _is_regmean(planner):  # its parameters are checked where its tasks are made
         try_method(task for _, task in planner._tensors)
+
+
+def _rows(vocabulary: PermutedVocabulary) -> dict[ModelReference, int]:
+    """How many tokens each model's tensor is for, as far as headers say."""
+    rows = {}
+    for model, info in vocabulary.gather_tensors.weight_info.items():
+        stored = _checkpoint(model).stored
+        if name := next((name for name in (info.name, *(info.aliases or ()), *(info.tied_names or ())) if name in stored), None):
+            rows[model] = stored[name].shape[vocabulary.vocabulary_axis]
+    return rows
 
 
 def _parameters(config: MergeConfiguration) -> Iterator[str]:
@@ -318,7 +332,8 @@ def _with_stored_names(planner: MergePlanner) -> ModelArchitecture:
         return architecture
 
     trust = planner.options.trust_remote_code
-    described = describe(one.config(trust_remote_code=trust), one.model.path, trust, one.model.revision)
+    own_config = one.config(trust_remote_code=trust)
+    described = describe(own_config, one.model.path, trust, one.model.revision)
     # A tensor outside of all layers may have a number in its name that is no layer's.
     numbered = {described.loaded_as(name) for name in known if RE_LAYER_INDEX.search(name)}
 
@@ -335,11 +350,15 @@ def _with_stored_names(planner: MergePlanner) -> ModelArchitecture:
         if target and _layer(target) == _layer(name):
             (other if described.weight_name([name]) else parts).setdefault(general(target, target), []).append(template)
 
+    @functools.cache
+    def conversions() -> Conversions:
+        return Conversions(own_config.model_type, _checkpoint(one).files.keys())
+
     def named(info: WeightInfo) -> list[WeightInfo]:
-        target = described.loaded_as(info.name.replace("${layer_index}", "0"))
-        own_name = general(target, target) if target else info.name
-        names = other.get(own_name, [])
-        if info.name not in stored and not info.optional and own_name == info.name:
+        first_layers = info.name.replace("${layer_index}", "0")
+        target = described.loaded_as(first_layers)
+        names = other.get(general(target, target) if target else info.name, [])
+        if info.name not in stored and not info.optional and (not names or conversions().can_make(first_layers)):
             return [info]  # mergekit converts it, and writes it under the new name
         if names:
             # It is read under each of these names, as it would be with `aliases`, which mergekit refuses for an optional tensor.

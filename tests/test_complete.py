@@ -145,3 +145,16 @@ def test_checkpoints_that_name_their_tensors_differently(tmp_path, old):
     assert len(written) == len(plain)
     again = saved_anew("ViTForImageClassification", tmp_path / "out", tmp_path / "again")
     assert_exact(weights(again), expected, plain)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_whole_models_tensors_without_its_prefix(tmp_path, cache, tied):
+    """As Qwen3-Embedding is stored: the class of a whole model, and the names of its backbone."""
+    family = make_llama(tmp_path, tie_word_embeddings=tied)
+    bare = stored_otherwise(
+        family, tmp_path / "bare", lambda tensors: {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    )
+    given, written = (merge(config_for(one, {}), tmp_path / f"out{i}") for i, one in enumerate((family, bare)))
+    assert written.keys() == weights(bare.base).keys()
+    assert ("lm_head.weight" in written) is not tied
+    assert all(torch.equal(written[name.removeprefix("model.")], tensor) for name, tensor in given.items())

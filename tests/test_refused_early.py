@@ -80,16 +80,27 @@ def test_layers_that_are_not_there(llama, tmp_path, cache, start, end):
     assert f"slices: layer_range [{start}, {end}] of {llama.tuned[0]} does not fit. The model has 3 layers" in told
 
 
+def tokens_from(model: str, token: str) -> dict:
+    return {"source": "union", "tokens": {"<new>": {"source": {"kind": "model_token", "model": model, "token": token}}}}
+
+
 SETTINGS = {
     "dtype": ({"dtype": "bfloat"}, "dtype: 'bfloat' is no precision to merge in; use bfloat16"),
     "integers": ({"dtype": "int64"}, "dtype: 'int64' is no precision to merge in"),
     "out_dtype": ({"out_dtype": "half"}, "out_dtype: 'half' is no precision to merge in"),
     "epsilon": (
         {"merge_method": "della", "parameters": {"density": 0.05, "epsilon": 0.5}},
-        "della: mergekit cannot merge .* with the parameters that the config gives it",
+        "della: mergekit cannot merge .* with the parameters of the config",
     ),
-    "tokenizer": ({"tokenizer": {"source": "./nowhere"}}, "tokenizer: the tokenizer of ./nowhere cannot be loaded"),
-    "tokenizer_source": ({"tokenizer_source": "./nowhere"}, "tokenizer: the tokenizer of ./nowhere cannot be loaded"),
+    "tokenizer": ({"tokenizer": {"source": "./nowhere"}}, r"tokenizer: mergekit cannot make the output's tokenizer .*nowhere"),
+    "tokenizer_source": ({"tokenizer_source": "./nowhere"}, r"tokenizer: mergekit cannot make .*nowhere"),
+    "a token's model": ({"tokenizer": tokens_from("./nowhere", "<s>")}, "tokenizer: mergekit cannot make .*nowhere"),
+    "a model's token": ({"tokenizer": tokens_from("base", "<nothing>")}, "tokenizer: mergekit cannot make .*<nothing>"),
+    "chat_template": (
+        {"chat_template": "chatmll"},
+        "chat_template: 'chatmll' is neither a Jinja template nor the name of one that mergekit has",
+    ),
+    "a weight": ({"parameters": {"lambda": float("nan")}}, "task_arithmetic: mergekit cannot merge .*the result is not finite"),
 }
 
 
@@ -97,6 +108,8 @@ SETTINGS = {
 def test_settings_that_are_looked_at_late(llama, tmp_path, cache, setting):
     more, words = SETTINGS[setting]
     config = config_for(llama, {}) | more
+    if setting == "a model's token":
+        config["tokenizer"]["tokens"]["<new>"]["source"]["model"] = str(llama.base)
     if setting == "epsilon":
         for entry in config["models"]:
             entry["parameters"] = {"weight": 0.5}
