@@ -40,6 +40,7 @@ class Memory:
         used: bytes in use.
         peak: the most that were in use at a time.
         allocations: how often memory was asked for.
+        devices: where.
         limit: bytes that there are.
         failing: the allocations that fail, by their number from 0 on.
         has_float64: whether the devices know this type.
@@ -51,16 +52,17 @@ class Memory:
         self.reset()
 
     def reset(self) -> None:
-        self.peak, self.allocations = self.used, 0
+        self.peak, self.allocations, self.devices = self.used, 0, set()
         self.limit, self.failing, self.has_float64 = float("inf"), range(0), True
 
-    def block(self, raw: torch.Tensor) -> _Block:
+    def block(self, raw: torch.Tensor, device: torch.device) -> _Block:
         """What a tensor lies in, which a view shares with the tensor that it is of."""
         with _lock:
             storage = raw.untyped_storage()
             block = self._blocks.get(storage._cdata)
             if block is None:
                 block = self._blocks[storage._cdata] = _Block(self, storage)
+                self.devices.add(str(device))
             return block
 
     def take(self, size: int) -> None:
@@ -105,7 +107,7 @@ class DeviceTensor(torch.Tensor):
     def __new__(cls, raw: torch.Tensor, device: torch.device):
         if raw.dtype == torch.float64 and not memory.has_float64:
             raise TypeError(f"Cannot convert a tensor to float64, which {device} does not support. Please use float32 instead.")
-        block = memory.block(raw)
+        block = memory.block(raw, device)
         like = {"dtype": raw.dtype, "layout": raw.layout, "device": device, "requires_grad": False}
         made = torch.Tensor._make_wrapper_subclass(cls, raw.size(), raw.stride(), raw.storage_offset(), **like)
         made.raw, made.block = raw, block
@@ -261,12 +263,12 @@ def take_all_merges() -> None:
 @contextlib.contextmanager
 def all_freed() -> Iterator[None]:
     """Fail if what runs inside leaves anything in the devices' memory."""
-    gc.collect()
     before = memory.used
     memory.reset()
     try:
         yield
     finally:
         memory.reset()
-    gc.collect()
-    assert memory.used == before, f"{memory.used - before} bytes are left on the device"
+    if memory.used > before:  # by a cycle of references, perhaps
+        gc.collect()
+    assert memory.used <= before, f"{memory.used - before} bytes are left on the device"

@@ -1,0 +1,68 @@
+"""Merges on the pretend device: what is written is what the CPU writes, however a merge is told to use the device."""
+
+import json
+
+import pytest
+import torch
+from merging import config_for, invoke, merge
+from pretend_device import memory
+from reference import weights
+from test_methods import METHODS, method_config
+
+# How a merge may be told to use the device, and which devices that means.
+USES = {
+    "cuda": (("--cuda",), {"npu:0"}),
+    "low_cpu_memory": (("--cuda", "--low-cpu-memory"), {"npu:0"}),
+    "read_to_gpu": (("--cuda", "--read-to-gpu"), {"npu:0"}),
+    "second": (("--device", "npu:1", "--low-cpu-memory", "--read-to-gpu"), {"npu:1"}),
+    "multi_gpu": (("--cuda", "--multi-gpu"), {"npu:0", "npu:1"}),
+    "gpu_rich": (("--gpu-rich",), {"npu:0", "npu:1"}),
+}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A cache that the tests of this file share, so that all but one of them find it full."""
+    return {"cache_dir": str(tmp_path_factory.mktemp("cache"))}
+
+
+@pytest.fixture(scope="module")
+def on_cpu(families, tmp_path_factory):
+    """What a CPU alone makes of the config that most tests merge."""
+    return merge(config_for(families["llama"], {}), tmp_path_factory.mktemp("cpu") / "out", device="cpu")
+
+
+def assert_close(written: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], purified: int) -> None:
+    """Purified weights are the same but for rounding: attention and decomposition have other kernels here. Others are equal."""
+    assert written.keys() == expected.keys()
+    different = {name for name, tensor in written.items() if not torch.equal(tensor, expected[name])}
+    assert len(different) <= purified
+    for name in different:
+        assert (written[name] - expected[name]).norm() < 2e-6 * expected[name].norm(), name
+
+
+@pytest.mark.parametrize("use", USES)
+def test_every_way_to_use_it(llama, tmp_path, cache, on_cpu, use):
+    options, devices = USES[use]
+    for run in ("cold", "warm"):
+        memory.devices.clear()
+        result = invoke(config_for(llama, {}), tmp_path / run, "--quiet", *options)
+        assert result.exit_code == 0, (run, result.output, result.exception)
+        assert memory.devices == devices, run
+    report = json.loads((tmp_path / "cold" / "pave_report.json").read_text())
+    assert_close(weights(tmp_path / "cold"), on_cpu, len(report["purified"]) // 2)
+    for name, tensor in weights(tmp_path / "warm").items():
+        assert torch.equal(tensor, weights(tmp_path / "cold")[name]), name
+
+
+@pytest.mark.parametrize("method", [*METHODS, "regmean", "tsv"])
+def test_methods(llama, tmp_path, measured, method):
+    """With the same decompositions every method gives the same numbers, bit for bit."""
+    if method in METHODS:
+        config = method_config(llama, method, measured)
+    else:
+        config = config_for(llama, measured, models=3, merge_method=method)
+    on_device = merge(config, tmp_path / "device", random_seed=1, device="npu")
+    assert memory.allocations
+    for name, tensor in merge(config, tmp_path / "cpu", random_seed=1, device="cpu").items():
+        assert torch.equal(tensor, on_device[name]), name
