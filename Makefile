@@ -16,7 +16,7 @@ $(READY): pyproject.toml constraints.txt
 test: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/python -m pytest -q
+	$(VENV)/bin/python -m pytest -q -n auto --dist loadfile
 
 test-slow: $(READY)
 	$(VENV)/bin/python -m pytest -q -m slow

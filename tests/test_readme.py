@@ -1,9 +1,11 @@
 """README, tried out: every command, config and Python block, in order, on tiny models of the same names.
 
 Not run: `pip install` (the package under test is installed already), and what takes minutes (`tests/benchmarks`, `make demo`).
-Of these it is checked that they exist and know their options. `--cuda` is left out; `torchrun` and `accelerate` are slow tests.
+Of these it is checked that they exist and know their options. `--cuda` is left out, but where the pretend device of `test_device`
+stands in for it; `torchrun` and `accelerate` are slow tests.
 """
 
+import os
 import re
 import shlex
 import sys
@@ -28,6 +30,7 @@ README = (ROOT / "README.md").read_text()
 # By what a command begins with: how it is run in this process, where it can be.
 IN_PROCESS = {"mergekit-pave": main, "mergekit-yaml": run_yaml.main, "mergekit-multi": multimerge.main}
 LAUNCHERS = ("torchrun", "accelerate")
+LEFT_OUT = () if "PRETEND_DEVICE" in os.environ else ("--cuda",)
 
 
 def blocks(language: str) -> list[str]:
@@ -69,7 +72,7 @@ def workplace(tmp_path, monkeypatch, cache):
 
 def invoke(words: list[str]) -> None:
     forget_checkpoints()
-    result = CliRunner().invoke(IN_PROCESS[words[0]], [word for word in words[1:] if word != "--cuda"])
+    result = CliRunner().invoke(IN_PROCESS[words[0]], [word for word in words[1:] if word not in LEFT_OUT])
     assert result.exit_code == 0, (shlex.join(words), result.output[-2000:], result.exception)
 
 
