@@ -108,7 +108,7 @@ def as_text(preview: dict[str, Any]) -> str:
     outputs = {row["output"] for model in preview["models"].values() for row in model["purified"]}
     lines = [f"{len(outputs)} of {preview['tensors']} tensors will be purified."]
     if not preview["compared"]:
-        lines[0] += " Those that equal the base model's will stay as they are; which these are, the merge finds out."
+        lines[0] += " Weights that equal the base model's are left as they are; the merge finds out which ones do."
     if "regmean" in preview:
         others = regmean_reasons(preview["regmean"]) or "none"
         lines.append(f"{preview['regmean']['closed_form']} will be merged in closed form; as task_arithmetic does: {others}.")

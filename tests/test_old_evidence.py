@@ -128,6 +128,7 @@ def test_several_devices_write_the_report_after_the_weights(llama, out, monkeypa
     monkeypatch.setattr(
         multigpu_executor, "get_torch_accelerator_module", lambda _: SimpleNamespace(synchronize=lambda device: None)
     )
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
     merge(config_for(llama, {"rank_ratio": 0.75}), out, multi_gpu=True)
