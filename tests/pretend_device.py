@@ -181,6 +181,17 @@ def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
     return type(value)(_mapped(change, item) for item in value) if isinstance(value, list | tuple) else change(value)
 
 
+def _in_lower_precision(op: Any, *args, **kwargs):
+    """What `torch.autocast` makes of a product."""
+
+    def cast(value: Any) -> Any:
+        single = isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype != torch.float64
+        return value.to(torch.get_autocast_dtype(NAME)) if single else value
+
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)):
+        return op(*_mapped(cast, args), **{name: cast(value) for name, value in kwargs.items()})
+
+
 def _place(op: Any, tensors: list[torch.Tensor]) -> torch.device:
     """Where an operation takes place."""
     first = tensors[0].device
@@ -243,10 +254,12 @@ def register() -> None:
         if namespace == "aten" and not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd"):
             op, _, overload = rest.partition(".")
             _operations.impl(rest, functools.partial(_run, getattr(getattr(_aten, op), overload or "default")), "PrivateUse1")
-    _autocast.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    _others.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    for name in ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "scaled_dot_product_attention"):
+        _operations.impl(name, functools.partial(_in_lower_precision, getattr(_aten, name).default), "AutocastPrivateUse1")
 
 
-_operations, _autocast = torch.library.Library("aten", "IMPL"), torch.library.Library("_", "IMPL")
+_operations, _others = torch.library.Library("aten", "IMPL"), torch.library.Library("_", "IMPL")
 
 
 def take_all_merges() -> None:

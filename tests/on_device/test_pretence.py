@@ -34,6 +34,14 @@ def test_modules_and_files(tmp_path):
     assert torch.equal(load_file(tmp_path / "layer.safetensors", device=FIRST)["weight"].cpu(), layer.weight.detach().cpu())
 
 
+def test_autocast():
+    layer, x = torch.nn.Linear(4, 2).to(FIRST), torch.ones(1, 4, device=FIRST)
+    with torch.autocast("npu", dtype=torch.bfloat16):
+        assert layer(x).dtype == (x @ x.mT).dtype == torch.bfloat16
+        assert (x + 1).dtype == torch.float32 and (x.double() @ x.mT.double()).dtype == torch.float64
+    assert layer(x).dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     "refused",
     [
