@@ -174,16 +174,16 @@ def zstd(written: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("name", "written"),
     [
-        ("rows.jsonl.gz", gzip.compress(LINES)),
+        ("rows.jsonl.gz", gzip.compress(LINES, mtime=0)),
         ("rows.jsonl.zst", LINES),
         ("rows.jsonl.bz2", bz2.compress(LINES)),
         ("rows.jsonl.xz", lzma.compress(LINES)),
-        ("rows.JSON.GZ", gzip.compress(b'[{"text": "one"}, {"text": "two"}]')),
+        ("rows.JSON.GZ", gzip.compress(b'[{"text": "one"}, {"text": "two"}]', mtime=0)),
         ("rows.ndjson", LINES),
         ("rows.tsv", b"n\ttext\n1\tone\n2\ttwo\n"),
-        ("rows.tsv.gz", gzip.compress(b"n\ttext\n1\tone\n2\ttwo\n")),
+        ("rows.tsv.gz", gzip.compress(b"n\ttext\n1\tone\n2\ttwo\n", mtime=0)),
         ("rows.csv.zst", b"n,text\n1,one\n2,two\n"),
-        ("rows.txt.gz", gzip.compress(b"one\ntwo\n")),
+        ("rows.txt.gz", gzip.compress(b"one\ntwo\n", mtime=0)),
         ("rows[1] *.jsonl", LINES),
     ],
 )
