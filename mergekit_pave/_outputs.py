@@ -67,4 +67,5 @@ def _page(folder: Path) -> list[Path]:
     if not is_page(page):
         return []
     links = re.findall(r'<a href="([^"/\\]+\.png)">PNG</a>', page.read_text(encoding="utf-8", errors="replace"))
-    return [*(folder / html.unescape(link) for link in links), page]
+    names = map(html.unescape, links)
+    return [*(folder / name for name in names if Path(name).name == name), page]

@@ -7,6 +7,7 @@ whole, once, and the cache remembers it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,7 +15,10 @@ import torch
 from torch import Tensor
 
 from mergekit_pave import cache
+from mergekit_pave.errors import PaveError
 from mergekit_pave.progress import bar
+
+LOG = logging.getLogger(__name__)
 
 _BLOCK = 1 << 22  # elements that are compared at a time
 
@@ -33,10 +37,10 @@ def equal_matrices(weight: Tensor | None, base: Tensor | None) -> tuple[int, ...
 
 
 def _equal(left: Tensor, right: Tensor) -> bool:
-    precision = torch.promote_types(left.dtype, right.dtype)
     rows = max(1, _BLOCK // left.shape[1])
     blocks = [left[:1], *left.split(rows)], [right[:1], *right.split(rows)]
-    return all(torch.equal(own.to(precision), other.to(own.device, precision)) for own, other in zip(*blocks))
+    # A weight that was stored in fewer bits than the base model's has changed by rounding alone.
+    return all(torch.equal(own, other.to(own.device, own.dtype)) for own, other in zip(*blocks))
 
 
 class Comparison:
@@ -58,11 +62,12 @@ class Comparison:
         """The matrices of a weight that are known to equal the base model's."""
         return tuple(self._equal.get(tensor, ()))
 
-    def compare(self, pairs: dict[str, Callable[[], Sequence[Tensor | None]]], quiet: bool) -> None:
+    def compare(self, pairs: dict[str, Callable[[], Sequence[Tensor | None]]], quiet: bool, keep_all: bool) -> None:
         """Compare weights that are not known yet, and remember which of them are equal.
 
         Args:
             pairs: by the weight's name, what reads it and the base model's, where there are such.
+            keep_all: remember the weights that differ as well, as a part of one cannot be read alone.
         """
         unknown = {tensor: read for tensor, read in pairs.items() if tensor not in self._equal}
         found = {}
@@ -71,11 +76,14 @@ class Comparison:
                 both = read()
                 equal = equal_matrices(*both)
                 # A stack may be made of many tensors, all of which are read for it, so what is known of one is kept, too.
-                if equal or (both[0] is not None and both[0].dim() == 3):
+                if equal or keep_all or (both[0] is not None and both[0].dim() == 3):
                     found[tensor] = list(equal)
                 progress.update()
         if found:
             self._equal |= found
             model, base = self._names
-            with self._artefact.lock():
-                self._artefact.complete({"files": {}, "model": model, "base": base, "equal": self._equal})
+            try:
+                with self._artefact.lock():
+                    self._artefact.complete({"files": {}, "model": model, "base": base, "equal": self._equal})
+            except PaveError as error:  # a cache that is read-only does for all else
+                LOG.info("which weights of %s equal those of %s is not kept: %s", model, base, error)

@@ -42,7 +42,8 @@ def check_inputs(config: MergeConfiguration, options: MergeOptions) -> None:
             _check_folder(model, folder, "config.json", _WEIGHTS)
         if model.lora and Path(model.lora.path).exists():
             _check_folder(model, Path(model.lora.path), "adapter_config.json", _ADAPTERS)
-        _check_config(model, options.trust_remote_code)
+        is_run = config.pave is None or config.pave.listed(model) is not None
+        _check_config(model, options.trust_remote_code, is_run)
         if folder.exists():
             _check_weights(model)
 
@@ -59,7 +60,8 @@ def check_name(device: str) -> None:
 def _check_device(options: MergeOptions) -> None:
     with _of_device(options.device):
         torch.ones(1, device=options.device).item()
-    if options.multi_gpu and not torch.accelerator.is_available():
+    backend = torch.accelerator if hasattr(torch, "accelerator") else torch.cuda  # before torch 2.6
+    if options.multi_gpu and not backend.is_available():
         raise PaveError("--multi-gpu needs an accelerator, and PyTorch sees none here; leave it out")
 
 
@@ -113,7 +115,7 @@ def _read_mapping(model: ModelReference, path: Path) -> dict[str, Any]:
     return content
 
 
-def _check_config(model: ModelReference, trust_remote_code: bool) -> None:
+def _check_config(model: ModelReference, trust_remote_code: bool, is_run: bool) -> None:
     try:
         config = model.config(trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever transformers, the Hub or remote code trips over
@@ -127,7 +129,7 @@ def _check_config(model: ModelReference, trust_remote_code: bool) -> None:
         )
 
     needed = getattr(getattr(transformers, named[0], None), "config_class", None)
-    if model.override_architecture and needed and not isinstance(config, needed):
+    if is_run and model.override_architecture and needed and not isinstance(config, needed):
         raise PaveError(
             f"{model}: override_architecture is {named[0]}, which needs a {needed.__name__}, but its config.json makes a "
             f"{type(config).__name__}; leave the override out, or name a class of that kind"

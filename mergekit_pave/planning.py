@@ -383,7 +383,9 @@ def _leave_unchanged(
             identities[base] = cache.weights_identity(checkpoint.folder, list(checkpoint.files.values()))
         comparison = sources[model].comparison(identities[base], str(base))
         if environment.compares:
-            comparison.compare(of_models, environment.runtime.quiet)
+            files = [*environment.checkpoint(model).files.values(), *checkpoint.files.values()]
+            keep_all = not all(file.endswith(".safetensors") for file in files)
+            comparison.compare(of_models, environment.runtime.quiet, keep_all)
         comparisons[model, base] = comparison
     for place, base in bases.items():
         for choice in list(chosen[place]):

@@ -196,8 +196,8 @@ def _with_purification(plan):
             closed_forms = plan_without_data(tensors, _environment(self))
         else:
             check_present(_inputs(self), functools.partial(_problem, self))
-            _try_out(self)
             with no_bars_of_others(self.options.quiet):
+                _try_out(self)
                 self._pave_plan = make_plan(self.config.pave, tensors, _environment(self))
             for place, gather in self._pave_plan.gathers.items():
                 weight, task = self._tensors[place]
@@ -263,7 +263,9 @@ def _try_out(planner: MergePlanner) -> None:
     if planner._tokenizer_task:
         gathers = (task.gather_tensors for _, task in planner._tensors)
         vocabularies = [gather for gather in gathers if isinstance(gather, PermutedVocabulary)]
-        try_tokenizer(planner._tokenizer_task, [(vocabulary, _rows(vocabulary)) for vocabulary in vocabularies])
+        known = [(vocabulary, _rows(vocabulary)) for vocabulary in vocabularies]
+        known = [(one, rows) for one, rows in known if len(rows) == len(one.gather_tensors.weight_info)]
+        try_tokenizer(planner._tokenizer_task, known)
     if not _is_regmean(planner):  # its parameters are checked where its tasks are made
         try_method(task for _, task in planner._tensors)
 

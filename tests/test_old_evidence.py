@@ -12,6 +12,7 @@ from mergekit import multigpu_executor
 from mergekit.io.tensor_writer import TensorWriter
 from merging import command, config_for, merge, start, write_config
 
+from mergekit_pave import _outputs
 from mergekit_pave.cli import main
 
 
@@ -193,3 +194,14 @@ def test_what_cannot_be_removed_costs_no_merge(llama, out, monkeypatch, caplog):
     monkeypatch.setattr("mergekit_pave._outputs.remove", lambda _: 1 / 0)
     merge(config_for(llama), out)
     assert "could not be removed" in caplog.text
+
+
+def test_nothing_outside_of_the_folder_is_removed(tmp_path):
+    """A page may have come from somebody else."""
+    (tmp_path / "precious.png").write_bytes(b"")
+    page = tmp_path / "out" / "pave_report" / "index.html"
+    page.parent.mkdir(parents=True)
+    link = '<a href="..&#47;..&#47;precious.png">PNG</a>'
+    page.write_text(f'<meta name="generator" content="mergekit-pave report">{link}')
+    _outputs.remove(tmp_path / "out")
+    assert (tmp_path / "precious.png").is_file() and not page.exists()

@@ -1,7 +1,9 @@
 """Weights that fine-tuning did not change: they stay as they are, take no part in allocation, and are listed with that reason."""
 
+import contextlib
 import json
 import logging
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -13,7 +15,7 @@ from safetensors.torch import save_file
 from test_experts import EXPERTS, family_of  # noqa: F401
 from test_in_memory import BATCH, load
 
-from mergekit_pave import comparison, purify_model
+from mergekit_pave import PaveError, comparison, purify_model
 from mergekit_pave.cli import main
 from mergekit_pave.comparison import equal_matrices
 from mergekit_pave.report import UNCHANGED, warnings
@@ -179,6 +181,9 @@ def test_equal_matrices():
     assert equal_matrices(weight, weight.float()) == (0,)
     assert equal_matrices(weight.float(), weight.float() * (1 + 2e-7)) == ()
     assert equal_matrices(weight, weight[:-1]) == equal_matrices(weight, None) == ()
+    precise = torch.randn(300, 7, generator=draw)
+    assert equal_matrices(precise.bfloat16(), precise) == (0,)  # stored in fewer bits, and not changed otherwise
+    assert equal_matrices(precise, precise.bfloat16()) == ()
     other = weight.clone()
     other[-1, -1] += 1
     assert equal_matrices(weight, other) == ()
@@ -216,3 +221,17 @@ def test_how_much_larger(removed, said):
     row = {"model": "m", "output": "w", "kept": 1, "components": 2, "energy_dropped": 0.0, "tokens": 1}
     report = {"models": {}, "purified": [row | {"removed_norm": removed, "change_norm": 1.0}]}
     assert [said is not None and said in line for line in warnings(report)] == [True] * (said is not None)
+
+
+def test_a_cache_that_is_read_only_does_not_stop_a_merge(frozen, tmp_path, cache, monkeypatch):
+    @contextlib.contextmanager
+    def refuse(self):
+        raise PaveError("read-only")
+        yield
+
+    config = config_for(frozen, {})
+    merge(config, tmp_path / "first")
+    shutil.rmtree(cache / "comparison")
+    monkeypatch.setattr("mergekit_pave.comparison.cache.Artefact.lock", refuse)
+    again = merge(config, tmp_path / "again")
+    assert all(torch.equal(tensor, again[name]) for name, tensor in weights(tmp_path / "first").items())

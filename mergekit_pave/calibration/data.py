@@ -87,7 +87,8 @@ class _Rows:
     def __init__(self, data: Data, calibration: Calibration, model: str):
         where = f"pave.models[{model}].data"
         rows = load_rows(data, f"{where}.path")
-        lines = rows.info.builder_name == "text"  # of a text file a blank line is no row
+        # Of a text file a blank line is no row.
+        lines = rows.info.builder_name == "text" and "text" in (rows.column_names or ["text"])
         ahead: Iterator[dict[str, Any]] = iter(())
         if isinstance(rows, datasets.IterableDataset):
             shuffled = rows.shuffle(seed=calibration.seed, buffer_size=max(1000, 4 * calibration.samples))
