@@ -66,7 +66,7 @@ def _check_weights(path: Path, written: dict[str, str] | None) -> None:
     if written is None:
         return
     for file, found in written_weights(path.parent, _weights_beside(path.parent)).items():
-        if file not in written:
+        if file not in written and not file.endswith(".json"):
             raise PaveError(
                 f"{path} is not of all weights beside it: {file} is from another merge, and may be loaded first. Remove the "
                 "weights of that merge from the folder"
