@@ -41,6 +41,7 @@ class Memory:
         peak: the most that were in use at a time.
         allocations: how often memory was asked for.
         devices: where.
+        moved: bytes that came from main memory or went there.
         limit: bytes that there are.
         failing: the allocations that fail, by their number from 0 on.
         has_float64: whether the devices know this type.
@@ -52,7 +53,7 @@ class Memory:
         self.reset()
 
     def reset(self) -> None:
-        self.peak, self.allocations, self.devices = self.used, 0, set()
+        self.peak, self.allocations, self.devices, self.moved = self.used, 0, set(), 0
         self.limit, self.failing, self.has_float64 = float("inf"), range(0), True
 
     def block(self, raw: torch.Tensor, device: torch.device) -> _Block:
@@ -170,6 +171,9 @@ def _run(op: Any, *args, **kwargs):
     for value in ours.values():
         if value.raw.shape != value.shape or value.raw.stride() != value.stride():
             _set_shape(value, value.raw.shape, value.raw.stride(), value.raw.storage_offset())
+
+    if op in _COPIES and {device.type, *(value.device.type for value in tensors)} != {NAME}:
+        memory.moved += tensors[-1].nbytes
 
     def closed(raw: Any) -> Any:
         return raw if not isinstance(raw, torch.Tensor) else ours[id(raw)] if id(raw) in ours else DeviceTensor(raw, device)

@@ -66,3 +66,18 @@ def test_methods(llama, tmp_path, measured, method):
     assert memory.allocations
     for name, tensor in merge(config, tmp_path / "cpu", random_seed=1, device="cpu").items():
         assert torch.equal(tensor, on_device[name]), name
+
+
+def test_low_cpu_memory_moves_every_tensor_once(llama, tmp_path, cache):
+    """Inputs and tails go to the device, and what is written comes back; otherwise values make the way at every step."""
+    config = config_for(llama, {})
+    assert invoke(config, tmp_path / "cold", "--cuda", "--quiet").exit_code == 0
+    written = sum(tensor.nbytes for tensor in weights(tmp_path / "cold").values())
+    tails = sum(file.stat().st_size for file in cache.rglob("tail-*.safetensors"))
+    moved = {}
+    for options in ((), ("--low-cpu-memory",)):
+        before = memory.moved
+        assert invoke(config, tmp_path / "warm", "--cuda", "--quiet", *options).exit_code == 0
+        moved[options] = memory.moved - before
+    # Three models and their tails go there, and one model comes back.
+    assert moved["--low-cpu-memory",] <= 4 * written + tails < moved[()]

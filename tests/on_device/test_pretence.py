@@ -91,6 +91,13 @@ def test_memory_is_counted():
     assert memory.used == before and memory.peak - before == 1200
 
 
+def test_what_is_moved_is_counted():
+    a = torch.zeros(10).to(FIRST)
+    torch.zeros(5).copy_((a + a.to(SECOND).to(FIRST))[:5])
+    assert memory.moved == 40 + 20
+    assert (a + 1).sum().item() == 10 and memory.moved == 60
+
+
 def test_memory_runs_out():
     memory.limit = memory.used + 1000
     a = torch.zeros(100, device=FIRST)
