@@ -12,6 +12,11 @@ from mergekit_pave.checkpoint import Checkpoint
 from mergekit_pave.errors import PaveError
 
 
+def names_of(info: Any) -> tuple[str, ...]:
+    """All names that mergekit reads the tensor of a `WeightInfo` by, its own first."""
+    return (info.name, *(info.aliases or ()), *(info.tied_names or ()))
+
+
 def check_present(inputs: Iterable[tuple[ModelReference, Any]], problem: Callable[[ModelReference, Any], str | None]) -> None:
     """Refuse a merge that needs what a checkpoint does not have.
 
@@ -41,7 +46,7 @@ def check_sizes(tensors: list[Any], checkpoint: Callable[[ModelReference], Check
         shapes: dict[ModelReference, tuple[int, ...]] = {}
         axis = None
         for model, info in planned.gather.weight_info.items() if planned.gather else ():
-            names = (info.name, *(info.aliases or ()), *(info.tied_names or ()))
+            names = names_of(info)
             stored = checkpoint(model).stored
             if found := [stored[name].shape for name in names if name in stored]:
                 shapes[model] = found[0]

@@ -12,7 +12,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary
 
-from mergekit_pave.errors import PaveError
+from mergekit_pave.errors import PaveError, in_a_line
 
 _SIDE = 128  # of a matrix: small, but large enough that a low density leaves something of it
 
@@ -62,7 +62,9 @@ def try_tokenizer(task: BuildTokenizer, vocabularies: Iterable[tuple[PermutedVoc
                 shape[vocabulary.vocabulary_axis] = rows[model]
             vocabulary.execute(tokenizer_info=built, tensors={model: torch.zeros(shape) for model, shape in shapes.items()})
     except Exception as error:  # transformers, the Hub and mergekit raise a dozen kinds
-        raise PaveError(f"tokenizer: mergekit cannot make the output's tokenizer as the config says: {_reason(error)}") from error
+        raise PaveError(
+            f"tokenizer: mergekit cannot make the output's tokenizer as configured: {in_a_line(error)}"
+        ) from error
     finally:
         log.setLevel(level)
 
@@ -88,10 +90,6 @@ def try_method(tasks: Iterable[ExecuteMergeMethodTask]) -> None:
             except PaveError:
                 raise
             except Exception as error:
-                raise PaveError(f"{what} ({_reason(error)})") from error
+                raise PaveError(f"{what} ({in_a_line(error)})") from error
             if merged is not None and not merged.isfinite().all():
                 raise PaveError(f"{what}: the result is not finite. Look for NaN or infinity among them")
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

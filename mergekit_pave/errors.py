@@ -14,6 +14,11 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> str:
     return f"unknown {kind} {name!r}{hint} (known {kind}s: {', '.join(known)})"
 
 
+def in_a_line(error: BaseException) -> str:
+    """What an error says, in one line; its kind where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 class PaveError(click.ClickException):
     """What is wrong, where, and what to do about it.
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from mergekit_pave.errors import PaveError
+from mergekit_pave.errors import PaveError, in_a_line
 
 # What allocators and libraries of linear algebra say that have no exception of their own for it.
 _SAID = re.compile(r"out of memory|not enough memory|allocate memory|memory allocation failed|_ALLOC_FAILED", re.IGNORECASE)
@@ -45,7 +45,7 @@ def advising(work: str, device: torch.device | str, remedy: str | None = None) -
         if is_out_of_memory(error):
             raise ran_out(work, device, remedy) from error
         if isinstance(error, NOT_CONVERGED):
-            reason = " ".join(str(error).split())
+            reason = in_a_line(error)
             raise PaveError(f"{work} did not converge ({reason}). Exclude the tensor, or merge with another method") from error
         raise
 

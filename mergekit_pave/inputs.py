@@ -17,7 +17,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_pave.checkpoint import is_pointer, stored_in
 from mergekit_pave.config import looks_local
-from mergekit_pave.errors import PaveError
+from mergekit_pave.errors import PaveError, in_a_line
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -71,7 +71,7 @@ def _of_device(device: str) -> Iterator[None]:
         yield
     except Exception as error:  # each kind of device has errors of its own
         raise PaveError(
-            f"the device {device!r} cannot be used here ({in_a_line(error)}); name another one, such as --device cuda:1, or "
+            f"the device {device!r} cannot be used here ({in_short(error)}); name another one, such as --device cuda:1, or "
             "leave --device and --cuda out to use the CPU"
         ) from error
 
@@ -109,7 +109,7 @@ def _read_mapping(model: ModelReference, path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise PaveError(f"{model}: {path} is no JSON ({in_a_line(error)}); mend it, or fetch it again") from error
+        raise PaveError(f"{model}: {path} is no JSON ({in_short(error)}); mend it, or fetch it again") from error
     if not isinstance(content, dict):
         raise PaveError(f"{model}: {path} holds no mapping; mend it, or fetch it again")
     return content
@@ -119,7 +119,7 @@ def _check_config(model: ModelReference, trust_remote_code: bool, is_run: bool) 
     try:
         config = model.config(trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever transformers, the Hub or remote code trips over
-        raise PaveError(f"{model}: its config.json cannot be used: {in_a_line(error)}") from error
+        raise PaveError(f"{model}: its config.json cannot be used: {in_short(error)}") from error
     named = config.architectures
     if not isinstance(named, list) or len(named) != 1 or not isinstance(named[0], str):
         told = "names no class" if not named else f"does not name one class but {named!r}"
@@ -140,11 +140,11 @@ def _check_weights(model: ModelReference) -> None:
     try:
         LoaderCache().get(ModelReference(model=model.model) if model.lora else model)
     except Exception as error:  # safetensors and PyTorch have errors of their own
-        told = f"the weights in {model.model.path} cannot be read ({in_a_line(error)})"
+        told = f"the weights in {model.model.path} cannot be read ({in_short(error)})"
         raise PaveError(f"{model}: {told}; fetch them again") from error
 
 
-def in_a_line(error: Exception) -> str:
+def in_short(error: Exception) -> str:
     """What an error says, without what PyTorch adds for those who look for bugs in it."""
-    text = " ".join(str(error).split())
-    return (text if len(text) < 400 else str(error).strip().splitlines()[0]) or type(error).__name__
+    text = in_a_line(error)
+    return text if len(text) < 400 else str(error).strip().splitlines()[0]

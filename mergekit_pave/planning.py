@@ -35,7 +35,7 @@ from mergekit_pave.checkpoint import Checkpoint
 from mergekit_pave.checks import check_complete, check_sizes, check_unquantised
 from mergekit_pave.comparison import Comparison
 from mergekit_pave.config import Data, PaveConfig, PaveModel, RelativeRegularization, looks_local
-from mergekit_pave.errors import PaveError
+from mergekit_pave.errors import PaveError, in_a_line
 from mergekit_pave.files import readable
 from mergekit_pave.report import FORMAT, NEVER_CALLED, UNCHANGED
 from mergekit_pave.tasks import (
@@ -622,7 +622,7 @@ class _Source:
                 )
             except (OSError, ValueError, KeyError, ImportError) as error:
                 failure = error
-        reason = " ".join(str(failure).split())
+        reason = in_a_line(failure)
         raise PaveError(f"{self.model}: its {what} cannot be loaded, and calibration needs it: {reason}") from failure
 
 
@@ -635,7 +635,7 @@ def _download(repository: str, where: str) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(repository, allow_patterns=["*.safetensors", cache.MANIFEST]))
     except Exception as error:  # the Hub's client raises a dozen kinds, all of them about this one entry
-        reason = " ".join(str(error).split())
+        reason = in_a_line(error)
         raise PaveError(f"{where}: {repository} is no folder here, and the Hub does not give it either: {reason}") from error
 
 

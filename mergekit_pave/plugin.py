@@ -55,11 +55,11 @@ from mergekit_pave.calibration.layers import describe
 from mergekit_pave.calibration.run import Runtime
 from mergekit_pave.card import with_section
 from mergekit_pave.checkpoint import Checkpoint
-from mergekit_pave.checks import check_present
+from mergekit_pave.checks import check_present, names_of
 from mergekit_pave.dry_run import try_chat_template, try_dtypes, try_method, try_tokenizer
-from mergekit_pave.errors import PaveError
+from mergekit_pave.errors import PaveError, in_a_line
 from mergekit_pave.failures import is_out_of_memory, ran_out
-from mergekit_pave.inputs import check_inputs, check_name, in_a_line
+from mergekit_pave.inputs import check_inputs, check_name, in_short
 from mergekit_pave.licence import common_licence
 from mergekit_pave.page.picture import draw_ranks
 from mergekit_pave.planning import (
@@ -138,7 +138,7 @@ def _told_in_a_line() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise PaveError(f"mergekit cannot plan this merge: {in_a_line(error)}") from error
+        raise PaveError(f"mergekit cannot plan this merge: {in_short(error)}") from error
 
 
 def _noting_position(plan_tensor):
@@ -236,7 +236,7 @@ def _inputs(planner: MergePlanner) -> Iterator[tuple[ModelReference, WeightInfo]
 def _problem(planner: MergePlanner, model: ModelReference, info: WeightInfo) -> str | None:
     """See `check_present`; what mergekit looks for, and where."""
     known, checkpoint = _known(planner, model), _checkpoint(model)
-    names = (info.name, *(info.aliases or ()), *(info.tied_names or ()))
+    names = names_of(info)
     if found := next((name for name in names if name in known.stored), None):
         file = checkpoint.files[found]
         if file.endswith(".safetensors") and found not in checkpoint.stored:
@@ -275,7 +275,7 @@ def _rows(vocabulary: PermutedVocabulary) -> dict[ModelReference, int]:
     rows = {}
     for model, info in vocabulary.gather_tensors.weight_info.items():
         stored = _checkpoint(model).stored
-        if name := next((name for name in (info.name, *(info.aliases or ()), *(info.tied_names or ())) if name in stored), None):
+        if name := next((name for name in names_of(info) if name in stored), None):
             rows[model] = stored[name].shape[vocabulary.vocabulary_axis]
     return rows
 
@@ -323,7 +323,7 @@ def _with_stored_names(planner: MergePlanner) -> ModelArchitecture:
     modules = {key: m for key, m in architecture.modules.items() if isinstance(m.architecture, JsonModuleArchitecture)}
     definitions = {key: _with_prefix(module) for key, module in modules.items()}
     infos = [info for d in definitions.values() for info in (*d.pre_weights, *d.layer_templates.weights, *d.post_weights)]
-    known = {name for info in infos for name in (info.name, *(info.aliases or ()), *(info.tied_names or ()))}
+    known = {name for info in infos for name in names_of(info)}
     # Of all layers the first, as a checkpoint may have one more for predicting several tokens, which transformers leaves out.
     names = {name for model in config.referenced_models() for name in _checkpoint(model).files}
     names = sorted(names, key=lambda name: (int(_layer(name) or 0), name), reverse=True)
@@ -457,7 +457,7 @@ def _environment(planner: MergePlanner) -> Environment:
 def _reads(planner: MergePlanner, model: ModelReference) -> list[list[str]]:
     """See `Environment`."""
     infos = [info for info in _known(planner, model).infos if not info.optional or _has(planner, model, info)]
-    return [[info.name, *(info.aliases or ()), *(info.tied_names or ())] for info in infos]
+    return [list(names_of(info)) for info in infos]
 
 
 def _has(planner: MergePlanner, model: ModelReference, info: WeightInfo) -> bool:
@@ -466,7 +466,7 @@ def _has(planner: MergePlanner, model: ModelReference, info: WeightInfo) -> bool
     if info.name in known.stored:
         return True
     # The name of another tensor among the tied ones is no name of this one, which is not needed beside that.
-    names = {*(info.aliases or ()), *(info.tied_names or ())} - known.names
+    names = set(names_of(info)) - known.names
     return not names.isdisjoint(known.stored) or known.conversions.can_make(info.name)
 
 
@@ -517,7 +517,7 @@ def plan_merge(config: MergeConfiguration, options: MergeOptions, *, compares: b
     try:
         return _plan_merge(config, options, compares)
     except (OSError, ValueError, RuntimeError) as error:
-        raise PaveError(f"mergekit cannot plan this merge: {' '.join(str(error).split())}") from error
+        raise PaveError(f"mergekit cannot plan this merge: {in_a_line(error)}") from error
 
 
 def _plan_merge(config: MergeConfiguration, options: MergeOptions, compares: bool) -> Plan:

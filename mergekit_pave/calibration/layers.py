@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mergekit_pave.calibration.computation import computation
 from mergekit_pave.calibration.experts import find_experts, find_routers, part_of_experts, projections
-from mergekit_pave.errors import PaveError
+from mergekit_pave.errors import PaveError, in_a_line
 from mergekit_pave.failures import is_out_of_memory
 
 # Heads that some architectures keep inside what they declare as their backbone.
@@ -166,7 +166,7 @@ def model_class(config: transformers.PretrainedConfig, path: str, trust_remote_c
     try:
         return get_class_from_dynamic_module(remote, path, revision=revision)
     except (OSError, ImportError, AttributeError, SyntaxError) as error:
-        reason = " ".join(str(error).split())
+        reason = in_a_line(error)
         raise PaveError(
             f"{path}: the code of {name} ({remote}) cannot be loaded, and calibration has to run it: {reason}"
         ) from error
@@ -222,7 +222,7 @@ def describe(
     except Exception as error:  # whatever a class trips over in a configuration that is not meant for it
         if is_out_of_memory(error):
             raise
-        reason = " ".join(str(error).split())
+        reason = in_a_line(error)
         raise PaveError(
             f"{path}: transformers cannot make a {cls.__name__} of its config.json ({type(error).__name__}: {reason}); see "
             "whether `architectures` there, or override_architecture in the config of the merge, names the right class"

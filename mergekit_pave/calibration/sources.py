@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 
 from mergekit_pave.config import Data, looks_local
-from mergekit_pave.errors import PaveError
+from mergekit_pave.errors import PaveError, in_a_line
 
 _LOADERS: dict[str, tuple[str, dict[str, str]]] = {
     ".jsonl": ("json", {}),
@@ -65,7 +65,7 @@ def load_rows(data: Data, where: str) -> datasets.Dataset | datasets.IterableDat
         return datasets.load_dataset(str(path) if here else data.path, **options)
     except Exception as error:  # the library raises a dozen kinds, all of them about this one entry
         cause = error.__cause__ or error
-        reason = " ".join(str(cause).split())
+        reason = in_a_line(cause)
         if isinstance(cause, UnicodeDecodeError):
             reason += "; calibration data has to be UTF-8"
         raise PaveError(f"{where}: cannot load {data.path} (split {data.split!r}): {reason}") from error
