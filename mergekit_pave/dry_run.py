@@ -62,9 +62,7 @@ def try_tokenizer(task: BuildTokenizer, vocabularies: Iterable[tuple[PermutedVoc
                 shape[vocabulary.vocabulary_axis] = rows[model]
             vocabulary.execute(tokenizer_info=built, tensors={model: torch.zeros(shape) for model, shape in shapes.items()})
     except Exception as error:  # transformers, the Hub and mergekit raise a dozen kinds
-        raise PaveError(
-            f"tokenizer: mergekit cannot make the output's tokenizer as configured: {in_a_line(error)}"
-        ) from error
+        raise PaveError(f"tokenizer: mergekit cannot make the output's tokenizer as configured: {in_a_line(error)}") from error
     finally:
         log.setLevel(level)
 
