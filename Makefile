@@ -16,6 +16,7 @@ $(READY): pyproject.toml constraints.txt
 test: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports
 	$(VENV)/bin/python -m pytest -q -n auto --dist loadfile
 
 test-slow: $(READY)

@@ -18,38 +18,42 @@ from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 from pydantic import ValidationError
 
 from mergekit_pave import cache as caches
-from mergekit_pave import host, versions
-from mergekit_pave._refusals import tool_of
+from mergekit_pave import versions
 from mergekit_pave.calibration import distributed
 from mergekit_pave.errors import PaveError
 from mergekit_pave.files import readable
-from mergekit_pave.page.picture import require_matplotlib
-from mergekit_pave.report import read_report
+from mergekit_pave.hook import host
+from mergekit_pave.hook.refusals import tool_of
+from mergekit_pave.report.page.picture import require_matplotlib
+from mergekit_pave.report.stored import read_report
 
 if not host.missing():  # else `doctor` and `cache` still work, and all others say why they do not
-    from mergekit_pave import plugin, preview
-    from mergekit_pave.page.measured import measure
+    from mergekit_pave.planning.measured import measure
+    from mergekit_pave.planning.preview import as_text, preview
+    from mergekit_pave.plugin.phases import fill_caches, plan_merge, sample_removal
 
 _PROBE = """
 import sys
 import mergekit.merge
 from mergekit import config
 live = "pave" in config.MergeConfiguration.model_fields
-from mergekit_pave import _field, _methods, _refusals, host
-if told := _field.problem or host.problem():
+from mergekit_pave.hook import host, refusals
+from mergekit_pave.methods import registry
+from mergekit_pave.settings import METHODS
+if told := host.problem():
     raise SystemExit(told)
 if not live:
     raise SystemExit(3)
 host.register()
 from mergekit import merge_methods
-for tool in _refusals.unguarded():
+for tool in refusals.unguarded():
     print(f"{tool} would ignore a `pave:` block", file=sys.stderr)
-print(", ".join(f"{name} (that of {_methods.others[name]})" if name in _methods.others else name for name in _methods.NAMES))
-for name in _methods.NAMES:
+print(", ".join(f"{name} (that of {registry.others[name]})" if name in registry.others else name for name in METHODS))
+for name in METHODS:
     try:
         merge_methods.get(name)
     except Exception as error:
-        print(f"`merge_method: {name}` cannot be used ({_methods.problem or error}); install mergekit-pave anew", file=sys.stderr)
+        print(f"`merge_method: {name}` cannot be used ({registry.problem or error}); install mergekit-pave anew", file=sys.stderr)
         raise SystemExit(4)
 """
 
@@ -71,11 +75,11 @@ def calibrate(config_file: str, merge_options: MergeOptions) -> None:
     merge_options.apply_global_options()
     distributed.start()
     config = distributed.first_alone(lambda: _read_config(config_file))
-    plan = plugin.fill_caches(config, merge_options)
+    plan = fill_caches(config, merge_options)
     done, weights = len(plan.decompositions), plan.decomposed
     if _speaks():
         click.echo(f"{weights} weights ready: {done} decomposed now, {weights - done} were in the cache.")
-        if measured := sum(bool(form.measured) for form in plan.closed_forms.values()):
+        if measured := sum(bool(form.covariances) for form in plan.closed_forms.values()):
             click.echo(f"Covariances for {measured} tensors that regmean merges are in the cache.")
 
 
@@ -90,10 +94,10 @@ def plan(config_file: str, as_json: bool, merge_options: MergeOptions) -> None:
     Adapters (`model+lora`) are merged into their models and written to --lora-merge-cache, unless they are there.
     """
     merge_options.apply_global_options()
-    planned = plugin.plan_merge(_read_config(config_file), merge_options, compares=False)
-    samples = plugin.sample_removal(planned, merge_options)
-    found = preview.preview(planned, merge_options.device, samples)
-    click.echo(json.dumps(found, indent=1) if as_json else preview.as_text(found))
+    planned = plan_merge(_read_config(config_file), merge_options, compares=False)
+    samples = sample_removal(planned, merge_options)
+    found = preview(planned, merge_options.device, samples)
+    click.echo(json.dumps(found, indent=1) if as_json else as_text(found))
 
 
 @main.command("report", cls=PrettyPrintHelp)
@@ -117,14 +121,14 @@ def write_report(source: Path, output: Path | None, merge_options: MergeOptions)
     """
     merge_options.apply_global_options()
     require_matplotlib()
-    from mergekit_pave.page import render  # needs matplotlib
+    from mergekit_pave.report.page import render
 
     folder = output or (source if source.is_dir() else source.parent) / "pave_report"
     render.check(folder)
     if source.is_dir():
         report, measured, config = read_report(str(source)), None, source / "mergekit_config.yml"
     else:
-        report, measured = measure(plugin.plan_merge(_read_config(str(source)), merge_options), merge_options)
+        report, measured = measure(plan_merge(_read_config(str(source)), merge_options), merge_options)
         config = source
     name = (source if source.is_dir() else source.with_suffix("")).resolve().name
     text = config.read_text(encoding="utf-8") if config.is_file() else None

@@ -13,34 +13,24 @@ from mergekit.common import ModelReference
 from mergekit.config import ConditionalParameter, ParameterSetting
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    Discriminator,
     Field,
     PrivateAttr,
-    Tag,
     ValidationError,
     model_serializer,
     model_validator,
 )
 
-from mergekit_pave import _field, _methods, host
-from mergekit_pave.errors import PaveError, unknown
-
-
-class _Block(BaseModel, frozen=True):
-    _elsewhere: ClassVar[dict[str, str]] = {}  # keys that belong to another block, and what to tell who puts them here
-
-    @model_validator(mode="before")
-    @classmethod
-    def _reject_unknown_keys(cls, value: Any) -> Any:
-        if isinstance(value, dict):
-            for key in value:
-                if key in cls._elsewhere:
-                    raise ValueError(f"{key} {cls._elsewhere[key]}")
-                if key not in cls.model_fields:
-                    raise ValueError(unknown("key", key, cls.model_fields))
-        return value
+from mergekit_pave.errors import PaveError
+from mergekit_pave.settings import (
+    DEFAULT_CALIBRATION,
+    Block,
+    Calibration,
+    Data,
+    Regularization,
+    RelativeRegularization,
+    reject_string,
+)
 
 
 def _reject_unknown_filter_keys(setting: Any) -> Any:
@@ -72,84 +62,11 @@ def _shown(condition: ConditionalParameter) -> str:
     return "the value" if condition.filter is None else f"the filter {condition.filter!r}"
 
 
-def _reject_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError(f"must be a number, not {str(value).lower()}")
-    return value
-
-
-def _reject_string(example: str) -> BeforeValidator:
-    def check(value: Any) -> Any:
-        if isinstance(value, str):
-            raise ValueError(f"must be {example.format(value)}, not {value!r} alone")
-        return value
-
-    return BeforeValidator(check)
-
-
 RankRatio = Annotated[ParameterSetting, BeforeValidator(_reject_unknown_filter_keys), AfterValidator(_check_rank_ratio)]
-Positive = Annotated[float, BeforeValidator(_reject_bool), Field(gt=0, allow_inf_nan=False)]
-Patterns = Annotated[list[str], _reject_string("a list: [{}]")]
-Count = Annotated[int, Field(ge=1, strict=True)]
+Patterns = Annotated[list[str], reject_string("a list: [{}]")]
 
 
-class RelativeRegularization(_Block):
-    """λ as a share of the mean diagonal of C."""
-
-    relative: Positive
-
-
-# The tags keep pydantic from telling what is wrong with the form that was not meant.
-Regularization = Annotated[
-    Annotated[Positive, Tag("absolute")] | Annotated[RelativeRegularization, Tag("relative")],
-    Discriminator(lambda value: "relative" if isinstance(value, (dict, RelativeRegularization)) else "absolute"),
-]
-
-
-class Calibration(_Block):
-    """How calibration samples are read. What is unset here comes from the next wider scope."""
-
-    samples: Count | None = None
-    max_length: Count | None = None
-    max_tokens: Count | None = None
-    min_tokens: Count | None = None
-    batch_size: Count | None = None
-    seed: Annotated[int, Field(ge=0, strict=True)] | None = None
-
-
-DEFAULT_CALIBRATION = Calibration(samples=256, max_length=512, max_tokens=65536, min_tokens=64, batch_size=8, seed=42)
-
-
-class Data(_Block):
-    """Which samples: the arguments of `datasets.load_dataset`, and which columns make up a sample."""
-
-    path: str = Field(min_length=1)
-    name: str | None = None
-    split: str = "train"
-    revision: str | None = None
-    data_files: str | list[str] | dict[str, str | list[str]] | None = None
-    streaming: bool = False
-    text: str | None = Field(default=None, min_length=1)
-    text_pair: str | None = Field(default=None, min_length=1)
-    target: str | None = Field(default=None, min_length=1)
-    messages: str | None = Field(default=None, min_length=1)
-    image: str | None = Field(default=None, min_length=1)
-
-    @model_validator(mode="after")
-    def _one_kind_of_sample(self) -> Data:
-        given = [kind for kind in ("text", "messages", "image") if getattr(self, kind) is not None]
-        if len(given) > 1 and given != ["text", "image"]:
-            raise ValueError(f"give only one of {', '.join(given)}")
-        if self.text_pair is not None and self.image is not None:
-            raise ValueError("text_pair does not go with image")
-        if self.text_pair is not None and self.text is None:
-            raise ValueError("text_pair needs text, the first of the pair")
-        if self.target is not None and self.image is not None:
-            raise ValueError("target, what an encoder-decoder model answers, goes with text or messages, not with image")
-        return self
-
-
-class PaveModel(_Block):
+class PaveModel(Block):
     """One model of the merge: its data, and settings that differ from those of the whole block."""
 
     _elsewhere: ClassVar[dict[str, str]] = {
@@ -158,7 +75,7 @@ class PaveModel(_Block):
     }
 
     model: ModelReference
-    data: Annotated[Data | list[Data] | None, _reject_string("a mapping, such as {{path: {}}}")] = None
+    data: Annotated[Data | list[Data] | None, reject_string("a mapping, such as {{path: {}}}")] = None
     covariance: str | None = Field(default=None, min_length=1)
     purify: bool = True
     rank_ratio: RankRatio | None = None
@@ -197,7 +114,7 @@ class _Shielded:
         return self._config.model_copy(update={"models": entries})
 
 
-class PaveConfig(_Block):
+class PaveConfig(Block):
     """The whole `pave:` block."""
 
     _out_path: str = PrivateAttr("")  # where the merge is written, for the model card
@@ -206,8 +123,8 @@ class PaveConfig(_Block):
     allocation: Literal["spectral", "uniform"] = "spectral"
     regularization: Regularization = RelativeRegularization(relative=0.01)
     target: Literal["weights", "task_vector"] = "weights"
-    exclude: Patterns = []
-    include: Patterns = []
+    exclude: Patterns = Field(default=[])
+    include: Patterns = Field(default=[])
     cache_dir: str | None = None
     calibration: Calibration = Calibration()
     models: list[PaveModel] = Field(min_length=1)
@@ -253,35 +170,31 @@ class PaveConfig(_Block):
         return Calibration(**{k: v for scope in scopes for k, v in scope.model_dump(exclude_none=True).items()})
 
 
-def looks_local(path: str) -> bool:
-    """Whether a path can be nothing on the Hub, be it there or not."""
-    return path.startswith((".", "/", "~")) or path.count("/") > 1
-
-
-def parse(value: Any, handler, info) -> PaveConfig | None:
-    """Validate the block as a field of mergekit's configuration, against the merge around it.
-
-    Without a block nothing happens, unless the merge method is one that is planned here.
+def read_block(value: Any) -> PaveConfig:
+    """The block, whatever the merge around it is.
 
     Raises:
-        PaveError: naming each key or model that is wrong. Not a `ValidationError`: this one is for people.
+        PaveError: a line for each key that is wrong.
     """
-    if value is None:
-        if _methods.is_ours(info.data.get("merge_method")):
-            _register("use another merge_method")
-        return None
     if isinstance(value, dict) and isinstance(value.get("block"), _Shielded):
         value = value["block"].with_models(value["models"])
     try:
-        config = handler(value)
+        return PaveConfig.model_validate(value)
     except ValidationError as error:
         raise PaveError("\n".join(_describe(value, error))) from None
-    if not {"modules", "slices", "models", "base_model"} <= info.data.keys():
-        return config  # the rest of the config is wrong, which mergekit will tell
-    _register("remove the `pave:` block")
-    _methods.is_ours(info.data.get("merge_method"))  # says so where it is not
-    base = info.data.get("base_model")
-    merged = set(_merged_models(info.data, base))
+
+
+def check_models(config: PaveConfig, merge: dict[str, Any]) -> None:
+    """Refuse a block whose models are not those of the merge.
+
+    Args:
+        merge: the other fields of mergekit's configuration.
+
+    Raises:
+        PaveError: naming the model.
+    """
+    base = merge.get("base_model")
+    merged = set(_merged_models(merge, base))
     for entry in config.models:
         if entry.model == base and entry.purify and base not in merged:
             raise PaveError(f"pave.models: {entry.model} is the base model, which is never purified; remove its entry")
@@ -296,20 +209,11 @@ def parse(value: Any, handler, info) -> PaveConfig | None:
             f"pave.models: {model} is merged but has no entry; give it `data` to calibrate with, "
             "or `purify: false` to merge it as it is"
         )
-    return config
 
 
 def _place(model: ModelReference) -> list[tuple[str, str | None]]:
     """What a reference refers to, however its paths are written."""
     return [(os.path.realpath(part.path), part.revision) for part in (model.model, model.lora) if part]
-
-
-def _register(otherwise: str) -> None:
-    """From here on mergekit has to honour the block, and to plan what is merged in closed form."""
-    try:
-        host.register()
-    except ImportError as error:
-        raise PaveError(f"mergekit-pave cannot be loaded ({error}); install it anew, or {otherwise}") from error
 
 
 def _merged_models(scope: dict[str, Any], base: ModelReference | None) -> Iterator[ModelReference]:
@@ -343,6 +247,3 @@ def _describe(value: Any, error: ValidationError) -> Iterator[str]:
         message = problem["msg"].removeprefix("Value error, ")
         shown = f" (got {problem['input']!r})" if problem["type"] not in ("missing", "value_error") else ""
         yield f"{path}: {message[0].lower()}{message[1:]}{shown}"
-
-
-_field.add()  # where this module was imported before mergekit

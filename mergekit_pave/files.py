@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whenever a process is killed; and sizes for people."""
+"""Files that are there whole or not at all, whenever a process is killed; sizes for people; and what is a path at all."""
 
 from __future__ import annotations
 
@@ -31,3 +31,8 @@ def readable(size: float) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} TB"
+
+
+def looks_local(path: str) -> bool:
+    """Whether a path can be nothing on the Hub, be it there or not."""
+    return path.startswith((".", "/", "~")) or path.count("/") > 1

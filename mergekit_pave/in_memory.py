@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -13,22 +12,24 @@ import transformers
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from mergekit_pave.allocation import fair_share
 from mergekit_pave.calibration.batches import Batch
 from mergekit_pave.calibration.blame import NotFiniteError, explained
-from mergekit_pave.calibration.layers import Linear, backbone, find_linears
+from mergekit_pave.calibration.given import Tensors, as_batch, as_batches, one_by_one
+from mergekit_pave.calibration.linears import find_linears
 from mergekit_pave.calibration.observe import DivergedError, UnalignedInputError
 from mergekit_pave.calibration.run import measure_model
-from mergekit_pave.comparison import equal_matrices
-from mergekit_pave.config import DEFAULT_CALIBRATION, PaveConfig, Regularization
-from mergekit_pave.covariance import Covariance, Covariances
-from mergekit_pave.failures import advising
-from mergekit_pave.purification import decompose_weight, leave_slices, missed_layers, purify_weight
-from mergekit_pave.report import NEVER_CALLED, UNCHANGED, left_experts, left_weights, summary, warnings
+from mergekit_pave.config import PaveConfig
+from mergekit_pave.core.allocation import fair_share
+from mergekit_pave.core.covariance import Covariance, Covariances
+from mergekit_pave.core.equality import equal_matrices
+from mergekit_pave.core.failures import advising
+from mergekit_pave.core.linear import Linear
+from mergekit_pave.core.purification import decompose_weight, leave_slices, missed_layers, purify_weight
+from mergekit_pave.core.reasons import NEVER_CALLED, UNCHANGED
+from mergekit_pave.report.summary import left_experts, left_weights, summary, warnings
+from mergekit_pave.settings import DEFAULT_CALIBRATION, Regularization
 
 LOG = logging.getLogger(__name__)
-
-Tensors = Mapping[str, Tensor]
 
 
 def purify_model(
@@ -83,7 +84,7 @@ def purify_model(
     shift = _regularization(regularization)
     name = model.name_or_path or type(model).__name__
 
-    known = _measure(model, _as_batches(model, batches), name, quiet)
+    known = _measure(model, as_batches(model, batches), name, quiet)
     every, _, _ = find_linears(model)
     size = sum(linear.size for linear in every.values())
     equal = {tensor: equal_matrices(model.get_parameter(tensor), value) for tensor, value in bases.items()}
@@ -247,7 +248,7 @@ def _measure(model: transformers.PreTrainedModel, batches: list[Batch], name: st
             except NotFiniteError as error:
                 raise explained(error, name, model.dtype, model.named_parameters()) from None
             except UnalignedInputError:  # padding cannot be told from tokens in one of the layers
-                batches, unpadded = [_as_batch(model, single) for batch in batches for single in _one_by_one(batch)], True
+                batches, unpadded = [as_batch(model, single) for batch in batches for single in one_by_one(batch)], True
 
 
 @contextlib.contextmanager
@@ -263,57 +264,3 @@ def _inference(model: transformers.PreTrainedModel) -> Iterator[None]:
             module.training = mode
         if cached is not None:
             model.config.use_cache = cached
-
-
-def _as_batches(model: transformers.PreTrainedModel, given: Tensors | Iterable[Tensors]) -> list[Batch]:
-    batches = [_as_batch(model, inputs) for inputs in ([given] if isinstance(given, Mapping) else given)]
-    if not batches:
-        raise ValueError("there are no batches to calibrate with")
-    return batches
-
-
-def _as_batch(model: transformers.PreTrainedModel, inputs: Tensors) -> Batch:
-    if not isinstance(inputs, Mapping) or not all(isinstance(values, Tensor) for values in inputs.values()):
-        raise ValueError("a batch must be a dict of tensors, as a tokenizer makes it with return_tensors='pt'")
-    inputs = dict(inputs)
-    if model.main_input_name not in inputs:
-        raise ValueError(f"a batch for {type(model).__name__} must have {model.main_input_name}; it has {', '.join(inputs)}")
-    origins = [f"sample {i} of its batch" for i in range(len(inputs[model.main_input_name]))]
-    if "input_ids" not in inputs:
-        return Batch(inputs, (), origins)
-    if "pixel_values" in inputs and len(origins) > 1:
-        raise ValueError("images with texts must come one sample a batch")
-    counted = [_mask(inputs, "")]
-    if "decoder_input_ids" in inspect.signature(backbone(model).forward).parameters:
-        if "decoder_input_ids" not in inputs:
-            raise ValueError("a batch for an encoder-decoder model must have decoder_input_ids, what its decoder is shown")
-        mask = _mask(inputs, "decoder_")
-        if mask.shape == counted[0].shape:  # a layer's input has to show which of the two it belongs to
-            mask = nn.functional.pad(mask, (0, 1))
-            inputs["decoder_input_ids"] = nn.functional.pad(inputs["decoder_input_ids"], (0, 1))
-            inputs["decoder_attention_mask"] = mask.long()
-        counted.append(mask)
-    return Batch(inputs, tuple(counted), origins)
-
-
-def _mask(inputs: Tensors, side: str) -> Tensor:
-    """Which of the tokens are no padding, bool (samples, length)."""
-    tokens, mask = inputs[f"{side}input_ids"], inputs.get(f"{side}attention_mask")
-    if mask is None and len(tokens) > 1:
-        raise ValueError(f"a batch of several samples must have {side}attention_mask: padding must not count")
-    if mask is None:
-        return torch.ones_like(tokens, dtype=torch.bool)
-    if mask.shape != tokens.shape:
-        raise ValueError(f"{side}attention_mask must be of the shape {tuple(tokens.shape)} of the ids, not {tuple(mask.shape)}")
-    return mask.bool()
-
-
-def _one_by_one(batch: Batch) -> Iterator[Tensors]:
-    """The samples of a batch, each without padding."""
-    for i in range(len(batch.origins)):
-        single = {name: values[i : i + 1] if len(batch.origins) > 1 else values for name, values in batch.inputs.items()}
-        for side, counted in zip(("", "decoder_"), batch.counted):
-            for name, values in single.items():
-                if name.startswith("decoder_") == bool(side) and batch.inputs[name].shape == counted.shape:
-                    single[name] = values[:, counted[i]]
-        yield single

@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 
-from mergekit_pave.allocation import allocate_ranks, fair_share, most_dropped
+from mergekit_pave.core.allocation import allocate_ranks, fair_share, most_dropped
 
 
 def naive(tails, shares, caps):

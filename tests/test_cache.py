@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -305,6 +306,6 @@ def test_sizes_for_people():
 
 
 def test_little_space_is_told_in_small_units(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=1234))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1234))
     with pytest.raises(PaveError, match=r"may need 2\.5 MB, but only 1\.23 KB are free"):
         cache.require_space(tmp_path / "cache" / "key", 2_500_000)

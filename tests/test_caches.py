@@ -17,7 +17,7 @@ from merging import config_for, entries, invoke, merge, start, write_config
 from models import make_family, make_rows, read_rows, write_rows
 from reference import weights
 
-from mergekit_pave.plugin import plan_merge
+from mergekit_pave.plugin.phases import plan_merge
 
 
 @pytest.fixture

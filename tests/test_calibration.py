@@ -18,14 +18,17 @@ from models import make_rows, read_rows, save, write_rows
 
 from mergekit_pave.cache import Artefact, require_space
 from mergekit_pave.calibration import lockstep, run
+from mergekit_pave.calibration.architecture import describe
 from mergekit_pave.calibration.batches import Batch, Encoded, draw_positions, encode, make_batches
 from mergekit_pave.calibration.data import load_samples, share_evenly
-from mergekit_pave.calibration.layers import describe, inference_dtype
+from mergekit_pave.calibration.job import Job, Runtime
+from mergekit_pave.calibration.models import inference_dtype
 from mergekit_pave.calibration.observe import DivergedError, Observer
-from mergekit_pave.calibration.run import Job, Runtime, StoredCovariances, calibrate, measure_in_lockstep, measure_whole
+from mergekit_pave.calibration.run import calibrate, measure_in_lockstep, measure_whole
+from mergekit_pave.calibration.stored import StoredCovariances
 from mergekit_pave.calibration.weights import UnknownWeightError
-from mergekit_pave.config import DEFAULT_CALIBRATION, Data
 from mergekit_pave.errors import PaveError
+from mergekit_pave.settings import DEFAULT_CALIBRATION, Data
 
 CPU = Runtime("cpu", False, True)
 

@@ -13,10 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from mergekit_pave.calibration.architecture import describe
 from mergekit_pave.calibration.batches import Encoded
-from mergekit_pave.calibration.layers import describe
+from mergekit_pave.calibration.job import Job, Runtime
 from mergekit_pave.calibration.masks import PackedMask, packed_masks
-from mergekit_pave.calibration.run import Job, Runtime, measure_in_lockstep, measure_whole
+from mergekit_pave.calibration.run import measure_in_lockstep, measure_whole
 
 CPU = Runtime("cpu", False, True)
 _SIZES = {

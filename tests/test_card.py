@@ -26,9 +26,9 @@ from test_page import report_of, rows_of
 
 import mergekit_pave
 from mergekit_pave.cache import entries as cached
-from mergekit_pave.card import section, with_section
 from mergekit_pave.cli import main
-from mergekit_pave.licence import common_licence
+from mergekit_pave.report.card import section, with_section
+from mergekit_pave.report.licence import common_licence
 
 
 def hub_card(*models: str, base: str = "someone/base") -> str:
@@ -133,7 +133,7 @@ def test_without_matplotlib_there_is_no_picture_and_no_link(llama, tmp_path, mon
 
 
 def test_a_picture_that_cannot_be_drawn_does_not_fail_the_merge(llama, tmp_path, monkeypatch, caplog):
-    from mergekit_pave.page import drawing
+    from mergekit_pave.report.page import drawing
 
     def broken(*_):
         raise RuntimeError("no fonts")
@@ -246,7 +246,7 @@ def test_a_card_that_fails_does_not_cost_the_rest(llama, tmp_path, monkeypatch, 
     def fail(*_, **__):
         raise KeyError("something")
 
-    monkeypatch.setattr("mergekit_pave.plugin.with_section", fail)
+    monkeypatch.setattr("mergekit_pave.plugin.wrap.with_section", fail)
     merge(config_for(llama, {}), tmp_path / "out")
     assert "could not be written" in caplog.text
     assert (tmp_path / "out" / "tokenizer.json").is_file() and "### PAVE" not in (tmp_path / "out" / "README.md").read_text()
@@ -331,7 +331,7 @@ def test_the_hub_is_asked_for_cards_that_are_not_here(hub, tmp_path):
 
 def test_a_hub_that_does_not_answer_costs_the_licence_and_nothing_else(hub, tmp_path, monkeypatch, caplog):
     cards, asked = hub
-    monkeypatch.setattr("mergekit_pave.licence._PATIENCE", 0.2)
+    monkeypatch.setattr("mergekit_pave.report.licence._PATIENCE", 0.2)
     cards["/a/one/resolve/main/README.md"] = 2
     started = time.monotonic()
     assert licence_of(tmp_path, "a/one", "a/two", "a/three") == {}

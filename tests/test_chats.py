@@ -13,8 +13,8 @@ from transformers.utils import chat_template_utils
 from mergekit_pave.calibration.batches import encode
 from mergekit_pave.calibration.chats import read_chat, read_tools, render
 from mergekit_pave.calibration.data import load_samples
-from mergekit_pave.config import DEFAULT_CALIBRATION, Data
 from mergekit_pave.errors import PaveError
+from mergekit_pave.settings import DEFAULT_CALIBRATION, Data
 
 SHOWN = "{% for m in messages %}{{ m.role }}:{{ m.content | trim }};{% endfor %}"
 TURNS = [{"role": "user", "content": "add one"}, {"role": "assistant", "content": "two"}]

@@ -14,7 +14,8 @@ from models import make_model, make_tokenizer, model_config, save_family, saved_
 from reference import purify, weights
 from safetensors.torch import save_file
 
-from mergekit_pave import PaveError, plugin
+from mergekit_pave import PaveError
+from mergekit_pave.plugin import wrap
 
 
 def make_llama(folder: Path, **settings):
@@ -48,7 +49,7 @@ def test_tensors_that_mergekit_does_not_know_are_not_lost(tmp_path, cache):
 
 
 def test_tensors_that_mergekit_looks_for_under_another_name_are_not_lost(tmp_path, monkeypatch):
-    monkeypatch.setattr(plugin, "_with_stored_names", lambda planner: planner.arch_info)
+    monkeypatch.setattr(wrap, "with_stored_names", lambda planner: planner.arch_info)
     family = make_architecture("vit-ForImageClassification", tmp_path)
     with pytest.raises(PaveError, match=r"leave 32 tensors .*vit\.encoder\.layer\.0.*save_original_format=False"):
         merge(config_for(family, {"models": images(family)}), tmp_path / "out")

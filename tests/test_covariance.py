@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mergekit_pave.covariance import Covariance, SecondMoment, mirror_upper, upper_gram
-from mergekit_pave.subspace import purify
+from mergekit_pave.core.covariance import Covariance, SecondMoment, mirror_upper, upper_gram
+from mergekit_pave.core.purification import purify
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -16,8 +16,8 @@ from models import write_rows
 
 from mergekit_pave.calibration.batches import encode
 from mergekit_pave.calibration.data import load_samples
-from mergekit_pave.config import DEFAULT_CALIBRATION, Data
 from mergekit_pave.errors import PaveError
+from mergekit_pave.settings import DEFAULT_CALIBRATION, Data
 
 
 def texts(path, count: int | None = None, **data) -> list[str]:

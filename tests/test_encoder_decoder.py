@@ -14,8 +14,8 @@ from merging import TOLERANCE, config_for, merge
 from models import make_rows, perturbed, read_rows, save, write_rows
 from reference import purified_alone, weights
 
+from mergekit_pave.calibration.architecture import describe
 from mergekit_pave.calibration.batches import Encoded, make_batches
-from mergekit_pave.calibration.layers import describe
 from mergekit_pave.errors import PaveError
 
 RATIO, SHIFT = 0.875, 0.1

@@ -11,8 +11,8 @@ from models import make_model, model_config
 from test_in_memory import batches_of, load
 
 from mergekit_pave import Covariance, PaveError, allocate_ranks, purify, purify_model
-from mergekit_pave.exact import float32_products, float64_device
-from mergekit_pave.subspace import coefficients, drop_components
+from mergekit_pave.core.exact import float32_products, float64_device
+from mergekit_pave.core.projection import coefficients, drop_components
 
 CPU = torch.device("cpu")
 

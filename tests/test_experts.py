@@ -20,9 +20,9 @@ from test_calibration import assert_same, by_layer, in_lockstep, job_for, texts,
 from torch.nn.functional import silu
 
 from mergekit_pave import PaveError
+from mergekit_pave.calibration.architecture import describe
 from mergekit_pave.calibration.batches import Encoded
 from mergekit_pave.calibration.estimate import estimate
-from mergekit_pave.calibration.layers import describe
 
 EXPERTS = 4
 COMMON = {

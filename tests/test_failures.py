@@ -12,9 +12,11 @@ from test_covariance import draw
 from test_in_memory import assert_same, batches_of, load, state
 
 import mergekit_pave.in_memory
-from mergekit_pave import Covariance, PaveError, purification, purify_model, subspace, tasks
-from mergekit_pave.failures import advising, is_out_of_memory
-from mergekit_pave.subspace import tail_components
+from mergekit_pave import Covariance, PaveError, purify_model
+from mergekit_pave.core import projection, purification, subspace
+from mergekit_pave.core.failures import advising, is_out_of_memory
+from mergekit_pave.core.subspace import tail_components
+from mergekit_pave.tasks import purify
 
 OUT_OF_MEMORY = {
     "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
@@ -75,7 +77,7 @@ def test_a_decomposition_that_runs_out_of_memory(llama, tmp_path, cache, monkeyp
 
 
 def test_a_merge_that_runs_out_of_memory(llama, tmp_path, cache, monkeypatch):
-    monkeypatch.setattr(tasks, "purify_weight", failing(tasks.purify_weight, 3, OUT_OF_MEMORY["cuda"]))
+    monkeypatch.setattr(purify, "purify_weight", failing(purify.purify_weight, 3, OUT_OF_MEMORY["cuda"]))
     result = invoke(config_for(llama, {}), tmp_path / "out")
     assert isinstance(result.exception, PaveError | SystemExit)
     assert "purifying model.layers." in str(result.exception) + result.output
@@ -84,10 +86,10 @@ def test_a_merge_that_runs_out_of_memory(llama, tmp_path, cache, monkeypatch):
 @pytest.mark.parametrize("method", ["regmean", "tsv"])
 @pytest.mark.parametrize("error", [OUT_OF_MEMORY["cublas"], torch.linalg.LinAlgError("linalg.eigh: failed to converge")])
 def test_merge_methods_name_the_tensor(monkeypatch, method, error):
-    import mergekit_pave.regmean
-    import mergekit_pave.tsv
+    import mergekit_pave.methods.regmean
+    import mergekit_pave.methods.tsv
 
-    monkeypatch.setattr(getattr(mergekit_pave, method), "merge_changes", failing(None, 1, error))
+    monkeypatch.setattr(getattr(mergekit_pave.methods, method), "merge_changes", failing(None, 1, error))
     states = {name: {"a.weight": draw(8, 8, seed=i)} for i, name in enumerate(("base", "one", "two"))}
     parameters = {"covariance": 0.0} if method == "regmean" else {}
     with pytest.raises(PaveError, match=rf"^{method}: merging a\.weight (ran out of memory on cpu|did not converge)"):
@@ -172,7 +174,7 @@ def test_where_not_even_the_svd_converges_the_weight_is_named(llama, monkeypatch
 
 
 def test_blocks_are_no_larger_than_the_weight(monkeypatch):
-    monkeypatch.setattr(subspace, "_CPU_BLOCK", 1 << 24)  # as on an accelerator
-    (block,) = subspace._blocks(torch.empty(48, 48))
+    monkeypatch.setattr(projection, "_CPU_BLOCK", 1 << 24)  # as on an accelerator
+    (block,) = projection._blocks(torch.empty(48, 48))
     assert block == slice(0, 48)
-    assert [block.stop - block.start for block in subspace._blocks(torch.empty(3, 1 << 24))] == [1, 1, 1]
+    assert [block.stop - block.start for block in projection._blocks(torch.empty(3, 1 << 24))] == [1, 1, 1]

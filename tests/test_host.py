@@ -16,9 +16,10 @@ from merging import config_for, invoke, merge, start, write_config
 from reference import weights
 
 import mergekit_pave
-from mergekit_pave import _methods, host
 from mergekit_pave.cli import main
 from mergekit_pave.errors import PaveError
+from mergekit_pave.hook import host
+from mergekit_pave.methods import registry as _methods
 
 NAMES = [(place, name) for place, names in host.PARTS.items() for name in names.split()]
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from mergekit_pave.covariance import Covariance
-from mergekit_pave.page import measure
-from mergekit_pave.page.measure import condition, effective_rank, interference, pair_mean, spectrum
-from mergekit_pave.page.places import Place, grids, place, short, short_models, spread
+from mergekit_pave.core.covariance import Covariance
+from mergekit_pave.report.page import measure
+from mergekit_pave.report.page.measure import condition, effective_rank, interference, pair_mean, spectrum
+from mergekit_pave.report.places import Place, grids, place, short, short_models, spread
 
 
 def inputs(tokens: int, width: int, seed: int = 0) -> torch.Tensor:

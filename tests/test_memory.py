@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mergekit_pave.memory import empty_in_huge_pages
-from mergekit_pave.purification import purify_weight
+from mergekit_pave.core.memory import empty_in_huge_pages
+from mergekit_pave.core.purification import purify_weight
 
 
 def resident() -> int:

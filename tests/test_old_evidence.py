@@ -12,8 +12,8 @@ from mergekit import multigpu_executor
 from mergekit.io.tensor_writer import TensorWriter
 from merging import command, config_for, merge, start, write_config
 
-from mergekit_pave import _outputs
 from mergekit_pave.cli import main
+from mergekit_pave.report import outputs as _outputs
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +191,7 @@ def test_an_adapter_beside_the_model_leaves_its_report(out):
 
 
 def test_what_cannot_be_removed_costs_no_merge(llama, out, monkeypatch, caplog):
-    monkeypatch.setattr("mergekit_pave._outputs.remove", lambda _: 1 / 0)
+    monkeypatch.setattr("mergekit_pave.hook.outputs.remove", lambda _: 1 / 0)
     merge(config_for(llama), out)
     assert "could not be removed" in caplog.text
 

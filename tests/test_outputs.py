@@ -181,9 +181,9 @@ def test_doctor(llama, tmp_path, cache, monkeypatch):
 
 
 def test_doctor_on_merge_methods_that_cannot_be_loaded(tmp_path, monkeypatch):
-    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['mergekit_pave.tsv'] = None\n")
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['mergekit_pave.methods.tsv'] = None\n")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH")))))
     told = CliRunner().invoke(cli.main, ["doctor"])
     assert told.exit_code == 1
     assert re.search(r"pave: blocks +honoured", told.output) and re.search(r"methods +NOT USABLE", told.output)
-    assert "`merge_method: regmean` cannot be used (" in told.output and "mergekit_pave.tsv" in told.output
+    assert "`merge_method: regmean` cannot be used (" in told.output and "mergekit_pave.methods.tsv" in told.output

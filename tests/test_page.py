@@ -19,10 +19,10 @@ from PIL import Image
 from test_experts import family_of  # noqa: F401, a fixture
 
 from mergekit_pave import cli
-from mergekit_pave.page import render
-from mergekit_pave.page.measured import measure
-from mergekit_pave.plugin import plan_merge
-from mergekit_pave.report import read_report
+from mergekit_pave.planning.measured import measure
+from mergekit_pave.plugin.phases import plan_merge
+from mergekit_pave.report.page import render
+from mergekit_pave.report.stored import read_report
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +195,7 @@ def test_without_covariances_the_cached_tails_are_shown(merged, tmp_path):
 
 
 def test_what_would_take_too_long_is_left_out_and_said(merged, tmp_path, monkeypatch):
-    from mergekit_pave.page import measured as module
+    from mergekit_pave.planning import measured as module
 
     monkeypatch.setattr(module, "_OPERATIONS", 1.0)
     monkeypatch.setattr(module, "spectrum", None)

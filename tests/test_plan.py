@@ -17,7 +17,8 @@ from reference import weights
 from transformers.core_model_loading import WeightTransform
 
 from mergekit_pave.cli import main
-from mergekit_pave.report import by_model, read_report
+from mergekit_pave.report.stored import read_report
+from mergekit_pave.report.summary import by_model
 
 
 def plan(config: dict, tmp_path: Path, *options: str) -> str:

@@ -16,9 +16,9 @@ from mergekit_pave.cli import main
 _SLOW = """
 import os, time
 import peft
-from mergekit_pave import plugin
+from mergekit_pave.plugin import phases
 from mergekit_pave.cli import main
-load, plan = peft.PeftModel.from_pretrained, plugin.plan_merge
+load, plan = peft.PeftModel.from_pretrained, phases.plan_merge
 rank = int(os.environ["RANK"])
 
 def slow_load(*args, **kwargs):
@@ -29,7 +29,7 @@ def late_plan(*args, **kwargs):
     time.sleep(rank)
     return plan(*args, **kwargs)
 
-peft.PeftModel.from_pretrained, plugin.plan_merge = slow_load, late_plan
+peft.PeftModel.from_pretrained, phases.plan_merge = slow_load, late_plan
 main()
 """
 

@@ -24,8 +24,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mergekit_pave import Covariance, PaveError, regmean
+from mergekit_pave import Covariance, PaveError
 from mergekit_pave.cli import main
+from mergekit_pave.methods import regmean
 
 RIDGE = 1e-6
 
@@ -135,7 +136,7 @@ def test_rounding_in_covariances_does_not_blow_up(monkeypatch):
     assert torch.linalg.eigvalsh(total)[0] < 0, "the sum is not indefinite, so this is no test"
     exact = closed_form(changes, inputs, (1.0, 1.0), 1.0)
     assert distance(result(), exact) < 0.5
-    monkeypatch.setattr(regmean, "RIDGE", 1e-12)
+    monkeypatch.setattr("mergekit_pave.core.regmean.RIDGE", 1e-12)
     assert result().norm() < 2 * exact.norm()
     shifted = total + 1e-12 * total.diagonal().mean() * torch.eye(96, dtype=torch.float64)
     naive = torch.linalg.solve(shifted, sum(change @ own for change, own in zip(changes, metrics)).T).T
@@ -658,7 +659,7 @@ def test_a_plan_needs_a_block(llama, tmp_path, cache):
 
 def test_layers_that_calibration_does_not_reach(llama, tmp_path, cache, monkeypatch):
     """They have no covariance, and are merged as task_arithmetic does."""
-    from mergekit_pave.calibration.run import StoredCovariances
+    from mergekit_pave.calibration.stored import StoredCovariances
 
     real = StoredCovariances._tokens
     hidden = "model.layers.1.mlp.up_proj"
@@ -675,7 +676,7 @@ def test_layers_that_calibration_does_not_reach(llama, tmp_path, cache, monkeypa
 @pytest.mark.parametrize("reached", ["self_attn", "nothing"])
 def test_most_of_a_model_that_is_not_reached(llama, tmp_path, cache, monkeypatch, caplog, reached):
     """Where it is only measured, a warning; where it is to be purified, an error, whose advice helps."""
-    from mergekit_pave.calibration.run import StoredCovariances
+    from mergekit_pave.calibration.stored import StoredCovariances
 
     real = StoredCovariances._tokens
     monkeypatch.setattr(StoredCovariances, "_tokens", lambda self, layer: real(self, layer) if reached in layer else 0)

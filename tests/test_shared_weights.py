@@ -10,7 +10,7 @@ from reference import purified_alone
 from test_regmean import as_task_arithmetic, check, regmean_config, unpurified, wanted_change
 
 from mergekit_pave import purify_model
-from mergekit_pave.calibration.layers import find_linears
+from mergekit_pave.calibration.linears import find_linears
 
 UP = "model.layers.{}.mlp.up_proj"
 

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from mergekit_pave.covariance import Covariance
-from mergekit_pave.subspace import coefficients, purify, tail_components
-from mergekit_pave.subspace import drop_components as drop_components_into
+from mergekit_pave.core.covariance import Covariance
+from mergekit_pave.core.projection import coefficients
+from mergekit_pave.core.projection import drop_components as drop_components_into
+from mergekit_pave.core.purification import purify
+from mergekit_pave.core.subspace import tail_components
 
 SHAPES = {"wide": (96, 240), "square": (160, 160), "tall": (240, 96), "one-row": (1, 64), "one-column": (64, 1), "thin": (3, 200)}
 TOKENS = {"few": 40, "many": 1000}

@@ -12,7 +12,8 @@ from merging import command, config_for, invoke, invoke_multi, merge, write_conf
 from reference import weights
 from test_experts import family_of  # noqa: F401
 
-from mergekit_pave import PaveError, tsv
+from mergekit_pave import PaveError
+from mergekit_pave.methods import tsv
 
 
 def by_definition(changes):

@@ -15,10 +15,13 @@ from safetensors.torch import save_file
 from test_experts import EXPERTS, family_of  # noqa: F401
 from test_in_memory import BATCH, load
 
-from mergekit_pave import PaveError, comparison, purify_model
+from mergekit_pave import PaveError, purify_model
+from mergekit_pave.cache import comparison
 from mergekit_pave.cli import main
-from mergekit_pave.comparison import equal_matrices
-from mergekit_pave.report import UNCHANGED, warnings
+from mergekit_pave.core import equality
+from mergekit_pave.core.equality import equal_matrices
+from mergekit_pave.core.reasons import UNCHANGED
+from mergekit_pave.report.summary import warnings
 
 RATIO = 0.875
 
@@ -95,7 +98,7 @@ def test_they_are_read_whole_once(frozen, tmp_path, cache, monkeypatch):
 
     compared = []
     monkeypatch.setattr(comparison, "equal_matrices", lambda *both: compared.append(both) or equal_matrices(*both))
-    monkeypatch.setattr("mergekit_pave.tasks.decompose_weight", lambda *_: pytest.fail("decomposed again"))
+    monkeypatch.setattr("mergekit_pave.tasks.decompose.decompose_weight", lambda *_: pytest.fail("decomposed again"))
     again = merge(config, tmp_path / "again")
     first = weights(tmp_path / "first")
     assert all(torch.equal(tensor, first[name]) for name, tensor in again.items())
@@ -194,7 +197,7 @@ def test_equal_matrices():
 
 
 def test_a_comparison_in_blocks(monkeypatch):
-    monkeypatch.setattr(comparison, "_BLOCK", 20)
+    monkeypatch.setattr(equality, "_BLOCK", 20)
     weight = torch.arange(140.0).view(20, 7)
     assert equal_matrices(weight, weight.clone()) == (0,)
     for row in range(20):
@@ -232,6 +235,6 @@ def test_a_cache_that_is_read_only_does_not_stop_a_merge(frozen, tmp_path, cache
     config = config_for(frozen, {})
     merge(config, tmp_path / "first")
     shutil.rmtree(cache / "comparison")
-    monkeypatch.setattr("mergekit_pave.comparison.cache.Artefact.lock", refuse)
+    monkeypatch.setattr("mergekit_pave.cache.comparison.Artefact.lock", refuse)
     again = merge(config, tmp_path / "again")
     assert all(torch.equal(tensor, again[name]) for name, tensor in weights(tmp_path / "first").items())

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from mergekit_pave.calibration.batches import encode, make_batches
 from mergekit_pave.calibration.data import load_samples
 from mergekit_pave.cli import main
-from mergekit_pave.config import DEFAULT_CALIBRATION, Data
 from mergekit_pave.errors import PaveError
+from mergekit_pave.settings import DEFAULT_CALIBRATION, Data
 
 Image = pytest.importorskip("PIL.Image")
 

@@ -38,7 +38,7 @@ def test_importing_torch_stays_light():
     """The hook runs at every `import torch`; it may load nothing that torch did not."""
     done = python(
         "import sys, torch; heavy = ('transformers', 'mergekit', 'datasets', 'pydantic', 'scipy', 'click');"
-        "print([name for name in heavy if name in sys.modules], 'mergekit_pave._autoload' in sys.modules)"
+        "print([name for name in heavy if name in sys.modules], 'mergekit_pave.hook.autoload' in sys.modules)"
     )
     assert done.stdout.strip() == "[] True", done.stdout + done.stderr
 
@@ -97,7 +97,7 @@ def test_a_block_says_what_is_missing():
 
 
 THEIRS = ["config", "plan", "merge", "common", "merge_methods", "merge_methods.registry", "io.tensor_writer"]
-OURS = ["config", "purification", "regmean", "tsv"]
+OURS = ["config", "core.purification", "methods.regmean", "methods.tsv", "methods.registry", "plugin.wrap"]
 
 
 @pytest.mark.parametrize(
@@ -108,9 +108,10 @@ def test_the_field_and_the_methods_are_there_whatever_is_imported_first(first):
         f"import {first}; from mergekit.config import MergeConfiguration as C; import mergekit.config as c;"
         "from mergekit import merge_methods as m; from mergekit.io.tensor_writer import TensorWriter;"
         "assert TensorWriter.finalize.removes_evidence;"
-        "print(C.model_fields['pave'].annotation, [m.get(name).spec.name for name in ('regmean', 'tsv')], type(c), type(m))"
+        "print(C.model_fields['pave'].metadata[0].func.__module__,"
+        "[m.get(name).spec.name for name in ('regmean', 'tsv')], type(c), type(m))"
     )
-    expected = "typing.Optional[mergekit_pave.config.PaveConfig] ['regmean', 'tsv'] <class 'module'> <class 'module'>"
+    expected = "mergekit_pave.hook.field ['regmean', 'tsv'] <class 'module'> <class 'module'>"
     assert done.stdout.strip() == expected, done.stderr
 
 
@@ -151,7 +152,7 @@ def test_merge_methods_that_cannot_be_loaded_touch_nobody(error):
 import sys
 class Blocker:
     def find_spec(self, name, path=None, target=None):
-        if name == 'mergekit_pave.regmean':
+        if name == 'mergekit_pave.methods.regmean':
             raise {error}
 sys.meta_path.insert(0, Blocker())
 from mergekit import merge_methods
@@ -167,15 +168,15 @@ def test_a_method_of_the_same_name_stays():
     """Another package's, or a later mergekit's: it is merged with as ever."""
     code = """
 import sys
-sys.modules['mergekit_pave._methods'] = type(sys)('held back')
-sys.modules['mergekit_pave._methods'].add = lambda: None
+sys.modules['mergekit_pave.methods.registry'] = type(sys)('held back')
+sys.modules['mergekit_pave.methods.registry'].add = lambda: None
 from mergekit import merge_methods
 other = merge_methods.merge_method(merge_methods.get('linear').implementation, name='regmean')
 merge_methods.register(other)
-del sys.modules['mergekit_pave._methods']
-import mergekit_pave._methods
-mergekit_pave._methods.add()
-mergekit_pave._methods.add()
+del sys.modules['mergekit_pave.methods.registry']
+import mergekit_pave.methods.registry
+mergekit_pave.methods.registry.add()
+mergekit_pave.methods.registry.add()
 print(merge_methods.get('regmean') is other, [m.spec.name for m in merge_methods.registered_methods()].count('tsv'))
 """
     done = python(code)
@@ -187,7 +188,7 @@ def test_whatever_goes_wrong_while_something_is_added_breaks_nothing():
 import sys, types
 broken = types.ModuleType('broken')
 broken.add = lambda: 1 / 0
-for name in ('_field', '_methods', '_outputs', '_refusals'):
+for name in ('hook.field', 'methods.registry', 'hook.outputs', 'hook.refusals'):
     sys.modules['mergekit_pave.' + name] = broken
 import mergekit.merge, mergekit.moe.config, mergekit.scripts.merge_raw_pytorch
 from mergekit import merge_methods

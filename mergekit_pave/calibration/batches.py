@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mergekit_pave.calibration.chats import in_form, render, takes_only_parts
 from mergekit_pave.calibration.data import Sample, share_evenly
-from mergekit_pave.config import Calibration
 from mergekit_pave.errors import PaveError
+from mergekit_pave.settings import Calibration
 
 LOG = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ import pyarrow.compute
 from mergekit_pave.calibration.chats import read_chat, read_tools, says_something
 from mergekit_pave.calibration.sources import load_rows
 from mergekit_pave.calibration.templates import Template, no_column, read_template
-from mergekit_pave.config import Calibration, Data
 from mergekit_pave.errors import PaveError
+from mergekit_pave.settings import Calibration, Data
 
 
 @dataclass(frozen=True)

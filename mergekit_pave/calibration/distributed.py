@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from mergekit_pave.calibration.batches import Batch, Encoded, make_batches
-from mergekit_pave.covariance import Covariance, SecondMoment
+from mergekit_pave.core.covariance import Covariance, SecondMoment
 from mergekit_pave.errors import PaveError
 
 T = TypeVar("T")

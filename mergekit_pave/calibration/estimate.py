@@ -7,9 +7,10 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from mergekit_pave.calibration.architecture import Architecture
 from mergekit_pave.calibration.batches import Encoded
-from mergekit_pave.calibration.layers import Architecture, Linear
-from mergekit_pave.covariance import SecondMoment
+from mergekit_pave.core.covariance import SecondMoment
+from mergekit_pave.core.linear import Linear
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from torch import nn
 
 from mergekit_pave.calibration import distributed
 from mergekit_pave.calibration.batches import Batch
-from mergekit_pave.calibration.layers import find_blocks
 from mergekit_pave.calibration.masks import pack, packed_masks
+from mergekit_pave.calibration.models import find_blocks
 from mergekit_pave.calibration.weights import StreamedModel, UnknownWeightError
 
 Waiting = list[tuple[greenlet, Batch, nn.Module]]  # each batch, and the block that it waits before

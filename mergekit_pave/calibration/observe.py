@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mergekit_pave.calibration.batches import Batch
 from mergekit_pave.calibration.blame import NotFiniteError
 from mergekit_pave.calibration.experts import find_experts, run_experts
-from mergekit_pave.covariance import Covariance, SecondMoment
+from mergekit_pave.core.covariance import Covariance, SecondMoment
 from mergekit_pave.errors import PaveError
 
 

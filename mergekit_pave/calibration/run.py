@@ -7,90 +7,28 @@ import inspect
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
 from mergekit_pave import cache
 from mergekit_pave.calibration import distributed
-from mergekit_pave.calibration.batches import Batch, Encoded
+from mergekit_pave.calibration.batches import Batch
 from mergekit_pave.calibration.blame import NotFiniteError, explained
-from mergekit_pave.calibration.estimate import Estimate, estimate
-from mergekit_pave.calibration.layers import Architecture, backbone, find_blocks, inference_dtype, load_model
+from mergekit_pave.calibration.job import Job, Runtime
 from mergekit_pave.calibration.lockstep import run_in_lockstep
+from mergekit_pave.calibration.models import backbone, find_blocks, inference_dtype, load_model
 from mergekit_pave.calibration.observe import DivergedError, Observer, ReenteredError, UnalignedInputError
 from mergekit_pave.calibration.weights import StreamedModel, UnknownWeightError, stored_weights
-from mergekit_pave.covariance import Covariance, Covariances
+from mergekit_pave.core.covariance import Covariance
+from mergekit_pave.core.failures import is_out_of_memory
 from mergekit_pave.errors import PaveError
-from mergekit_pave.failures import is_out_of_memory
 from mergekit_pave.files import readable
 from mergekit_pave.progress import bar
 
 LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything that one model's calibration needs.
-
-    Attributes:
-        name: the model's name, for messages.
-        folder: where its checkpoint lies.
-        config: its configuration.
-        architecture: its linear layers, all of which are watched.
-        encoded: its tokenised samples.
-        batch_size: samples in one forward pass.
-        about: what the manifest says about the data, JSON-serialisable.
-    """
-
-    name: str
-    folder: str
-    config: transformers.PretrainedConfig
-    architecture: Architecture
-    encoded: list[Encoded]
-    batch_size: int
-    about: dict[str, Any]
-
-    @property
-    def layers(self) -> list[str]:
-        """The modules to watch; experts are not among them."""
-        return [linear.module for linear in self.architecture.linears.values() if not linear.experts]
-
-    def estimate(self, device: str) -> Estimate:
-        """What the calibration will cost on a device."""
-        return estimate(self.architecture, self.encoded, self.batch_size, inference_dtype(self.config, device).itemsize)
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """Where and how calibration runs: mergekit's options of these names."""
-
-    device: str
-    trust_remote_code: bool
-    quiet: bool
-
-
 Measured = Iterator[tuple[list[str], Covariance]]
-
-
-def covariance_key(model: str, encoded: list[Encoded]) -> str:
-    """Key of the covariances: the model with all that it computes, and exactly the tokens that the model sees and that count.
-
-    The tokens stand for the data set, its columns, the tokenizer, the chat template, the seed and all limits at once.
-    """
-    parts: list[Any] = []
-    for sample in encoded:
-        texts = {name: values for name, values in sample.inputs.items() if isinstance(values, list)}
-        images = {name: values for name, values in sample.inputs.items() if name not in texts}
-        parts += [
-            [texts, sample.counted, sample.counted_target, list(images)],
-            *(image.numpy().tobytes() for image in images.values()),
-        ]
-    return cache.key("covariance", model, *parts)
 
 
 def calibrate(job: Job, artefact: cache.Artefact, runtime: Runtime) -> None:
@@ -279,33 +217,3 @@ def _runner(model: nn.Module, unpadded: bool) -> Callable[[Batch], None]:
         base(**{name: values for name, values in batch.inputs.items() if name in accepted}, **options)
 
     return run
-
-
-def stored_covariances(folder: str) -> StoredCovariances:
-    """The covariances in a folder. Its manifest is read once, for it names every expert of a large model."""
-    stat = Path(folder, cache.MANIFEST).stat()
-    return _stored_covariances(folder, stat.st_mtime_ns, stat.st_ino)
-
-
-@functools.cache
-def _stored_covariances(folder: str, *_: int) -> StoredCovariances:
-    return StoredCovariances(cache.Artefact(Path(folder)))
-
-
-class StoredCovariances(Covariances):
-    """The covariances in an intact artefact."""
-
-    def __init__(self, artefact: cache.Artefact):
-        self._artefact = artefact
-        self._manifest = artefact.manifest()
-
-    def files(self, layers: tuple[str, ...]) -> tuple[str, ...]:
-        """The files of layers that share a weight; other layers that see the same input have the same."""
-        return tuple(self._manifest["layers"][layer]["file"] for layer in layers if self._tokens(layer))
-
-    def _tokens(self, layer: str) -> int:
-        return self._manifest["layers"].get(layer, {"tokens": 0})["tokens"]
-
-    def _load(self, layer: str) -> Covariance:
-        entry = self._manifest["layers"][layer]
-        return Covariance.from_tensors(self._artefact.read(entry["file"]), entry["tokens"], entry["dim"])

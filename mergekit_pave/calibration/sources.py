@@ -9,8 +9,9 @@ from typing import Any
 
 import datasets
 
-from mergekit_pave.config import Data, looks_local
 from mergekit_pave.errors import PaveError, in_a_line
+from mergekit_pave.files import looks_local
+from mergekit_pave.settings import Data
 
 _LOADERS: dict[str, tuple[str, dict[str, str]]] = {
     ".jsonl": ("json", {}),

@@ -12,7 +12,7 @@ from mergekit.io.tasks import LoaderCache, LoadTensor
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from mergekit_pave.calibration.layers import empty_model, renaming
+from mergekit_pave.calibration.models import empty_model, renaming
 
 
 class UnknownWeightError(Exception):

@@ -82,8 +82,9 @@ def stage_forward(folder: str, samples: int, length: int, counted: int) -> None:
 def stage_pave(folder: str, samples: int, length: int, counted: int) -> None:
     """Our pass at the default settings, loading weights and writing covariances included."""
     from mergekit_pave.cache import Artefact
-    from mergekit_pave.calibration.layers import describe
-    from mergekit_pave.calibration.run import Job, Runtime, calibrate
+    from mergekit_pave.calibration.architecture import describe
+    from mergekit_pave.calibration.job import Job, Runtime
+    from mergekit_pave.calibration.run import calibrate
 
     config = AutoConfig.from_pretrained(folder)
     job = Job("model", folder, config, describe(config, folder, False), encoded_samples(samples, length, counted), 8, {})

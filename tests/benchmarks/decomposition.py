@@ -21,9 +21,10 @@ import time
 
 import torch
 
-from mergekit_pave.allocation import allocate_ranks, fair_share, most_dropped
-from mergekit_pave.covariance import SecondMoment
-from mergekit_pave.subspace import coefficients, drop_components, tail_components
+from mergekit_pave.core.allocation import allocate_ranks, fair_share, most_dropped
+from mergekit_pave.core.covariance import SecondMoment
+from mergekit_pave.core.projection import coefficients, drop_components
+from mergekit_pave.core.subspace import tail_components
 
 SHAPES = ["2048x2048", "8192x2048", "2048x8192", "4096x4096"]
 DIFFERENT_TOKENS = 8192

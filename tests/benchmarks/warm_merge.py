@@ -35,14 +35,14 @@ def fill(config: str, out: str) -> None:
     """Run the merge with a stand-in for the decomposition."""
     from mergekit.scripts import run_yaml
 
-    import mergekit_pave.purification
-    from mergekit_pave.subspace import Tail
+    import mergekit_pave.core.purification
+    from mergekit_pave.core.subspace import Tail
 
     def stand_in(weight, covariance, shift, count):
         values = torch.linspace(0.1, 1, count, dtype=torch.float64)
         return Tail(torch.linalg.qr(torch.randn(weight.shape[0], count)).Q, values, 10.0, 1e4)
 
-    mergekit_pave.purification.tail_components = stand_in
+    mergekit_pave.core.purification.tail_components = stand_in
     run_yaml.main([config, out], standalone_mode=False)
 
 

@@ -5,7 +5,8 @@ import torch
 from pretend_device import NAME
 from test_calibration_memory import CONFIGS, job_for, lengths
 
-from mergekit_pave.calibration.run import Runtime, measure_in_lockstep
+from mergekit_pave.calibration.job import Runtime
+from mergekit_pave.calibration.run import measure_in_lockstep
 
 
 @pytest.mark.parametrize("cls", CONFIGS)

@@ -10,7 +10,7 @@ from reference import weights
 from test_in_memory import batches_of, load
 
 from mergekit_pave import PaveError, purify_model
-from mergekit_pave.subspace import coefficients, drop_components
+from mergekit_pave.core.projection import coefficients, drop_components
 
 
 def on_device(llama):

@@ -10,7 +10,7 @@ from test_in_memory import batches_of, load
 
 from mergekit_pave import purify_model
 from mergekit_pave.calibration import distributed
-from mergekit_pave.covariance import SecondMoment
+from mergekit_pave.core.covariance import SecondMoment
 
 
 def dispatched(model, first, second):

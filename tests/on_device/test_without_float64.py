@@ -12,8 +12,9 @@ from reference import weights
 from test_experts import family_of  # noqa: F401
 from test_in_memory import batches_of, load
 
-from mergekit_pave import Covariance, exact, purify, purify_model
+from mergekit_pave import Covariance, purify, purify_model
 from mergekit_pave.cli import main
+from mergekit_pave.core import exact
 
 OPTIONS = {
     "plain": {},

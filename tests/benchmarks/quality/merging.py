@@ -20,9 +20,11 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
-from mergekit_pave import cache, plugin
-from mergekit_pave.covariance import Covariance
-from mergekit_pave.report import by_model, read_report
+from mergekit_pave import cache
+from mergekit_pave.core.covariance import Covariance
+from mergekit_pave.plugin.phases import fill_caches
+from mergekit_pave.report.stored import read_report
+from mergekit_pave.report.summary import by_model
 
 Scores = dict[str, float]  # by task, higher is better
 
@@ -228,7 +230,7 @@ class Laboratory:
         missing = {str(self.family.tuned(seed, task)): self._rotated(seed, task) for task in self.family.tasks}
         if all((folder / cache.MANIFEST).exists() for folder in missing.values()):
             return
-        plugin.fill_caches(MergeConfiguration.model_validate(config), MergeOptions(quiet=True))
+        fill_caches(MergeConfiguration.model_validate(config), MergeOptions(quiet=True))
         own = {
             entry["model"]: (entry["data"]["path"], config["pave"]["calibration"]["samples"])
             for entry in config["pave"]["models"]

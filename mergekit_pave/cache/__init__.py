@@ -1,0 +1,20 @@
+"""Everything that is kept on the disk between two runs, and what the files of a model's weights tell without being read."""
+
+from mergekit_pave.cache.artefact import FORMATS, MANIFEST, Artefact, cache_root, digest, key, require_space
+from mergekit_pave.cache.entries import Entry, copy, entries
+from mergekit_pave.cache.identity import weights_fingerprint, weights_identity
+
+__all__ = [
+    "FORMATS",
+    "MANIFEST",
+    "Artefact",
+    "Entry",
+    "cache_root",
+    "copy",
+    "digest",
+    "entries",
+    "key",
+    "require_space",
+    "weights_fingerprint",
+    "weights_identity",
+]

@@ -1,0 +1,200 @@
+"""Artefacts on disk: content keys, atomic writes, and manifests that are written last.
+
+An artefact is a folder of safetensors files and a `manifest.json` that names each with its size and SHA-256, and ends
+with a hash of itself. The manifest is written last, so where it is the rest was complete; what a power cut has left of
+that is told by the hashes. The folder's name is a hash of everything that determines the content, so nothing in it ever
+becomes stale.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import filelock
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from mergekit_pave.errors import PaveError
+from mergekit_pave.files import readable, replacing
+
+MANIFEST = "manifest.json"
+# Part of every key of a kind: raise it when the same inputs would lead to other numbers or other files.
+FORMATS = {"covariance": 2, "subspace": 1, "comparison": 1}
+
+
+def cache_root(configured: str | None) -> Path:
+    """`pave.cache_dir`, else $MERGEKIT_PAVE_CACHE, else `mergekit-pave` in the Hugging Face cache home."""
+    if configured or (configured := os.environ.get("MERGEKIT_PAVE_CACHE")):
+        return Path(configured).expanduser().absolute()
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(HF_HOME) / "mergekit-pave"
+
+
+def digest(*parts: Any) -> str:
+    """32 digits that tell JSON-serialisable values and bytes apart."""
+    sha = hashlib.sha256()
+    for part in parts:
+        data = part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode()
+        sha.update(len(data).to_bytes(8, "little") + data)
+    return sha.hexdigest()[:32]
+
+
+def key(kind: str, *parts: Any) -> str:
+    """The key of an artefact of a kind: everything that determines its content."""
+    return digest(kind, FORMATS[kind], *parts)
+
+
+class Artefact:
+    """One folder of the cache. Reading needs a manifest; writing ends with one."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def manifest(self) -> dict[str, Any] | None:
+        """The manifest's content, or None where there is no complete artefact."""
+        try:
+            manifest = json.loads((self.folder / MANIFEST).read_text())
+        except (OSError, ValueError):
+            return None
+        if not isinstance(manifest, dict) or manifest.pop("digest", None) != digest(manifest):
+            return None
+        return manifest
+
+    def is_intact(self) -> bool:
+        """Whether every file still is what the manifest says, down to its hash."""
+        manifest = self.manifest()
+        return manifest is not None and self.has_files(manifest)
+
+    def has_files(self, manifest: dict[str, Any]) -> bool:
+        """Whether every file is what a manifest says."""
+        for name, known in manifest["files"].items():
+            path = self.folder / name
+            if not path.is_file() or path.stat().st_size != known["size"] or _sha256(path) != known["sha256"]:
+                return False
+        return True
+
+    def read(self, name: str) -> dict[str, Tensor]:
+        """The tensors of one file.
+
+        Raises:
+            PaveError: the file is gone or cannot be parsed.
+        """
+        path = self.folder / name
+        try:
+            return safetensors.torch.load_file(path)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise PaveError(f"the cache file {path} cannot be read ({error}); remove its folder and run again") from error
+
+    def write(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """Write one file atomically and return its entry for the manifest."""
+        data = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+        path = self.folder / name
+        with _replacing(path) as temporary:
+            safetensors.torch.save_file(data, temporary)
+            entry = {"size": temporary.stat().st_size, "sha256": _sha256(temporary)}
+        return entry
+
+    def remove(self, name: str) -> None:
+        """Remove one file that no manifest names yet."""
+        (self.folder / name).unlink()
+
+    def remove_others(self) -> None:
+        """Remove what the manifest does not name."""
+        files = self.manifest()["files"]
+        for path in self.folder.glob("*.safetensors"):
+            if path.name not in files:
+                path.unlink(missing_ok=True)
+
+    def complete(self, manifest: dict[str, Any]) -> None:
+        """Write the manifest, which must name every file under `files`."""
+        with _replacing(self.folder / MANIFEST) as temporary:
+            temporary.write_text(json.dumps(manifest | {"digest": digest(manifest)}, indent=1))
+
+    @contextlib.contextmanager
+    def discarded_on_error(self) -> Iterator[None]:
+        """Start from an empty folder, and remove it again unless the block succeeds."""
+        self.discard()
+        try:
+            yield
+        except BaseException:
+            self.discard()
+            raise
+
+    def discard(self) -> None:
+        """Remove the artefact, its manifest first."""
+        with writable(self.folder):
+            (self.folder / MANIFEST).unlink(missing_ok=True)
+            if self.folder.exists():
+                shutil.rmtree(self.folder)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes from making the same artefact at the same time."""
+        with writable(self.folder):
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(self.folder.parent / f".{self.folder.name}.lock")
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+def require_space(folder: Path, size: int) -> None:
+    """Fail early where the disk has no room for so many bytes.
+
+    Raises:
+        PaveError: there is not enough space.
+    """
+    free = shutil.disk_usage(next(parent for parent in folder.parents if parent.exists())).free
+    if free < size:
+        raise PaveError(
+            f"the PAVE cache at {folder} may need {readable(size)}, but only {readable(free)} are free. Choose "
+            "another place with pave.cache_dir or MERGEKIT_PAVE_CACHE, or lower pave.calibration.max_tokens"
+        )
+
+
+def _sha256(path: Path) -> str:
+    """A file's hash, taken once as long as the file is left alone."""
+    stat = path.stat()
+    return _hash_of(path, stat.st_ino, stat.st_mtime_ns, stat.st_size)
+
+
+@functools.cache
+def _hash_of(path: Path, *_: int) -> str:
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            sha.update(block)
+    return sha.hexdigest()
+
+
+@contextlib.contextmanager
+def writable(path: Path) -> Iterator[None]:
+    """What keeps a cache from being written, as an error that says what to do."""
+    try:
+        yield
+    except (OSError, safetensors.SafetensorError) as error:
+        raise PaveError(
+            f"the PAVE cache cannot be written at {path}: {error}. Free some space or choose another place with "
+            "pave.cache_dir or MERGEKIT_PAVE_CACHE; what is complete there will be used when you run again"
+        ) from error
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """See `replacing`; the folder is made if need be."""
+    with writable(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            yield temporary

@@ -1,0 +1,67 @@
+"""What is in a cache as a whole, and copies of it."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from mergekit_pave.cache.artefact import Artefact, writable
+from mergekit_pave.errors import PaveError
+
+KINDS = ("covariance", "subspace", "comparison")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the cache holds under one key: the covariances of a model, the subspaces of its weights, or which of them equal a base
+    model's.
+
+    Attributes:
+        kind: one of `KINDS`.
+        artefacts: one a weight of subspaces; otherwise one.
+    """
+
+    kind: str
+    folder: Path
+    artefacts: list[Artefact]
+
+    @property
+    def key(self) -> str:
+        return self.folder.name
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
+
+
+def entries(root: Path) -> list[Entry]:
+    """Everything in a cache."""
+    found = []
+    for kind in KINDS:
+        for folder in sorted((root / kind).glob("[!.]*")):
+            parts = sorted(folder.glob("[!.]*")) if kind == "subspace" else [folder]
+            found.append(Entry(kind, folder, [Artefact(part) for part in parts]))
+    return found
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a complete artefact, its manifest last.
+
+    Raises:
+        PaveError: the source is incomplete or damaged, or there is something at the target.
+    """
+    artefact = Artefact(source)
+    manifest = artefact.manifest()
+    if manifest and any(Path(name).name != name for name in manifest["files"]):
+        raise PaveError(f"{source} names files outside itself, so it is not copied")
+    if not artefact.is_intact():
+        raise PaveError(f"{source} is not complete and intact, so it is not copied")
+    if target.exists() and any(target.iterdir()):
+        raise PaveError(f"{target} is there already and not empty; choose another folder, or remove it first")
+    with writable(target):
+        target.mkdir(parents=True, exist_ok=True)
+        for name in artefact.manifest()["files"]:
+            shutil.copyfile(source / name, target / name)
+    Artefact(target).complete(artefact.manifest())

@@ -1,0 +1,199 @@
+"""What is known of a model from its configuration alone, found on a model without weights."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Container
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightTransform, apply_converters
+
+from mergekit_pave.calibration.computation import computation
+from mergekit_pave.calibration.experts import part_of_experts
+from mergekit_pave.calibration.linears import backbone_prefix, find_linears
+from mergekit_pave.calibration.models import backbone, empty_model, find_blocks, model_class, renaming
+from mergekit_pave.core.failures import is_out_of_memory
+from mergekit_pave.core.linear import Linear
+from mergekit_pave.errors import PaveError, in_a_line
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What is known of a model from its configuration alone.
+
+    Attributes:
+        cls: the model's class.
+        computation: a digest of what the backbone computes, apart from weights.
+        linears: backbone layers by the name of their weight.
+        heads: names of the weights of linear layers outside the backbone, and of those that something else uses, too.
+        routers: names of the weights that choose among experts.
+        weights: the shape of every parameter by its name.
+        tensors: what a complete checkpoint has: every parameter under the first of its names, and persistent buffers.
+        prefix: what a checkpoint of the bare backbone leaves out of each name, with its dot.
+        renamed: what transformers calls a tensor that goes by this name in a checkpoint.
+        vocabulary: the number of token ids it knows, or None.
+        positions: the longest sequence it can take, or None; of an image model the number of patches.
+        hidden_size: width of the hidden states between blocks.
+        scored_heads: how many heads' scores of all pairs of tokens are in memory at once, which for most models is none.
+        is_windowed: attention is limited to a window, so that it needs a mask also where there is no padding.
+        experts_a_token: how many experts a token is routed to, at most.
+        blocks: number of parameters of each block by its path, and under "" of all that is in no block.
+        conversions: how transformers makes parameters of the tensors of a checkpoint that has them in another form.
+        inputs: the names of the backbone's arguments.
+        shift: what an encoder-decoder model's decoder is given where these token ids are its target; None of other models.
+    """
+
+    cls: Any
+    computation: str
+    linears: dict[str, Linear]
+    heads: frozenset[str]
+    routers: frozenset[str]
+    weights: dict[str, tuple[int, ...]]
+    tensors: frozenset[str]
+    prefix: str
+    renamed: Callable[[str], str]
+    vocabulary: int | None
+    positions: int | None
+    hidden_size: int
+    scored_heads: int
+    is_windowed: bool
+    experts_a_token: int
+    blocks: dict[str, int]
+    conversions: list[WeightTransform]
+    inputs: frozenset[str]
+    shift: Callable[[list[int]], list[int]] | None
+
+    def block_of(self, module: str) -> str:
+        """The path of the block that a module is part of, or ""."""
+        return next((path for path in self.blocks if path and f"{module}.".startswith(f"{path}.")), "")
+
+    def weight_name(self, names: list[str]) -> str | None:
+        """The parameter that goes by one of these names in a checkpoint."""
+        return next(filter(None, (self._find(name, self.weights) for name in names)), None)
+
+    def loaded_as(self, stored: str) -> str | None:
+        """Which of `tensors` transformers makes of one in a checkpoint; of several the first."""
+        converters = [change for change in self.conversions if isinstance(change, WeightConverter)]
+        return self._find(stored, self.tensors) or self._find(apply_converters(self.renamed(stored), converters)[0], self.tensors)
+
+    def _find(self, stored: str, known: Container[str]) -> str | None:
+        for name in (stored, self.renamed(stored)):
+            for candidate in (name, self.prefix + name, name.removeprefix(self.prefix)):
+                if candidate in known:
+                    return candidate
+        return None
+
+    def linear(self, names: list[str]) -> Linear | None:
+        """The linear layer whose weight goes by one of these names in a checkpoint, be it one expert of a parameter of many."""
+        if name := self.weight_name(names):
+            return self.linears.get(name)
+        for name in names:
+            part = part_of_experts(self.conversions, name)
+            experts = self.linears.get(self.weight_name([part.parameter]) or "") if part else None
+            if experts and part.dim == (2 if experts.transposed else 1) and part.expert in experts.experts:
+                d_out, d_in = experts.shape
+                return replace(experts, shape=(d_out // part.parts, d_in), experts=(part.expert,), stacked=False)
+        return None
+
+
+def describe(
+    config: transformers.PretrainedConfig, path: str, trust_remote_code: bool, revision: str | None = None
+) -> Architecture:
+    """Find the linear layers of a model without reading its weights.
+
+    Args, Raises:
+        See `model_class`.
+    """
+    cls = model_class(config, path, trust_remote_code, revision)
+    try:
+        model = empty_model(cls, config)
+    except Exception as error:  # whatever a class trips over in a configuration that is not meant for it
+        if is_out_of_memory(error):
+            raise
+        reason = in_a_line(error)
+        raise PaveError(
+            f"{path}: transformers cannot make a {cls.__name__} of its config.json ({type(error).__name__}: {reason}); see "
+            "whether `architectures` there, or override_architecture in the config of the merge, names the right class"
+        ) from error
+    model.tie_weights()
+    linears, heads, routers = find_linears(model)
+    weights = {name: tuple(value.shape) for name, value in model.named_parameters(remove_duplicate=False)}
+    most = max((len(linear.experts) for linear in linears.values()), default=0)
+    return Architecture(
+        cls=cls,
+        computation=computation(backbone(model), config),
+        linears=linears,
+        heads=heads,
+        routers=routers,
+        weights=weights,
+        tensors=frozenset(dict(model.named_parameters())) | (model.state_dict().keys() - weights.keys()),
+        prefix=f"{model.base_model_prefix}." if model.base_model_prefix else "",
+        renamed=renaming(model),
+        vocabulary=getattr(model.get_input_embeddings(), "num_embeddings", None),
+        positions=_longest_sequence(model),
+        hidden_size=getattr(config.get_text_config(), "hidden_size", 0),
+        scored_heads=_scored_heads(model),
+        is_windowed=getattr(config.get_text_config(), "sliding_window", None) is not None,
+        experts_a_token=getattr(config.get_text_config(), "num_experts_per_tok", None) or most,
+        blocks=_sizes(model),
+        conversions=get_model_conversion_mapping(model, add_legacy=False),
+        inputs=frozenset(inspect.signature(backbone(model).forward).parameters),
+        shift=_target_shift(model, path),
+    )
+
+
+def _scored_heads(model: nn.Module) -> int:
+    """The heads of a model that uses no attention of PyTorch's, or adds biases by distance, as T5 does."""
+    config = model.config.get_text_config()
+    biased = any(path.endswith("relative_attention_bias") for path, _ in model.named_modules())
+    eager = getattr(config, "_attn_implementation", None) == "eager"
+    return getattr(config, "num_attention_heads", 0) if eager or biased else 0
+
+
+def _sizes(model: nn.Module) -> dict[str, int]:
+    base, prefix = backbone(model), backbone_prefix(model)
+    sizes = {prefix + path: sum(p.numel() for p in block.parameters()) for block, path in find_blocks(base).items()}
+    return sizes | {"": sum(p.numel() for p in base.parameters()) - sum(sizes.values())}
+
+
+def _target_shift(model: nn.Module, path: str) -> Callable[[list[int]], list[int]] | None:
+    """The shift to the right that the model itself makes of labels.
+
+    Raises:
+        PaveError: the encoder reads no text, or the configuration does not say what a decoder's input starts with.
+    """
+    if "decoder_input_ids" not in inspect.signature(backbone(model).forward).parameters:
+        return None
+    if model.main_input_name != "input_ids":
+        raise PaveError(
+            f"{path}: an encoder that reads {model.main_input_name} cannot be calibrated, only one that reads text; give the "
+            "model `purify: false`"
+        )
+    prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    start = getattr(model.config, "decoder_start_token_id", None)
+
+    def shift(labels: list[int]) -> list[int]:
+        return [start, *labels[:-1]] if prepare is None else prepare(torch.tensor([labels]))[0].tolist()
+
+    try:
+        torch.tensor(shift([0]))
+    except (ValueError, TypeError, RuntimeError, AttributeError):
+        raise PaveError(f"{path}: config.json has no decoder_start_token_id, so its decoder cannot be run") from None
+    return shift
+
+
+def _longest_sequence(model: nn.Module) -> int | None:
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None and getattr(config, "patch_size", None) and isinstance(config.image_size, int):
+        positions = (config.image_size // config.patch_size) ** 2
+    for path, module in model.named_modules():
+        # RoBERTa counts positions from its padding index on.
+        if path.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            positions = module.num_embeddings - module.padding_idx - 1
+    return positions

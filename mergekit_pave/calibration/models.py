@@ -1,0 +1,141 @@
+"""transformers' models: made without weights, loaded whole, and taken apart into backbone and blocks."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import accelerate
+import torch
+import transformers
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.initialization import no_init_weights
+
+from mergekit_pave.core.failures import is_out_of_memory
+from mergekit_pave.errors import PaveError, in_a_line
+
+
+def model_class(config: transformers.PretrainedConfig, path: str, trust_remote_code: bool, revision: str | None = None) -> Any:
+    """The model's own architecture class.
+
+    Args:
+        path: the model's folder or its name on the Hub, where remote code is.
+
+    Raises:
+        PaveError: transformers does not have it, and remote code is absent, not trusted or cannot be loaded.
+    """
+    name = (config.architectures or ["(none in config.json)"])[0]
+    if hasattr(transformers, name):
+        return getattr(transformers, name)
+    remote = next((ref for ref in getattr(config, "auto_map", {}).values() if str(ref).endswith(f".{name}")), None)
+    if remote is None:
+        raise PaveError(f"{path}: transformers {transformers.__version__} has no architecture {name}, so it cannot be calibrated")
+    if not trust_remote_code:
+        raise PaveError(f"{path}: {name} is remote code; calibration has to run it, so pass --trust-remote-code")
+    try:
+        return get_class_from_dynamic_module(remote, path, revision=revision)
+    except (OSError, ImportError, AttributeError, SyntaxError) as error:
+        reason = in_a_line(error)
+        raise PaveError(
+            f"{path}: the code of {name} ({remote}) cannot be loaded, and calibration has to run it: {reason}"
+        ) from error
+
+
+def empty_model(cls: Any, config: transformers.PretrainedConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A model with its buffers but without its parameters, which are on the meta device."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with accelerate.init_empty_weights(include_buffers=False), no_init_weights(), _LargeOnMeta():
+            return cls(config)
+    finally:
+        torch.set_default_dtype(default)
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """Makes what is too large for a buffer on the meta device at once.
+
+    Parameters get there only after they were made. That costs nothing while nobody writes to them, but a system need not even
+    promise the memory for all experts of a layer of a large mixture.
+    """
+
+    LIMIT = 1 << 30  # bytes
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (torch.empty, torch.zeros) and kwargs.get("device") is None:
+            empty = func(*args, **kwargs | {"device": "meta"})
+            if empty.nbytes > self.LIMIT:
+                return empty
+        return func(*args, **kwargs)
+
+
+def backbone(model: transformers.PreTrainedModel) -> nn.Module:
+    """The model without its heads."""
+    base = model.base_model
+    # What DINOv3 declares as such is its encoder, which cannot be run on images.
+    return base if model.main_input_name in inspect.signature(base.forward).parameters else model
+
+
+def renaming(model: nn.Module) -> Callable[[str], str]:
+    """What transformers calls a checkpoint's tensors once they are loaded: it has moved modules of some models since."""
+    renamings = [change for change in get_model_conversion_mapping(model) if isinstance(change, WeightRenaming)]
+
+    @functools.cache
+    def renamed(name: str) -> str:
+        for change in renamings:
+            name = change.rename_source_key(name)[0]
+        return name
+
+    return renamed
+
+
+def find_blocks(model: nn.Module) -> dict[nn.Module, str]:
+    """The children of a model's outermost `ModuleList`s, with their paths."""
+    blocks: dict[nn.Module, str] = {}
+    lists: list[str] = []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(path.startswith(f"{outer}.") for outer in lists):
+            lists.append(path)
+            blocks.update({block: f"{path}.{name}" for name, block in module.named_children()})
+    return blocks
+
+
+def inference_dtype(config: transformers.PretrainedConfig, device: str) -> torch.dtype:
+    """The precision to run a model in: its own, but float32 on a CPU, which is both faster there and more exact.
+
+    Elsewhere bfloat16 stands for float16, whose range ends at 65504: models that were trained in bfloat16 exceed it.
+    """
+    own = getattr(config, "dtype", None)
+    if torch.device(device).type == "cpu" or own is None:
+        return torch.float32
+    return torch.bfloat16 if own == torch.float16 else own
+
+
+def load_model(cls: Any, config: transformers.PretrainedConfig, folder: str, device: str) -> nn.Module:
+    """The whole model, ready for inference.
+
+    Raises:
+        PaveError: the checkpoint lacks weights of the backbone, which would be filled with random numbers.
+    """
+    dtype = inference_dtype(config, device)
+    try:
+        model, info = cls.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
+    except (RuntimeError, OSError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise PaveError(f"{folder}: transformers cannot load it as {cls.__name__}: {error}") from error
+    inside = {id(parameter) for parameter in backbone(model).parameters()}
+    missing = [name for name in sorted(info["missing_keys"]) if id(model.get_parameter(name)) in inside]
+    if missing:
+        raise PaveError(
+            f"{folder}: {len(missing)} weights of {cls.__name__} are not in the checkpoint (the first: {missing[0]}), "
+            "so it cannot be run for calibration"
+        )
+    return model.eval().requires_grad_(False).to(device)

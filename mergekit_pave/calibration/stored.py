@@ -1,0 +1,39 @@
+"""Covariances in the cache."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+from mergekit_pave import cache
+from mergekit_pave.core.covariance import Covariance, Covariances
+
+
+def stored_covariances(folder: str) -> StoredCovariances:
+    """The covariances in a folder. Its manifest is read once, for it names every expert of a large model."""
+    stat = Path(folder, cache.MANIFEST).stat()
+    return _stored_covariances(folder, stat.st_mtime_ns, stat.st_ino)
+
+
+@functools.cache
+def _stored_covariances(folder: str, *_: int) -> StoredCovariances:
+    return StoredCovariances(cache.Artefact(Path(folder)))
+
+
+class StoredCovariances(Covariances):
+    """The covariances in an intact artefact."""
+
+    def __init__(self, artefact: cache.Artefact):
+        self._artefact = artefact
+        self._manifest = artefact.manifest()
+
+    def files(self, layers: tuple[str, ...]) -> tuple[str, ...]:
+        """The files of layers that share a weight; other layers that see the same input have the same."""
+        return tuple(self._manifest["layers"][layer]["file"] for layer in layers if self._tokens(layer))
+
+    def _tokens(self, layer: str) -> int:
+        return self._manifest["layers"].get(layer, {"tokens": 0})["tokens"]
+
+    def _load(self, layer: str) -> Covariance:
+        entry = self._manifest["layers"][layer]
+        return Covariance.from_tensors(self._artefact.read(entry["file"]), entry["tokens"], entry["dim"])

@@ -1,0 +1,247 @@
+"""The second moment of a layer's inputs, C = X^T X / N, in whichever form is smaller.
+
+Few rows are kept as they are, in the model's own precision: exact, and the cheaper thing to multiply by too. Of more,
+products of a thousand rows at a time are summed in float64. The products of the first two thousand are float64 as well;
+later ones are float32, twice as fast, because over many their rounding averages out to that of the model's own
+forward pass; unless their squares would be out of its range. (A sum in float32 would move the directions that PAVE drops,
+which belong to the smallest eigenvalues, about ten times further.)
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mergekit_pave.core.exact import float32_products, float64_device, in_float64
+
+
+@dataclass(frozen=True)
+class Covariance:
+    """Uncentred second moment of N inputs of width d. Exactly one of `rows` and `gram` is set.
+
+    Attributes:
+        tokens: N, the number of rows that were seen.
+        rows: X, (N, d), in the precision in which the model produced it.
+        gram: X^T X (not divided by N), (d, d), float64.
+    """
+
+    tokens: int
+    rows: Tensor | None = None
+    gram: Tensor | None = None
+
+    @classmethod
+    def from_rows(cls, rows: Tensor) -> Covariance:
+        """Covariance of the rows of one (N, d) tensor.
+
+        Raises:
+            ValueError: it is no float matrix, has no rows, or it or its second moment is not finite.
+        """
+        if rows.dim() != 2 or not len(rows) or not rows.is_floating_point():
+            raise ValueError(f"rows must be a float matrix (tokens, width), not {rows.dtype} of shape {tuple(rows.shape)}")
+        moment = SecondMoment(rows.shape[1])
+        moment.add(rows)
+        return moment.result()
+
+    @classmethod
+    def joined(cls, parts: Sequence[Covariance]) -> Covariance:
+        """The covariance of the rows of several together: second moments are sums. It may be one of them."""
+        if len(parts) == 1:
+            return parts[0]
+        moment = SecondMoment(parts[0].dim)
+        for part in parts:
+            moment.add_all(part.to(parts[0].device))
+        return moment.result()
+
+    @property
+    def dim(self) -> int:
+        """d, the width of the layer's input."""
+        return (self.gram if self.rows is None else self.rows).shape[-1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return (self.gram if self.rows is None else self.rows).device
+
+    def to(self, device: torch.device) -> Covariance:
+        """The same covariance on another device, or on the CPU where that one has no float64."""
+        device = float64_device(device)
+        rows, gram = (x if x is None else x.to(device) for x in (self.rows, self.gram))
+        return Covariance(self.tokens, rows, gram)
+
+    def mean_diagonal(self) -> float:
+        """Mean of C's diagonal, i.e. the mean square of an input element."""
+        total = self.gram.diagonal().sum() if self.rows is None else in_float64(self.rows).square().sum()
+        return total.item() / (self.tokens * self.dim)
+
+    def multiply(self, weight: Tensor, shift: float) -> Tensor:
+        """`weight @ (C + shift * I)` for a (m, d) float64 weight, without forming C from rows."""
+        gram = self.gram
+        if self.rows is not None:
+            rows = self.rows.to(weight.dtype)
+            m, (n, d) = weight.shape[0], rows.shape
+            if 4 * m * n <= n * d + 2 * m * d:  # operations, over d: (W X^T) X against W (X^T X)
+                product = (weight @ rows.mT) @ rows
+                return product.div_(self.tokens).add_(weight, alpha=shift)
+            gram = mirror_upper(upper_gram(rows))
+        product = weight @ gram
+        return product.div_(self.tokens).add_(weight, alpha=shift)
+
+    def unscaled(self) -> Tensor:
+        """X^T X, (d, d) float64."""
+        return mirror_upper(upper_gram(in_float64(self.rows))) if self.gram is None else self.gram
+
+    def matrix(self) -> Tensor:
+        """C itself, (d, d) float64."""
+        return self.unscaled() / self.tokens
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """What has to be stored: the rows, or the packed upper triangle of the sum."""
+        if self.rows is not None:
+            return {"rows": self.rows.contiguous()}
+        return {"triangle": torch.cat([self.gram[i, i:] for i in range(self.dim)])}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], tokens: int, dim: int) -> Covariance:
+        """The inverse of `to_tensors`."""
+        if "rows" in tensors:
+            return cls(tokens, rows=tensors["rows"])
+        gram = torch.empty(dim, dim, dtype=torch.float64, device=tensors["triangle"].device)
+        start = 0
+        for i in range(dim):
+            row = tensors["triangle"][start : start + dim - i]
+            gram[i, i:] = row
+            gram[i:, i] = row
+            start += dim - i
+        return cls(tokens, gram=gram)
+
+
+class SecondMoment:
+    """Accumulates a `Covariance` batch by batch, in memory of at most one float64 (d, d) matrix and a few batches."""
+
+    _CHUNK = 1024  # rows in one product: fewer would spend their time on reading the sum, more would lose precision
+    _EXACT = 2048  # rows that are multiplied in float64
+    _RANGE = 1e-12, 1e15  # of the largest magnitude in a product in float32: what matters beside its square has to be there, too
+
+    def __init__(self, dim: int):
+        self.tokens = 0
+        self._dim = dim
+        self._rows: list[Tensor] = []
+        self._pending = 0
+        self._largest = 0.0  # magnitude among them
+        self._gram: Tensor | None = None
+
+    def add(self, rows: Tensor) -> None:
+        """Add the rows of one (n, d) batch, which must not change afterwards.
+
+        Raises:
+            ValueError: a value is not finite.
+        """
+        if not len(rows):
+            return
+        rows = rows.to(float64_device(rows.device))
+        largest = max(abs(extreme.item()) for extreme in rows.aminmax())
+        if not math.isfinite(largest):
+            raise ValueError("rows have values that are not finite")
+        self._largest = max(self._largest, largest)
+        self.tokens += rows.shape[0]
+        self._rows.append(rows)
+        self._pending += rows.shape[0]
+        triangle_bytes = 8 * self._dim * (self._dim + 1) // 2
+        if self._gram is None and self._pending * self._dim * rows.element_size() > triangle_bytes:
+            self._gram = torch.zeros(self._dim, self._dim, dtype=torch.float64, device=rows.device)
+        if self._gram is not None and self._pending >= self._CHUNK:
+            self._sum_pending()
+
+    def add_all(self, other: Covariance) -> None:
+        """Add all rows that another covariance is of, on the same device."""
+        if other.rows is not None:
+            self.add(other.rows)
+            return
+        if self._gram is None:
+            self._gram = torch.zeros_like(other.gram)
+        self._gram += other.gram
+        self.tokens += other.tokens
+
+    def _sum_pending(self) -> None:
+        summed = self.tokens - self._pending
+        pending = self._rows[0] if len(self._rows) == 1 else torch.cat(self._rows)  # which copies even a single one
+        fits = self._RANGE[0] < self._largest < self._RANGE[1]
+        for rows in pending.split(self._CHUNK):
+            least = torch.float32 if fits and summed >= self._EXACT else torch.float64
+            with float32_products(rows.device):
+                add_upper_gram(self._gram, rows.to(torch.promote_types(rows.dtype, least)))
+            summed += rows.shape[0]
+        self._rows.clear()
+        self._pending = 0
+        self._largest = 0.0
+
+    def result(self) -> Covariance:
+        """The covariance of all rows added so far; at least one.
+
+        Raises:
+            ValueError: the values are so large that their squares are not finite, even in float64.
+        """
+        if self._gram is None:
+            self._rows = [torch.cat(self._rows)]  # not both: those of a block may be all that fits into memory
+            result = Covariance(self.tokens, rows=self._rows[0])
+        else:
+            if self._pending:
+                self._sum_pending()
+            result = Covariance(self.tokens, gram=mirror_upper(self._gram))
+        # Squares of all other types are far from the end of float64. No element of C is larger than the largest on its diagonal.
+        if (self._gram is not None or result.rows.dtype == torch.float64) and not math.isfinite(result.mean_diagonal()):
+            raise ValueError("rows have values so large that their second moment is not finite")
+        return result
+
+
+class Covariances(ABC):
+    """The covariances of a model's layers, by the layers' names.
+
+    Where several layers share a weight, all of their inputs meet it: their names are given together.
+    """
+
+    @abstractmethod
+    def _tokens(self, layer: str) -> int: ...
+
+    @abstractmethod
+    def _load(self, layer: str) -> Covariance: ...
+
+    def tokens(self, layers: Sequence[str]) -> int:
+        """How many tokens the layers saw."""
+        return sum(map(self._tokens, layers))
+
+    def load(self, layers: Sequence[str]) -> Covariance:
+        """The covariance of the inputs of layers, at least one of which has seen tokens."""
+        return Covariance.joined([self._load(layer) for layer in layers if self._tokens(layer)])
+
+
+_STRIP = 256  # columns in one product: what is left of the strip is its mirror image and need not be computed
+
+
+def add_upper_gram(gram: Tensor, x: Tensor) -> None:
+    """Add the upper triangle of x^T x, for x (rows, n), to gram (n, n): half of the work of the whole product."""
+    for start in range(0, x.shape[1], _STRIP):
+        stop = start + _STRIP
+        gram[start:stop, start:] += x[:, start:stop].mT @ x[:, start:]
+
+
+def upper_gram(x: Tensor) -> Tensor:
+    """The upper triangle of x^T x for x (rows, n), in an (n, n) tensor that holds nothing of use below it."""
+    gram = x.new_zeros(x.shape[1], x.shape[1])
+    add_upper_gram(gram, x)
+    return gram
+
+
+def mirror_upper(gram: Tensor) -> Tensor:
+    """Complete, in place, what `add_upper_gram` has summed."""
+    for start in range(0, gram.shape[0], _STRIP):
+        stop = start + _STRIP
+        block = gram[start:stop, start:stop]
+        block.copy_(block.triu() + block.triu(1).mT)
+        gram[stop:, start:stop] = gram[start:stop, stop:].mT
+    return gram

@@ -1,0 +1,97 @@
+"""How the plugin gets into mergekit: a watch for each of its modules that gets something from us.
+
+PyTorch calls `install` at the end of every `import torch` (entry point group `torch.backends`). By then each of these modules
+may not be imported yet (a finder waits for it), may be half-way through its own import, which is what has
+imported torch (its first use from outside is waited for), or may be there. Nothing here may import anything
+heavy, and `install` may not raise: it would break `import torch` itself.
+"""
+
+import importlib
+import importlib.abc
+import logging
+import sys
+import types
+
+LOG = logging.getLogger(__name__)
+
+# By module of mergekit: a name that it has once it is complete, and the module of ours that then adds to it.
+_TARGETS = {
+    "mergekit.config": ("ConfigReader", "mergekit_pave.hook.field"),
+    "mergekit.merge_methods": ("__all__", "mergekit_pave.methods.registry"),
+    "mergekit.io.tensor_writer": ("TensorWriter", "mergekit_pave.hook.outputs"),
+    "mergekit.moe.config": ("is_bad_config", "mergekit_pave.hook.refusals"),
+    "mergekit.scripts.merge_raw_pytorch": ("main", "mergekit_pave.hook.refusals"),
+    "mergekit.scripts.bakllama": ("main", "mergekit_pave.hook.refusals"),
+    "mergekit.evo.genome": ("ModelGenome", "mergekit_pave.hook.refusals"),
+    "mergekit.evo.config": ("check_for_naughty_config", "mergekit_pave.hook.refusals"),
+}
+
+
+def install() -> None:
+    """Put the finder in place, and see to modules that are loaded already. Idempotent."""
+    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        return
+    sys.meta_path.insert(0, _Finder())
+    for target, (last, _) in _TARGETS.items():
+        module = sys.modules.get(target)
+        if hasattr(module, last):
+            _add_to(target)
+        elif module is not None:
+            module.__class__ = _HalfLoaded
+
+
+def _add_to(target: str) -> None:
+    # A mergekit that has changed works for everybody who does without us.
+    try:
+        importlib.import_module(_TARGETS[target][1]).add()
+    except Exception as error:
+        LOG.warning("mergekit-pave cannot add to %s, so see `mergekit-pave doctor` before you use it: %s", target, error)
+
+
+def is_complete(target: str) -> bool:
+    """Whether a module of mergekit is imported, to its end."""
+    return hasattr(sys.modules.get(target), _TARGETS[target][0])
+
+
+class _HalfLoaded(types.ModuleType):
+    """A module of mergekit until somebody asks it for something and it has all there is to have."""
+
+    def __getattribute__(self, name: str):
+        if not name.startswith("__") and _TARGETS[self.__name__][0] in self.__dict__:
+            self.__class__ = types.ModuleType
+            _add_to(self.__name__)
+        return types.ModuleType.__getattribute__(self, name)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname not in _TARGETS:
+            return None
+        # Ask the finders behind this one for the real module, whatever they are.
+        for finder in sys.meta_path:
+            if finder is self or not hasattr(finder, "find_spec"):
+                continue
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _Loader(spec.loader)
+                return spec
+        return None
+
+
+class _Loader(importlib.abc.Loader):
+    """The module's own loader, after which ours is added."""
+
+    def __init__(self, loader):
+        self._loader = loader
+
+    def __getattr__(self, name: str):  # `python -m` asks for the code
+        return getattr(self._loader, name)
+
+    def create_module(self, spec):
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module):
+        module.__spec__.loader = module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        _add_to(module.__name__)

@@ -1,0 +1,78 @@
+"""The field `pave` of mergekit's `MergeConfiguration`: what makes mergekit see the block at all.
+
+It is added for everybody who uses mergekit, as soon as the configuration class is there, so it needs little and may break
+nothing. The rest of this package is loaded when a config with a block, or with one of our merge methods, is validated.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+from pydantic import WrapValidator
+from pydantic.fields import FieldInfo
+
+from mergekit_pave import versions
+from mergekit_pave.errors import PaveError
+
+
+def add() -> None:
+    """Add the field. Idempotent, and does nothing while mergekit's configuration is still being loaded."""
+    module = sys.modules.get("mergekit.config")
+    if not hasattr(module, "ConfigReader") or "pave" in module.MergeConfiguration.model_fields:
+        return
+    field = FieldInfo.from_annotated_attribute(Annotated[Any, WrapValidator(_read)], None)
+    field.validate_default = True  # merge methods of ours have to be heard of without a block, too
+    module.MergeConfiguration.__pydantic_fields__["pave"] = field
+    module.MergeConfiguration.model_rebuild(force=True)
+    module.ConfigReader.model_rebuild(force=True)  # it embeds the schema of the other
+
+
+def _read(value: Any, _, info) -> Any:
+    """The block as a `PaveConfig`, checked against the merge around it; None where there is none.
+
+    From here on mergekit honours the block, and plans what our merge methods need.
+
+    Raises:
+        PaveError: the block does not fit, or cannot be honoured here. Not a `ValidationError`: this one is for people.
+    """
+    merge: dict[str, Any] = info.data
+    if value is None:
+        _announce(merge.get("merge_method"), "use another merge_method")
+        return None
+    if problem := versions.problem():
+        raise PaveError(f"{problem}, or remove the `pave:` block")
+    try:
+        from mergekit_pave.config import check_models, read_block
+    except Exception as error:
+        raise PaveError(_not_loaded(error, "remove the `pave:` block")) from error
+    config = read_block(value)
+    if {"modules", "slices", "models", "base_model"} <= merge.keys():  # otherwise mergekit will say what is wrong with them
+        _register("remove the `pave:` block")
+        _announce(merge.get("merge_method"), "remove the `pave:` block")
+        check_models(config, merge)
+    return config
+
+
+def _announce(merge_method: str | None, otherwise: str) -> None:
+    """Plan merges by one of our methods, unless another package has one of that name, of which the log says so."""
+    from mergekit_pave.settings import METHODS
+
+    if merge_method in METHODS:
+        from mergekit_pave.methods import registry
+
+        if registry.is_ours(merge_method):
+            _register(otherwise)
+
+
+def _register(otherwise: str) -> None:
+    try:
+        from mergekit_pave.hook import host
+
+        host.register()
+    except ImportError as error:
+        raise PaveError(_not_loaded(error, otherwise)) from error
+
+
+def _not_loaded(error: Exception, otherwise: str) -> str:
+    return f"mergekit-pave cannot be loaded ({type(error).__name__}: {error}); install it anew, or {otherwise}"

@@ -1,1 +1,0 @@
-"""The page that `mergekit-pave report` writes: names -> places, measurements, plots, HTML."""

@@ -1,0 +1,108 @@
+"""What purification adds to a merge."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mergekit.common import ModelReference
+
+from mergekit_pave import cache
+from mergekit_pave.core.linear import Linear
+from mergekit_pave.files import readable
+from mergekit_pave.settings import RelativeRegularization
+from mergekit_pave.tasks.calibrate import CalibrateModel, GivenCovariance
+from mergekit_pave.tasks.decompose import DecomposeWeight
+from mergekit_pave.tasks.purify import GatherPurified, PurificationStats
+from mergekit_pave.tasks.regmean import ClosedForm
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PlannedWeight:
+    """One weight of one model that is to be purified.
+
+    Attributes:
+        output: the name of the tensor that it is merged into.
+        drop: components that each of its matrices would lose on its own; allocation moves them between models.
+        regularization: λ.
+        unchanged: the experts that stay as they are, for they equal the base model's.
+        cached: its decomposition is in the cache.
+        covariances: the folder of the model's covariances, where they are in the cache.
+    """
+
+    model: ModelReference
+    tensor: str
+    output: str
+    layer: Linear
+    drop: int
+    regularization: float | RelativeRegularization
+    unchanged: tuple[int, ...] = ()
+    cached: bool = False
+    covariances: str = ""
+
+
+@dataclass
+class Plan:
+    """What purification adds to a merge.
+
+    Attributes:
+        weights: what is to be purified.
+        gathers: the new gather task by the output tensor's place in the list of planned tensors.
+        calibrations: the tasks that fill the cache of covariances, one a model that something is to be decomposed of.
+        decompositions: the tasks that fill the cache of subspaces.
+        stats: the tasks that make the rows of the report.
+        header: the report without its rows.
+        closed_forms: what regmean merges in closed form, by place.
+        warnings: what should make a user look twice before any work is done.
+        compared: it is known which weights equal the base model's; otherwise only what the cache says of it.
+    """
+
+    compared: bool
+    weights: list[PlannedWeight] = field(default_factory=list)
+    gathers: dict[int, GatherPurified] = field(default_factory=dict)
+    calibrations: list[CalibrateModel | GivenCovariance] = field(default_factory=list)
+    decompositions: list[DecomposeWeight] = field(default_factory=list)
+    stats: list[PurificationStats] = field(default_factory=list)
+    header: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    closed_forms: dict[int, ClosedForm] = field(default_factory=dict)
+
+    @property
+    def decomposed(self) -> int:
+        """How many different weights are decomposed, now or before; in a frankenmerge one may go to several places."""
+        return len({(weight.model, weight.tensor) for weight in self.weights})
+
+    @property
+    def to_calibrate(self) -> list[CalibrateModel]:
+        """The calibrations that the cache lacks."""
+        return [task for task in self.calibrations if isinstance(task, CalibrateModel) and not task.is_done]
+
+
+def announce(plan: Plan) -> None:
+    """Say what the samples give away, what is in the cache, and what the calibrations that are still to be done will cost.
+
+    Raises:
+        PaveError: the disk has no room for that.
+    """
+    for warning in plan.warnings:
+        LOG.warning(warning)
+    if plan.stats:
+        LOG.info("PAVE: %d of %d weights are in the cache", plan.decomposed - len(plan.decompositions), plan.decomposed)
+    for task in plan.to_calibrate:
+        cost = task.job.estimate(task.runtime.device)
+        LOG.info(
+            "%s: to be calibrated with %d tokens in %s; takes at most %s of cache and about %s of memory",
+            task.job.name,
+            task.job.about["tokens"],
+            task.job.about["dtype"],
+            readable(cost.cache),
+            readable(cost.peak),
+        )
+    size = sum(task.job.estimate(task.runtime.device).cache for task in plan.to_calibrate)
+    if size := size + sum(task.cache for task in plan.decompositions):
+        folders = [task.folder for task in (*plan.to_calibrate, *plan.decompositions)]
+        cache.require_space(Path(folders[0]), size)

@@ -1,0 +1,173 @@
+"""What a merge with a `pave:` block would do and cost, for people and as JSON."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from typing import Any
+
+import torch
+
+from mergekit_pave.calibration.models import inference_dtype
+from mergekit_pave.core.exact import float64_device
+from mergekit_pave.core.linear import Linear
+from mergekit_pave.files import readable
+from mergekit_pave.planning.plan import Plan
+from mergekit_pave.report.summary import by_model, kind, regmean_reasons, warnings
+
+
+def preview(plan: Plan, device: str, samples: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Per model what will be purified, what not and why, what is cached, and what is still to be done.
+
+    Args:
+        samples: rows of the report for a few weights of each model, where they can be had; see `sample_removal`.
+
+    Seconds are operations over the speed of this machine, measured on the spot. Like all of the estimate they are rather
+    too high: which layers share an input, and so one sum, shows only when the model runs.
+    """
+    exact = _speed(torch.float64, float64_device(torch.device(device)))
+    todo = {task.job.name: task.job for task in plan.to_calibrate}
+    cached = {task.model for task in plan.calibrations if task.is_done}
+    models = {}
+    for model, source in plan.header["models"].items():
+        weights = [weight for weight in plan.weights if str(weight.model) == model]
+        missing = [task for task in plan.decompositions if str(task.model) == model]
+        cost = todo[model].estimate(device) if model in todo else None
+        models[model] = {
+            "data": source["data"],
+            "samples": source["samples"],
+            "tokens": source["tokens"],
+            "purified": [
+                {
+                    "tensor": weight.tensor,
+                    "output": weight.output,
+                    "shape": list(weight.layer.stored_shape),
+                    "components": min(weight.layer.shape),
+                    "drop": weight.drop,
+                    "cached": weight.cached,
+                }
+                for weight in weights
+            ],
+            "left_as_they_are": source["left_as_they_are"],
+            "covariances": "to do" if model in todo else "there already" if model in cached else "not needed",
+            "calibration": cost
+            and {
+                "seconds": cost.operations / _speed(inference_dtype(todo[model].config, device), device),
+                "memory": cost.peak,
+                "cache": cost.cache,
+            },
+            "decomposition": {
+                "weights": len(missing),
+                "seconds": sum(_operations(task.layer, source["tokens"]) for task in missing) / exact,
+                "cache": sum(task.cache for task in missing),
+            },
+            "removed": _removed(samples.get(model, [])),
+        }
+    found = warnings({"models": {}, "purified": [row for rows in samples.values() for row in rows]})
+    regmean = plan.header.get("regmean")
+    return {
+        "tensors": plan.header["tensors"],
+        "device": device,
+        "compared": plan.compared,
+        "models": models,
+        **({"regmean": {"closed_form": len(plan.closed_forms)} | regmean} if regmean else {}),
+        "warnings": plan.warnings + found,
+    }
+
+
+def _removed(rows: list[dict[str, Any]]) -> dict[str, float] | None:
+    """How large the removed part of some weights is beside what fine-tuning changed in them."""
+    for sums in by_model({"purified": rows}).values():
+        if sums["change_norm"]:
+            weights = len({row["tensor"] for row in rows})
+            return {"share_of_change": sums["removed_norm"] / sums["change_norm"], "weights": weights}
+    return None
+
+
+def _speed(dtype: torch.dtype, device: str | torch.device) -> float:
+    """Operations a second in a product of matrices."""
+    size = 1024
+    x = torch.randn(size, size, device=device).to(dtype)
+    best = 0.0
+    for _ in range(4):
+        start = time.perf_counter()
+        (x @ x)[0, 0].item()
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def _operations(layer: Linear, tokens: int) -> float:
+    """What the decomposition of a weight costs: W C, its factorisation, and the steps that find the tail."""
+    d_out, d_in = layer.shape
+    n = min(layer.shape)
+    tall = 2 * d_out * d_in**2 if d_out > d_in else 0
+    return len(layer.layers) * (tall + 2 * n * d_in * min(d_in, 2 * tokens) + 3 * n * n * d_in)
+
+
+def as_text(preview: dict[str, Any]) -> str:
+    """The preview for people."""
+    outputs = {row["output"] for model in preview["models"].values() for row in model["purified"]}
+    lines = [f"{len(outputs)} of {preview['tensors']} tensors will be purified."]
+    if not preview["compared"]:
+        lines[0] += " Weights that equal the base model's are left as they are; the merge finds out which ones do."
+    if "regmean" in preview:
+        others = regmean_reasons(preview["regmean"]) or "none"
+        lines.append(f"{preview['regmean']['closed_form']} will be merged in closed form; as task_arithmetic does: {others}.")
+    for name, model in preview["models"].items():
+        data = ", ".join(" / ".join(filter(None, (d["path"], d.get("name"), d["split"]))) for d in model["data"])
+        lines += ["", name, f"  data           {data}: {model['samples']} samples, {model['tokens']} tokens count"]
+        cost = model["calibration"]
+        told = model["covariances"]
+        if cost:
+            told = (
+                f"to do: about {_duration(cost['seconds'])} on {preview['device']}, {readable(cost['memory'])} of memory, "
+                f"at most {readable(cost['cache'])} of cache"
+            )
+        lines.append(f"  calibration    {told}")
+        missing = model["decomposition"]["weights"]
+        every = len({row["tensor"] for row in model["purified"]})
+        told = f"{every - missing} of {every} weights in the cache"
+        if missing:
+            cost = model["decomposition"]
+            told += f", {missing} to do: about {_duration(cost['seconds'])}, at most {readable(cost['cache'])} of cache"
+        if model["purified"]:
+            lines.append(f"  decomposition  {told}")
+        if removed := model["removed"]:
+            told = f"about {removed['share_of_change']:.2g} x what fine-tuning changed, "
+            told += f"by {removed['weights']} weights, one of each kind"
+            lines.append(f"  removed part   {told}")
+        if model["purified"]:
+            lines += ["  to be purified (components dropped before allocation moves them between models)"]
+            lines += [f"    {line}" for line in _grouped(model["purified"])]
+        if model["left_as_they_are"]:
+            lines.append("  to be merged as they are")
+        reasons = defaultdict(list)
+        for tensor, reason in model["left_as_they_are"].items():
+            reasons[reason].append(tensor)
+        for reason, tensors in reasons.items():
+            patterns = list(dict.fromkeys(map(kind, tensors)))
+            more = f" and {len(patterns) - 3} more kinds" if len(patterns) > 3 else ""
+            lines.append(f"    {len(tensors):5} {reason}: {', '.join(patterns[:3])}{more}")
+    lines += [f"\nWarning: {warning}." for warning in preview["warnings"]]
+    return "\n".join(lines)
+
+
+def _grouped(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each kind of tensor: those whose names differ in numbers only."""
+    kinds: dict[tuple[str, tuple[int, ...]], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        kinds[kind(row["tensor"]), tuple(row["shape"])].append(row)
+    width = max((len(pattern) for pattern, _ in kinds), default=0)
+    lines = []
+    for (pattern, shape), alike in kinds.items():
+        drops = sorted({row["drop"] for row in alike})
+        told = f"{drops[0]}" if len(drops) == 1 else f"{drops[0]} to {drops[-1]}"
+        size = " x ".join(map(str, shape))
+        lines.append(f"{len(alike):5} {pattern:{width}}  {size:>14}  {told} of {alike[0]['components']}")
+    return lines
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

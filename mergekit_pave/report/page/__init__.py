@@ -1,0 +1,1 @@
+"""The page that `mergekit-pave report` writes. Its pictures need matplotlib."""

@@ -1,0 +1,102 @@
+"""The data types of a `pave:` block that need nothing of mergekit, and the names of our merge methods."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, model_validator
+
+from mergekit_pave.errors import unknown
+
+REGMEAN, TSV = "regmean", "tsv"
+METHODS = (REGMEAN, TSV)
+
+
+class Block(BaseModel, frozen=True):
+    _elsewhere: ClassVar[dict[str, str]] = {}  # keys that belong to another block, and what to tell who puts them here
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reject_unknown_keys(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            for key in value:
+                if key in cls._elsewhere:
+                    raise ValueError(f"{key} {cls._elsewhere[key]}")
+                if key not in cls.model_fields:
+                    raise ValueError(unknown("key", key, cls.model_fields))
+        return value
+
+
+def _reject_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"must be a number, not {str(value).lower()}")
+    return value
+
+
+def reject_string(example: str) -> BeforeValidator:
+    def check(value: Any) -> Any:
+        if isinstance(value, str):
+            raise ValueError(f"must be {example.format(value)}, not {value!r} alone")
+        return value
+
+    return BeforeValidator(check)
+
+
+Positive = Annotated[float, BeforeValidator(_reject_bool), Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, strict=True)]
+
+
+class RelativeRegularization(Block):
+    """λ as a share of the mean diagonal of C."""
+
+    relative: Positive
+
+
+# The tags keep pydantic from telling what is wrong with the form that was not meant.
+Regularization = Annotated[
+    Annotated[Positive, Tag("absolute")] | Annotated[RelativeRegularization, Tag("relative")],
+    Discriminator(lambda value: "relative" if isinstance(value, (dict, RelativeRegularization)) else "absolute"),
+]
+
+
+class Calibration(Block):
+    """How calibration samples are read. What is unset here comes from the next wider scope."""
+
+    samples: Count | None = None
+    max_length: Count | None = None
+    max_tokens: Count | None = None
+    min_tokens: Count | None = None
+    batch_size: Count | None = None
+    seed: Annotated[int, Field(ge=0, strict=True)] | None = None
+
+
+DEFAULT_CALIBRATION = Calibration(samples=256, max_length=512, max_tokens=65536, min_tokens=64, batch_size=8, seed=42)
+
+
+class Data(Block):
+    """Which samples: the arguments of `datasets.load_dataset`, and which columns make up a sample."""
+
+    path: str = Field(min_length=1)
+    name: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    data_files: str | list[str] | dict[str, str | list[str]] | None = None
+    streaming: bool = False
+    text: str | None = Field(default=None, min_length=1)
+    text_pair: str | None = Field(default=None, min_length=1)
+    target: str | None = Field(default=None, min_length=1)
+    messages: str | None = Field(default=None, min_length=1)
+    image: str | None = Field(default=None, min_length=1)
+
+    @model_validator(mode="after")
+    def _one_kind_of_sample(self) -> Data:
+        given = [kind for kind in ("text", "messages", "image") if getattr(self, kind) is not None]
+        if len(given) > 1 and given != ["text", "image"]:
+            raise ValueError(f"give only one of {', '.join(given)}")
+        if self.text_pair is not None and self.image is not None:
+            raise ValueError("text_pair does not go with image")
+        if self.text_pair is not None and self.text is None:
+            raise ValueError("text_pair needs text, the first of the pair")
+        if self.target is not None and self.image is not None:
+            raise ValueError("target, what an encoder-decoder model answers, goes with text or messages, not with image")
+        return self

@@ -1,0 +1,25 @@
+"""What all tasks of one weight have in common."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+from mergekit.common import ModelReference
+from mergekit.graph import Task
+
+
+class TensorTask(Task[Any]):
+    """A task that belongs to one source tensor of one model and is scheduled beside mergekit's own for it."""
+
+    model: ModelReference
+    tensor: str
+
+    # Tasks nest, and mergekit hashes them often: hashing all that is below each would take longer than the merge.
+    def __hash__(self) -> int:
+        return hash((type(self), self.model, self.tensor))
+
+    def group_label(self) -> Optional[str]:
+        return self.tensor
+
+    def uses_accelerator(self) -> bool:
+        return True

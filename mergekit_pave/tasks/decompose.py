@@ -1,0 +1,118 @@
+"""The tails of weights: decomposed into the cache, and read from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from mergekit.graph import Task
+from mergekit.io.tasks import LoadTensor
+from torch import Tensor
+
+from mergekit_pave.cache import Artefact
+from mergekit_pave.calibration.stored import stored_covariances
+from mergekit_pave.core.failures import advising
+from mergekit_pave.core.linear import Linear
+from mergekit_pave.core.purification import decompose_weight, leave_slices
+from mergekit_pave.errors import PaveError
+from mergekit_pave.settings import RelativeRegularization
+from mergekit_pave.tasks.base import TensorTask
+
+_TENSORS = ("directions", "coefficients", "values")
+
+
+class DecomposeWeight(TensorTask):
+    """The tail of one weight, computed and put into the cache, where `LoadTail` finds it. The covariances are there.
+
+    Attributes:
+        covariances: the folder of the model's covariances.
+        folder: where the tail goes.
+        count: components that it has at least.
+        min_tokens: tokens that an expert must have seen to have one.
+    """
+
+    weight: LoadTensor
+    covariances: str
+    layer: Linear
+    regularization: float | RelativeRegularization
+    count: int
+    min_tokens: int
+    folder: str
+
+    def arguments(self) -> dict[str, Task]:
+        return {"weight": self.weight}
+
+    @property
+    def cache(self) -> int:
+        """Bytes of cache that it takes at most."""
+        return 4 * len(self.layer.layers) * sum(self.layer.shape) * self.count
+
+    def execute(self, weight: Tensor) -> None:
+        artefact = Artefact(Path(self.folder))
+        with artefact.lock():
+            if has_tail(artefact.folder, self.count, self.min_tokens):
+                return  # another process has just made it
+            # What another merge needs of it has to stay: a tail is only ever replaced by a wider one.
+            before = artefact.manifest() or {"count": 0, "min_tokens": self.min_tokens}
+            count, min_tokens = max(self.count, before["count"]), min(self.min_tokens, before["min_tokens"])
+            known, where = stored_covariances(self.covariances), (str(self.model), self.tensor)
+            with advising(f"{self.model}: decomposing {self.tensor}", weight.device):
+                tail = decompose_weight(weight, self.layer, known, self.regularization, count, min_tokens, where)
+            tail["values"] = torch.from_numpy(tail["values"])
+            # The name differs from that of the file before, which somebody may just be reading.
+            name = f"tail-{count}-{min_tokens}.safetensors"
+            entry = artefact.write(name, {key: tail.pop(key) for key in _TENSORS})
+            about = {"model": str(self.model), "tensor": self.tensor, "count": count, "min_tokens": min_tokens}
+            artefact.complete({"files": {name: entry}, **tail, **about})
+            artefact.remove_others()
+
+
+class LoadTail(TensorTask):
+    """The tails of the matrices of one weight from the cache. Value: see `decompose_weight`; they may have more than `count`
+    components.
+
+    Attributes:
+        unchanged: the experts that have none, for they equal the base model's.
+    """
+
+    folder: str
+    count: int
+    min_tokens: int
+    unchanged: tuple[int, ...] = ()
+
+    def arguments(self) -> dict[str, Task]:
+        return {}
+
+    def execute(self) -> dict[str, Any]:
+        # Another process may put a wider tail in its place just now; then that is there.
+        tail = self._read() or self._read()
+        if tail is None:
+            raise PaveError(f"the cache entry {self.folder} was removed or damaged during the run; run again")
+        return tail
+
+    def _read(self) -> Optional[dict[str, Any]]:
+        manifest = _tail_manifest(Path(self.folder), self.count, self.min_tokens)
+        if manifest is None:
+            return None
+        try:
+            tensors = Artefact(Path(self.folder)).read(*manifest["files"])
+        except PaveError:
+            return None
+        tensors["values"] = tensors["values"].numpy()  # see `decompose_weight`
+        return leave_slices({**tensors, "slices": manifest["slices"], "left": manifest["left"]}, self.min_tokens, self.unchanged)
+
+
+def has_tail(folder: Path, count: int, min_tokens: int) -> bool:
+    """Whether the cache has intact tails of at least `count` components, for every expert that saw `min_tokens` tokens."""
+    return _tail_manifest(folder, count, min_tokens) is not None
+
+
+def _tail_manifest(folder: Path, count: int, min_tokens: int) -> Optional[dict[str, Any]]:
+    """The manifest of such tails, or None where the cache has none."""
+    artefact = Artefact(folder)
+    manifest = artefact.manifest()
+    if manifest is None or manifest["count"] < count:
+        return None
+    missing = [tokens for tokens in manifest["left"].values() if tokens >= max(1, min_tokens)]
+    return manifest if not missing and artefact.has_files(manifest) else None

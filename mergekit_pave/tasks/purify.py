@@ -1,0 +1,152 @@
+"""Ranks over the models of one output tensor, W' of each, and mergekit's gather with these among its inputs."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+from mergekit.common import ImmutableMap, ModelReference, dtype_from_name
+from mergekit.graph import Task
+from mergekit.io.tasks import GatherTensors, LoadTensor
+from torch import Tensor
+
+from mergekit_pave.core.allocation import allocate_ranks
+from mergekit_pave.core.failures import advising
+from mergekit_pave.core.purification import purify_weight
+from mergekit_pave.errors import PaveError
+from mergekit_pave.tasks.base import TensorTask
+from mergekit_pave.tasks.decompose import LoadTail
+
+
+class AllocateRanks(Task[dict]):
+    """How many components each model drops of one output tensor.
+
+    The same expert of several models is allocated together, over those models in which it has a tail. No model drops more than
+    its `LoadTail` promises.
+
+    Value: by model, one number for each of the slices in its tail.
+
+    Attributes:
+        tails: of each model.
+        shares: of each of them, what it would drop on its own.
+    """
+
+    output: str
+    tails: tuple[LoadTail, ...]
+    shares: tuple[int, ...]
+
+    def __hash__(self) -> int:
+        return hash((AllocateRanks, self.output))
+
+    def arguments(self) -> dict[str, Task]:
+        return {str(tail.model): tail for tail in self.tails}
+
+    def group_label(self) -> Optional[str]:
+        return self.tails[-1].group_label()
+
+    def execute(self, **tails: dict[str, Any]) -> dict[ModelReference, list[int]]:
+        members: dict[Any, list[tuple[LoadTail, int, int]]] = {}  # by expert: (tail, share, place among its slices)
+        for task, share in zip(self.tails, self.shares):
+            for place, piece in enumerate(tails[str(task.model)]["slices"]):
+                members.setdefault(piece["expert"], []).append((task, share, place))
+        drops = {task.model: [0] * len(tails[str(task.model)]["slices"]) for task in self.tails}
+        for of_expert in members.values():
+            spectra = [_spectrum(tails[str(task.model)], place) for task, _, place in of_expert]
+            shares, caps = [share for _, share, _ in of_expert], [task.count for task, _, _ in of_expert]
+            for (task, _, place), drop in zip(of_expert, allocate_ranks(spectra, shares, caps)):
+                drops[task.model][place] = drop
+        return drops
+
+
+def _spectrum(tail: dict[str, Any], place: int) -> list[float]:
+    """The singular values in the tail of one matrix over its largest, ascending."""
+    return (tail["values"][place] / (tail["slices"][place]["largest"] or 1.0)).tolist()
+
+
+class PurifyTensor(TensorTask):
+    """W' of one weight. Value: see `purify_weight`."""
+
+    weight: LoadTensor
+    base: Optional[LoadTensor]
+    tail: LoadTail
+    allocation: AllocateRanks
+    transposed: bool
+    target: str
+    dtype: Optional[str]
+
+    def arguments(self) -> dict[str, Task]:
+        needed = {"weight": self.weight, "tail": self.tail, "allocation": self.allocation}
+        return needed | ({"base": self.base} if self.base else {})
+
+    def execute(self, weight: Tensor, tail: dict, allocation: dict, base: Optional[Tensor] = None) -> dict[str, Any]:
+        if self.target == "task_vector" and base is None:
+            raise PaveError(f"{self.model}: {self.tensor} is not in the base model; put it under pave.exclude")
+        with advising(f"{self.model}: purifying {self.tensor}", weight.device):
+            return purify_weight(
+                weight,
+                base,
+                tail,
+                allocation[self.model],
+                transposed=self.transposed,
+                target=self.target,
+                dtype=dtype_from_name(self.dtype) or weight.dtype,
+                row={"tensor": self.tensor, "output": self.allocation.output, "model": str(self.model)},
+            )
+
+
+class PurificationStats(TensorTask):
+    """What purification did to one weight.
+
+    Value: {rows: those of the report, one a matrix, left: {a matrix that stays as it is: why}}.
+    """
+
+    purify: PurifyTensor
+
+    def arguments(self) -> dict[str, Task]:
+        return {"purified": self.purify}
+
+    def priority(self) -> int:
+        # At once, so that the tensor beside it is not kept for it.
+        return 100
+
+    def uses_accelerator(self) -> bool:
+        return False
+
+    def execute(self, purified: dict[str, Any]) -> dict[str, Any]:
+        return {"rows": purified["stats"], "left": purified["left"]}
+
+
+class GatherPurified(GatherTensors):
+    """mergekit's gather, with some of its inputs purified. Inputs are read as stored and cast here."""
+
+    purified: ImmutableMap[ModelReference, PurifyTensor]
+
+    def arguments(self) -> dict[str, Task]:
+        return {
+            f"{model}:{info.name}": self.purified[model] if model in self.purified else load_stored(self, model)
+            for model, info in self.weight_info.items()
+        }
+
+    def execute(self, **kwargs) -> dict[ModelReference, Tensor]:
+        tensors = super().execute(**tensors_of(kwargs))
+        for model, tensor in tensors.items():
+            dtype = self.weight_info[model].force_dtype or self.dtype
+            tensors[model] = tensor.to(dtype_from_name(dtype)) if dtype else tensor
+        return tensors
+
+
+def tensors_of(inputs: dict[str, Any]) -> dict[str, Optional[Tensor]]:
+    """The tensors alone, of inputs some of which `PurifyTensor` has made, with what is told of them."""
+    return {key: value["tensor"] if isinstance(value, dict) else value for key, value in inputs.items()}
+
+
+def load_stored(gather: GatherTensors, model: ModelReference) -> LoadTensor:
+    """The task that reads one of a gather's tensors in the precision in which it is stored."""
+    info = gather.weight_info[model]
+    return LoadTensor(
+        model=model,
+        tensor=info.name,
+        device=gather.device,
+        optional=info.optional,
+        aliases=info.aliases,
+        tied_names=info.tied_names,
+    )

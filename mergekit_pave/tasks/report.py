@@ -1,0 +1,83 @@
+"""The report beside the merged weights."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import tqdm
+from mergekit.graph import Task
+from mergekit.io.tasks import FinalizeModel
+from mergekit.io.tensor_writer import TensorWriter
+
+from mergekit_pave.files import replacing
+from mergekit_pave.report.outputs import REPORT_NAME
+from mergekit_pave.report.stored import written_weights
+from mergekit_pave.report.summary import (
+    complete,
+    left_experts,
+    left_weights,
+    regmean_summary,
+    regmean_warnings,
+    summary,
+    warnings,
+)
+from mergekit_pave.tasks.purify import PurificationStats
+from mergekit_pave.tasks.regmean import MergeByRegMean
+
+LOG = logging.getLogger(__name__)
+
+
+class WriteReport(Task[None]):
+    """Write pave_report.json beside the merged model, and say in one line what was purified.
+
+    It waits until the weights are complete, as it says what they are, and as the report of an earlier merge goes only then.
+    """
+
+    out_path: str
+    finalize: FinalizeModel
+    header: str
+    stats: tuple[PurificationStats, ...]
+    closed_forms: tuple[MergeByRegMean, ...]
+
+    def __hash__(self) -> int:
+        return hash((WriteReport, self.out_path))
+
+    def arguments(self) -> dict[str, Task]:
+        stats: dict[str, Task] = {str(i): task for i, task in enumerate(self.stats)}
+        return stats | {"finalized": self.finalize, "writer": self.finalize.writer_task}
+
+    def main_thread_only(self) -> bool:
+        return True
+
+    def execute(self, finalized: None, writer: TensorWriter, **stats: dict[str, Any]) -> None:
+        done = ((str(task.model), stats[str(i)]) for i, task in enumerate(self.stats))
+        report = complete(json.loads(self.header), done)
+        if "regmean" in report:
+            report["regmean"]["closed_form"] = [row for merge in self.closed_forms if (row := merge.row())]
+            for merge in self.closed_forms:
+                report["regmean"]["as_task_arithmetic"] |= merge.as_task_arithmetic()
+            report["warnings"] += regmean_warnings(report["regmean"])
+        folder = Path(self.out_path)
+        told = report | {"weights": written_weights(folder, _files_of(writer))}
+        with replacing(folder / REPORT_NAME) as temporary:
+            temporary.write_text(json.dumps(told, indent=1) + "\n")
+        with tqdm.tqdm.external_write_mode(sys.stderr):  # mergekit's bar is on that line
+            if report["purified"]:
+                LOG.info(summary(report))
+            if "regmean" in report:
+                LOG.info(regmean_summary(report["regmean"]))
+            for line in left_experts(report) + left_weights(report):
+                LOG.info(line)
+            for warning in warnings(report) + (regmean_warnings(report["regmean"]) if "regmean" in report else []):
+                LOG.warning(warning)
+
+
+def _files_of(writer: TensorWriter) -> set[str]:
+    """The files that a writer has written."""
+    files = set(writer.weight_map.values())
+    # A single file gets its last name after it is noted.
+    return {file.replace("-1.", ".") for file in files} if writer.shards_written == 1 else files
