@@ -21,6 +21,9 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from models import Family, make_family  # noqa: E402
 
+from mergekit_pave.plugin import wrap  # noqa: E402
+from mergekit_pave.report.page.picture import draw_ranks  # noqa: E402
+
 torch.set_num_threads(1)
 if os.environ.get("PRETEND_DEVICE"):  # any test can be run on it; tests/test_device.py does so with some
     import pretend_device
@@ -36,6 +39,19 @@ if os.environ.get("PRETEND_DEVICE"):  # any test can be run on it; tests/test_de
 
 def pytest_unconfigure():
     shutil.rmtree(_HOME, ignore_errors=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_card_pictures():
+    """A model card gets no picture, which takes longer than the tiny merge before it, unless `card_pictures` is asked for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wrap, "draw_ranks", lambda *_: None)
+        yield
+
+
+@pytest.fixture
+def card_pictures(monkeypatch):
+    monkeypatch.setattr(wrap, "draw_ranks", draw_ranks)
 
 
 @pytest.fixture(scope="session")

@@ -92,7 +92,7 @@ def test_data_files_of_other_machines_are_no_data_sets(tmp_path):
     assert "math.jsonl / train" in text and "a.jsonl, b.jsonl / train" in text and "/home/me" not in text
 
 
-def test_section_of_a_merge(llama, tmp_path):
+def test_section_of_a_merge(card_pictures, llama, tmp_path):
     """Data, ranks by projection, the picture, what was not purified, and how to make it again."""
     models = [*entries(llama, 2), {"model": str(llama.tuned[2]), "purify": False}]
     models[0]["rank_ratio"] = 0.75
@@ -124,7 +124,7 @@ def test_ranks_are_those_of_the_report():
     assert f"| q_proj | 128 | {shown} |" in told
 
 
-def test_without_matplotlib_there_is_no_picture_and_no_link(llama, tmp_path, monkeypatch):
+def test_without_matplotlib_there_is_no_picture_and_no_link(card_pictures, llama, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     merge(config_for(llama, {}), tmp_path / "out")
     text = (tmp_path / "out" / "README.md").read_text()
@@ -132,7 +132,7 @@ def test_without_matplotlib_there_is_no_picture_and_no_link(llama, tmp_path, mon
     assert not list((tmp_path / "out").glob("*.png"))
 
 
-def test_a_picture_that_cannot_be_drawn_does_not_fail_the_merge(llama, tmp_path, monkeypatch, caplog):
+def test_a_picture_that_cannot_be_drawn_does_not_fail_the_merge(card_pictures, llama, tmp_path, monkeypatch, caplog):
     from mergekit_pave.report.page import drawing
 
     def broken(*_):
@@ -360,7 +360,7 @@ def test_licence_of_a_merge(llama, tmp_path):
 
 
 @pytest.mark.skipif(browser.CHROMIUM is None, reason="there is no Chromium here")
-def test_the_card_renders(llama, tmp_path):
+def test_the_card_renders(card_pictures, llama, tmp_path):
     merge(config_for(llama, {}), tmp_path / "out")
     text = ModelCard.load(tmp_path / "out" / "README.md").text
     body = MarkdownIt("commonmark").enable("table").render(text)
