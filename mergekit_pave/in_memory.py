@@ -20,7 +20,7 @@ from mergekit_pave.calibration.observe import DivergedError, UnalignedInputError
 from mergekit_pave.calibration.run import measure_model
 from mergekit_pave.config import PaveConfig
 from mergekit_pave.core.allocation import fair_share
-from mergekit_pave.core.covariance import Covariance, Covariances
+from mergekit_pave.core.covariance import Covariance, Covariances, Measurement
 from mergekit_pave.core.equality import equal_matrices
 from mergekit_pave.core.failures import advising
 from mergekit_pave.core.linear import Linear
@@ -220,20 +220,20 @@ def _regularization(given: float | Mapping[str, float] | None) -> Any:
         raise ValueError(f"regularization: {error.errors()[0]['msg']} (got {given!r})") from None
 
 
-class _Measured(Covariances):
+class _MeasuredCovariances(Covariances):
     """Covariances in memory."""
 
-    def __init__(self, measured: list[tuple[list[str], Covariance]]):
-        self._of = {layer: covariance for members, covariance in measured for layer in members}
+    def __init__(self, measurements: list[Measurement]):
+        self._by_layer = {layer: covariance for layers, covariance in measurements for layer in layers}
 
     def _tokens(self, layer: str) -> int:
-        return self._of[layer].tokens if layer in self._of else 0
+        return self._by_layer[layer].tokens if layer in self._by_layer else 0
 
     def _load(self, layer: str) -> Covariance:
-        return self._of[layer]
+        return self._by_layer[layer]
 
 
-def _measure(model: transformers.PreTrainedModel, batches: list[Batch], name: str, quiet: bool) -> _Measured:
+def _measure(model: transformers.PreTrainedModel, batches: list[Batch], name: str, quiet: bool) -> _MeasuredCovariances:
     linears, _, _ = find_linears(model)
     layers = [linear.module for linear in linears.values() if not linear.experts]
     apart: frozenset[str] = frozenset()
@@ -242,7 +242,8 @@ def _measure(model: transformers.PreTrainedModel, batches: list[Batch], name: st
     with _inference(model), advising(f"{name}: calibrating", model.device, remedy):
         while True:
             try:
-                return _Measured(measure_model(model, layers, name, batches, apart, unpadded, str(model.device), quiet))
+                device = str(model.device)
+                return _MeasuredCovariances(measure_model(model, layers, name, batches, apart, unpadded, device, quiet))
             except DivergedError as error:
                 apart |= {error.role}
             except NotFiniteError as error:

@@ -116,6 +116,22 @@ def test_a_weight_that_another_module_uses_is_never_missed(llama, monkeypatch):
     assert_same(by_layer(run._measure(job, CPU)), by_layer(whole(job)), 1e-12)
 
 
+def test_a_weight_that_a_module_keeps_elsewhere_is_never_missed(llama, monkeypatch):
+    """As recurrent layers of PyTorch keep a list of all of their weights."""
+    init = transformers.LlamaModel.__init__
+
+    @functools.wraps(init)
+    def keeping(self, config):
+        init(self, config)
+        self.kept = [{"weight": self.norm.weight}]
+
+    monkeypatch.setattr(transformers.LlamaModel, "__init__", keeping)
+    job = job_for(llama.tuned[0], texts())
+    with pytest.raises(UnknownWeightError, match="LlamaModel keeps weights, or values made of them, in a place of its own"):
+        list(in_lockstep(job))
+    assert_same(by_layer(run._measure(job, CPU)), by_layer(whole(job)), 1e-12)
+
+
 def test_a_weight_without_values_gives_none(llama):
     job = job_for(llama.tuned[0], texts())
     streamed = run.StreamedModel(transformers.LlamaForCausalLM, job.config, job.folder, torch.float32, "cpu")

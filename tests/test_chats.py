@@ -62,17 +62,36 @@ def test_keys_of_other_rows_are_not_shown(llama, tmp_path, form):
     if form == "jsonl":
         table = write_rows(tmp_path / "chats.jsonl", list(datasets.Dataset.from_parquet(str(table))))
     elif form == "json text":
-        texts = [{key: json.dumps(cell) for key, cell in row.items()} for row in datasets.Dataset.from_parquet(str(table))]
+        texts = [{key: json.dumps(cell) for key, cell in row.items()} for row in rows]
         table = write_rows(tmp_path / "chats.jsonl", texts)
     read = [load for load in rendered(table, tokenizer)]
     expected = [tokenizer.apply_chat_template(row["messages"], tools=row["tools"], tokenize=False) for row in rows]
     assert read == expected and "null" not in "".join(read)
 
 
-def test_a_null_within_a_list_is_meant(llama, tmp_path):
+def test_a_null_that_somebody_wrote_is_shown(llama, tmp_path):
+    """JSON has no columns to fill: what is null there was written so."""
     tools = [{"name": "f", "enum": ["a", None], "default": None}]
-    path = write_rows(tmp_path / "chats.jsonl", [{"messages": TURNS, "tools": json.dumps(tools)}])
-    assert rendered(path, tokenizer_with(llama, "{{ tools | tojson }}")) == ['[{"name": "f", "enum": ["a", null]}]']
+    template = "{{ tools | tojson }}{% for m in messages %}{{ m.meta | tojson }}{% endfor %}"
+    turns = [TURNS[0] | {"meta": {"seen": None}}]
+    shown = '[{"name": "f", "enum": ["a", null], "default": null}]{"seen": null}'
+    for tools_cell in (json.dumps(tools), [json.dumps(tool) for tool in tools]):
+        path = write_rows(tmp_path / "chats.jsonl", [{"messages": json.dumps(turns), "tools": tools_cell}])
+        assert rendered(path, tokenizer_with(llama, template)) == [shown]
+
+
+def test_a_null_within_a_list_of_a_table_is_shown(llama, tmp_path):
+    rows = [{"messages": TURNS, "tools": [{"name": "f", "enum": ["a", None], "default": None}]}]
+    template = tokenizer_with(llama, "{{ tools | tojson }}")
+    assert rendered(parquet(tmp_path / "chats.parquet", rows), template) == ['[{"name": "f", "enum": ["a", null]}]']
+
+
+def test_a_turn_whose_content_is_null_in_json_says_nothing(llama, tmp_path, caplog):
+    silent = json.dumps([{"role": "user", "content": None}])
+    path = write_rows(tmp_path / "chats.jsonl", [{"messages": cell} for cell in (silent, *[json.dumps(TURNS)] * 3)])
+    with caplog.at_level("WARNING", logger="mergekit_pave"):
+        assert len(rendered(path, tokenizer_with(llama))) == 3
+    assert "skipped 1 of 4 rows: 1 empty" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -201,18 +220,19 @@ def test_what_is_no_chat(llama, tmp_path, cell):
 
 def test_chats_without_turns_are_blank(llama, tmp_path, caplog):
     silent = json.dumps([{"role": "user", "content": " "}])
-    cells = [json.dumps(TURNS), "[]", "", None, silent, *[json.dumps(TURNS)] * 3]
+    cells = [json.dumps(TURNS), "[]", "", None, silent, "null", *[json.dumps(TURNS)] * 4]
     path = write_rows(tmp_path / "chats.jsonl", [{"messages": cell} for cell in cells])
     with caplog.at_level("WARNING", logger="mergekit_pave"):
-        assert len(rendered(path, tokenizer_with(llama))) == 4
-    assert "skipped 4 of 8 rows: 4 empty" in caplog.text
+        assert len(rendered(path, tokenizer_with(llama))) == 5
+    assert "skipped 5 of 10 rows: 5 empty" in caplog.text
 
 
 def test_what_is_read_as_people_write_it():
     """Names of who speaks in any case, numbers, tools that are each written as JSON."""
     turns = [{"from": "Human", "value": 7}, {"from": "GPT", "value": ["se", "ven"]}]
     assert read_chat(turns) == [{"role": "user", "content": "7"}, {"role": "assistant", "content": "seven"}]
-    assert read_tools(['{"name": "add", "default": null}', {"name": "sub"}]) == [{"name": "add"}, {"name": "sub"}]
+    tools = ['{"name": "add", "default": null}', {"name": "sub", "default": None}]
+    assert read_tools(tools) == [{"name": "add", "default": None}, {"name": "sub"}]
     with pytest.raises(ValueError, match="from 'narrator', which is none of system, user"):
         read_chat([{"from": "narrator", "value": "once"}])
 

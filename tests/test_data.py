@@ -128,6 +128,16 @@ def test_places_that_a_row_does_not_have(tmp_path):
     assert first.problem == "(column 'answers[text]' holds no text but a list)"
 
 
+def test_a_format_that_a_cell_does_not_fit_names_the_column(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [{"n": 1.5, "a": {"b": "one"}}, {"n": None, "a": {"b": "two"}}])
+    problems = [sample.problem for sample in drawn(path, text="{n:.2f} {a[b]}")]
+    assert problems == [None, "(column 'n' is empty, which the format '.2f' does not fit)"]
+    (first, *_) = drawn(path, text="{n} {a[b]:.2f}")
+    assert first.problem == "(column 'a[b]' holds text, which the format '.2f' does not fit)"
+    (first, *_) = drawn(path, text="{n:d}")
+    assert first.problem == "(column 'n' holds a number, which the format 'd' does not fit)"
+
+
 def test_a_column_whose_name_looks_like_a_path(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [{"a.b": "dot", "a[b]": "bracket", "a": {"b": "in"}}])
     assert texts(path, text="{a.b} {a[b]}") == ["dot bracket"]
@@ -145,7 +155,9 @@ def test_a_column_whose_name_looks_like_a_path(tmp_path):
         ("{question", ["not a valid template", "{{ or }}"]),
         ("{{question}}", ["no column", "{{ or }}"]),
         ("{question:{answer}}", ["not a valid template"]),
-        ("{}", ["no column"]),
+        ("{}", ["'{}'", "{} names no column", "{question}"]),
+        ("{question} {}", ["{} names no column"]),
+        ("{question!x}", ["{question}", "unknown conversion !x"]),
     ],
 )
 def test_templates_that_cannot_be(tmp_path, text, words):

@@ -13,7 +13,7 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
-from mergekit_pave.calibration.chats import in_form, render, takes_only_parts
+from mergekit_pave.calibration.chats import in_form, render, takes_only_parts, tokenize
 from mergekit_pave.calibration.data import Sample, share_evenly
 from mergekit_pave.errors import PaveError
 from mergekit_pave.settings import Calibration
@@ -140,8 +140,7 @@ def _prepare(sample: Sample, processor: Any, longest: int, parts: bool) -> dict[
     if sample.messages is None:
         inputs = _tokenised(processor, longest, text=sample.text, text_pair=sample.text_pair)
     else:
-        chat = render(processor, in_form(sample.messages, parts), sample.tools)
-        inputs = processor(chat, add_special_tokens=False, truncation=True, max_length=longest)
+        inputs = tokenize(processor, in_form(sample.messages, parts), sample.tools, longest)
     return {name: ids for name, ids in inputs.items() if name in processor.model_input_names} if inputs["input_ids"] else {}
 
 

@@ -36,7 +36,7 @@ def read_chat(cell: Any) -> list[dict[str, Any]]:
     turns = _parsed(cell, _NO_CHAT)
     if not all(isinstance(turn, dict) for turn in turns):
         raise ValueError(_NO_CHAT)
-    return [_read_turn(turn) for turn in without_nulls(turns)]
+    return [_read_turn(turn) for turn in turns]
 
 
 def read_tools(cell: Any) -> list[Any] | None:
@@ -47,46 +47,45 @@ def read_tools(cell: Any) -> list[Any] | None:
     """
     refusal = "(tools that are no list, nor a list as JSON)"
     tools = [_from_json(tool, refusal) if isinstance(tool, str) else tool for tool in _parsed(cell, refusal)]
-    return without_nulls(tools) or None
+    return tools or None
 
 
 def says_something(chat: list[dict[str, Any]]) -> bool:
     """Whether any turn of a chat has more to it than its role."""
-    return any(str(value).strip() for turn in chat for key, value in turn.items() if key != "role")
+    return any(value is not None and str(value).strip() for turn in chat for key, value in turn.items() if key != "role")
 
 
-def without_nulls(value: Any) -> Any:
-    """The same without the keys that are null, however deep.
-
-    A table gives every dict of a column the keys of all of them, and a template takes a key that is there for one that is meant.
-    """
-    if isinstance(value, dict):
-        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
-
-
-def render(processor: Any, chat: list[dict[str, Any]], tools: list[Any] | None = None) -> str:
-    """What the chat template of a tokenizer or a processor makes of turns. It is the same on every day.
+def render(processor: Any, chat: list[dict[str, Any]]) -> str:
+    """The text that the chat template of a tokenizer or a processor makes of turns. It is the same on every day.
 
     Raises:
         TemplateError, TypeError, ValueError, KeyError: the template refuses the chat.
     """
-    template = _template(processor, bool(tools))
-    return processor.apply_chat_template(
-        chat, tokenize=False, chat_template=on_a_fixed_date(template), **({"tools": tools} if tools else {})
+    return processor.apply_chat_template(chat, tokenize=False, chat_template=_template(processor))
+
+
+def tokenize(tokenizer: Any, chat: list[dict[str, Any]], tools: list[Any] | None, longest: int) -> dict[str, list[int]]:
+    """The token ids of that text, and what goes with them, cut to `longest`.
+
+    Raises:
+        TemplateError, TypeError, ValueError, KeyError: the template refuses the chat.
+    """
+    return tokenizer.apply_chat_template(
+        chat,
+        tools=tools,
+        chat_template=_template(tokenizer, with_tools=bool(tools)),
+        tokenize=True,
+        return_dict=True,
+        truncation=True,
+        max_length=longest,
     )
 
 
-def _template(processor: Any, with_tools: bool) -> str | None:
-    """The chat template that transformers would choose where there are several."""
+def _template(processor: Any, with_tools: bool = False) -> str | None:
+    """The chat template that transformers would choose where there are several, printing the same date every day."""
     template = processor.chat_template
     if isinstance(template, dict):
         template = (with_tools and template.get("tool_use")) or template.get("default")
-    return template
-
-
-def on_a_fixed_date(template: str | None) -> str | None:
-    """A chat template that prints the same date every day, so that its tokens are the same, too."""
     return _FIXED_DATE + template if template and "strftime_now" in template else template
 
 
@@ -115,13 +114,22 @@ def takes_only_parts(tokenizer: Any) -> bool:
 
 def _parsed(cell: Any, refusal: str) -> list[Any]:
     """A list that may be written as JSON; an empty cell is an empty list."""
-    if isinstance(cell, str):
-        cell = _from_json(cell, refusal) if cell.strip() else None
+    cell = _from_json(cell.strip() or "null", refusal) if isinstance(cell, str) else _without_padding(cell)
     if cell is None:
         return []
     if not isinstance(cell, list):
         raise ValueError(refusal)
     return cell
+
+
+def _without_padding(value: Any) -> Any:
+    """What a table holds, without the keys that are null, however deep.
+
+    A table gives every dict of a column the keys of all of them, and a template takes a key that is there for one that is meant.
+    """
+    if isinstance(value, dict):
+        return {key: _without_padding(inner) for key, inner in value.items() if inner is not None}
+    return [_without_padding(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _from_json(text: str, refusal: str) -> Any:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from mergekit_pave.calibration.batches import Batch, Encoded, make_batches
-from mergekit_pave.core.covariance import Covariance, SecondMoment
+from mergekit_pave.core.covariance import Covariance, Measurement, SecondMoment
 from mergekit_pave.errors import PaveError
 
 T = TypeVar("T")
@@ -118,37 +118,35 @@ def share(encoded: list[Encoded], batch_size: int) -> list[Batch]:
     return batches[rank() :: world_size()]
 
 
-Measured = list[tuple[list[str], Covariance]]
-
-
-def add_up(measured: Measured) -> Measured:
+def add_up(measurements: list[Measurement]) -> list[Measurement]:
     """The covariances of all processes' rows, in process 0; what the others get is of no use.
 
     Args:
-        measured: this process's covariances, each with the layers it belongs to. Another process may have seen other
-            layers: an expert that no token of this one was routed to, say.
+        measurements: those of this process. Another process may have seen other layers, such as an expert that no token of
+            this one was routed to.
     """
     if world_size() == 1:
-        return measured
-    own = {tuple(members): covariance for members, covariance in measured}
-    known: list[dict[tuple[str, ...], tuple[int, bool]]] = [{} for _ in range(world_size())]
-    dist.all_gather_object(known, {members: (c.dim, c.gram is not None) for members, c in own.items()})
-    dims = {members: dim for of_process in known for members, (dim, _) in of_process.items()}
+        return measurements
+    covariances = {tuple(layers): covariance for layers, covariance in measurements}
+    # For each process, by layers: the width, and whether the rows are summed.
+    forms: list[dict[tuple[str, ...], tuple[int, bool]]] = [{} for _ in range(world_size())]
+    dist.all_gather_object(forms, {layers: (c.dim, c.gram is not None) for layers, c in covariances.items()})
+    dims = {layers: dim for of_process in forms for layers, (dim, _) in of_process.items()}
     result = []
-    for members, dim in dims.items():
-        part = own.get(members, Covariance(0, rows=torch.zeros(0, dim))).to(torch.device("cpu"))
-        if any(of_process.get(members, (dim, False))[1] for of_process in known):
+    for layers, dim in dims.items():
+        part = covariances.get(layers, Covariance(0, rows=torch.zeros(0, dim))).to(torch.device("cpu"))
+        if any(of_process.get(layers, (dim, False))[1] for of_process in forms):
             # Where one process has a sum already, the rows of the others are summed, too.
             gram = part.unscaled()
             tokens = torch.tensor(part.tokens)
             dist.reduce(gram, dst=0)
             dist.reduce(tokens, dst=0)
-            result.append((list(members), Covariance(int(tokens), gram=gram)))
+            result.append(Measurement(list(layers), Covariance(int(tokens), gram=gram)))
             continue
         parts = [part] * world_size()
         dist.gather_object(part, parts if rank() == 0 else None, dst=0)
         total = SecondMoment(dim)
         for other in parts:
             total.add(other.rows)
-        result.append((list(members), total.result()))
+        result.append(Measurement(list(layers), total.result()))
     return result

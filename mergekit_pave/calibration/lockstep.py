@@ -21,7 +21,7 @@ from mergekit_pave.calibration import distributed
 from mergekit_pave.calibration.batches import Batch
 from mergekit_pave.calibration.masks import pack, packed_masks
 from mergekit_pave.calibration.models import find_blocks
-from mergekit_pave.calibration.weights import StreamedModel, UnknownWeightError
+from mergekit_pave.calibration.weights import StreamedModel
 
 Waiting = list[tuple[greenlet, Batch, nn.Module]]  # each batch, and the block that it waits before
 
@@ -41,14 +41,6 @@ def run_in_lockstep(
         UnknownWeightError: the model needs a weight that cannot be found, or where we do not see it.
     """
     scheduler = getcurrent()
-
-    def resume(runner: greenlet, *args: Batch) -> nn.Module | None:
-        try:
-            return runner.switch(*args)
-        except (RuntimeError, NotImplementedError) as error:
-            if "meta" in str(error):  # a module has used a weight of another one, which is not loaded
-                raise UnknownWeightError(str(error).splitlines()[0]) from error
-            raise
 
     blocks = find_blocks(streamed.model)
     order = {block: i for i, block in enumerate(blocks)}
@@ -70,7 +62,7 @@ def run_in_lockstep(
         for batch in batches:
             begin(batch)
             runner = greenlet(run)
-            if (block := resume(runner, batch)) is not None:
+            if (block := runner.switch(batch)) is not None:
                 waiting.append((runner, batch, block))
         streamed.release()
         return waiting
@@ -82,7 +74,7 @@ def run_in_lockstep(
         for runner, batch, block in waiting:
             if block is current:
                 begin(batch)
-                block = resume(runner)
+                block = runner.switch()
             if block is not None:
                 later.append((runner, batch, block))
         streamed.release()

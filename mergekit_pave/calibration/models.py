@@ -7,10 +7,10 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import accelerate
 import torch
 import transformers
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
@@ -51,11 +51,20 @@ def empty_model(cls: Any, config: transformers.PretrainedConfig, dtype: torch.dt
     """A model with its buffers but without its parameters, which are on the meta device."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
+    hook = register_module_parameter_registration_hook(_on_meta)
     try:
-        with accelerate.init_empty_weights(include_buffers=False), no_init_weights(), _LargeOnMeta():
+        with no_init_weights(), _LargeOnMeta():
             return cls(config)
     finally:
+        hook.remove()
         torch.set_default_dtype(default)
+
+
+def _on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    """The parameter that a module registers in the place of one with values; None keeps the one that was given."""
+    if parameter is None or parameter.is_meta:  # a parameter that another module has already registered stays one object
+        return None
+    return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
 
 
 class _LargeOnMeta(TorchFunctionMode):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mergekit_pave.calibration.batches import Batch
 from mergekit_pave.calibration.blame import NotFiniteError
 from mergekit_pave.calibration.experts import find_experts, run_experts
-from mergekit_pave.core.covariance import Covariance, SecondMoment
+from mergekit_pave.core.covariance import Covariance, Measurement, SecondMoment
 from mergekit_pave.errors import PaveError
 
 
@@ -258,7 +258,7 @@ class Observer:
                 return [origin for origin, is_bad in zip(self._batch.origins, bad.tolist()) if is_bad]
         return []
 
-    def take(self, block: str = "") -> list[tuple[list[str], Covariance]]:
+    def take(self, block: str = "") -> list[Measurement]:
         """Each covariance under one module's path with the layers that it belongs to; it is not kept.
 
         Layers that saw nothing have none.
@@ -277,7 +277,7 @@ class Observer:
                 del self._groups[layer]
             self._taken.update(group.members)
         self._taken.update(path for path in self._experts if path.startswith(prefix))
-        return [(group.members, self._result(group)) for group in groups.values() if group.moment.tokens]
+        return [Measurement(group.members, self._result(group)) for group in groups.values() if group.moment.tokens]
 
     def _result(self, group: _Group) -> Covariance:
         try:

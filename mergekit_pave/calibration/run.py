@@ -21,14 +21,13 @@ from mergekit_pave.calibration.lockstep import run_in_lockstep
 from mergekit_pave.calibration.models import backbone, find_blocks, inference_dtype, load_model
 from mergekit_pave.calibration.observe import DivergedError, Observer, ReenteredError, UnalignedInputError
 from mergekit_pave.calibration.weights import StreamedModel, UnknownWeightError, stored_weights
-from mergekit_pave.core.covariance import Covariance
+from mergekit_pave.core.covariance import Measurement
 from mergekit_pave.core.failures import is_out_of_memory
 from mergekit_pave.errors import PaveError
 from mergekit_pave.files import readable
 from mergekit_pave.progress import bar
 
 LOG = logging.getLogger(__name__)
-Measured = Iterator[tuple[list[str], Covariance]]
 
 
 def calibrate(job: Job, artefact: cache.Artefact, runtime: Runtime) -> None:
@@ -62,10 +61,10 @@ def calibrate(job: Job, artefact: cache.Artefact, runtime: Runtime) -> None:
 
 def _measure_and_store(job: Job, artefact: cache.Artefact, runtime: Runtime) -> dict[str, Any]:
     files, layers = {}, {}
-    for members, covariance in _measure(job, runtime):
+    for layers_that_share, covariance in _measure(job, runtime):
         name = f"{len(files):05}.safetensors"
         files[name] = artefact.write(name, covariance.to_tensors())
-        for layer in members:
+        for layer in layers_that_share:
             layers[layer] = {"file": name, "tokens": covariance.tokens, "dim": covariance.dim}
     used = {entry["file"] for entry in layers.values()}
     for name in files.keys() - used:
@@ -87,7 +86,7 @@ def _out_of_memory(job: Job, device: str) -> str:
     )
 
 
-def _measure(job: Job, runtime: Runtime) -> Measured:
+def _measure(job: Job, runtime: Runtime) -> Iterator[Measurement]:
     """Block by block and in batches where that is possible. What comes later replaces what came before for a layer."""
     measure, batch_size, apart = measure_in_lockstep, job.batch_size, frozenset()
     if any(sample.is_pictured for sample in job.encoded):
@@ -112,8 +111,10 @@ def _measure(job: Job, runtime: Runtime) -> Measured:
             batch_size = 1
 
 
-def measure_in_lockstep(job: Job, runtime: Runtime, batch_size: int, apart: frozenset[str] = frozenset()) -> Measured:
-    """Each covariance with the layers that it belongs to, block by block.
+def measure_in_lockstep(
+    job: Job, runtime: Runtime, batch_size: int, apart: frozenset[str] = frozenset()
+) -> Iterator[Measurement]:
+    """The covariances of all layers, block by block.
 
     Raises:
         ReenteredError: the model calls a block again after all batches have left it.
@@ -145,7 +146,7 @@ def measure_in_lockstep(job: Job, runtime: Runtime, batch_size: int, apart: froz
     yield from distributed.add_up(distributed.together(observer.take))
 
 
-def measure_whole(job: Job, runtime: Runtime, batch_size: int, apart: frozenset[str] = frozenset()) -> Measured:
+def measure_whole(job: Job, runtime: Runtime, batch_size: int, apart: frozenset[str] = frozenset()) -> Iterator[Measurement]:
     """The same with the whole model, and all of its covariances, in memory.
 
     Raises:
@@ -168,8 +169,8 @@ def measure_model(
     unpadded: bool,
     device: str,
     quiet: bool,
-) -> list[tuple[list[str], Covariance]]:
-    """Each covariance with the layers that it belongs to, of a model that is in memory.
+) -> list[Measurement]:
+    """The covariances of all layers of a model that is in memory.
 
     Args:
         layers, name, apart, unpadded: see `Observer`.

@@ -35,7 +35,11 @@ class Template:
                 path, conversion, spec = field
                 cell = _look_up(row, path)
                 shown = shown or bool(str(cell).strip())
-                filled += format(string.Formatter().convert_field(cell, conversion), spec)
+                try:
+                    filled += format(string.Formatter().convert_field(cell, conversion), spec)
+                except ValueError:
+                    content = ("holds text" if isinstance(cell, str) else "holds a number") if cell != "" else "is empty"
+                    raise ValueError(f"(column {_shown(path)!r} {content}, which the format {spec!r} does not fit)") from None
         return filled if shown else ""
 
 
@@ -61,6 +65,12 @@ def read_template(text: str, columns: list[str], where: str, path: str) -> Templ
         if name is None:
             parts.append((literal, None))
             continue
+        if not name:
+            raise PaveError(
+                f"{where}: {text!r} is not a valid template: {{}} names no column; write {{{columns[0]}}}, say{braces}"
+            )
+        if conversion not in (None, "a", "r", "s"):
+            raise PaveError(f"{where}: {text!r} is not a valid template: {{{name}}} has an unknown conversion !{conversion}")
         nested = _NESTED.fullmatch(name)
         steps = (name,)
         if name not in columns and nested:
@@ -87,17 +97,22 @@ def no_column(where: str, name: str, path: str, columns: list[str]) -> str:
 
 def _look_up(row: Mapping[str, Any], path: tuple[str, ...]) -> str | int | float:
     """What a path leads to; an empty text where something on the way is empty."""
-    cell, seen = row[path[0]], path[0]
-    for step in path[1:]:
+    cell = row[path[0]]
+    for depth, step in enumerate(path[1:], 1):
         if cell is None:
             break
         place = int(step) if isinstance(cell, list) and step.isdecimal() else step
         if not isinstance(cell, (dict, list)) or place not in (cell if isinstance(cell, dict) else range(len(cell))):
             has = f"has no {step!r}" + (f" but {', '.join(map(str, cell))}" if isinstance(cell, dict) else "")
-            raise ValueError(f"(column {seen!r} {has})")
-        cell, seen = cell[place], f"{seen}[{step}]"
+            raise ValueError(f"(column {_shown(path[:depth])!r} {has})")
+        cell = cell[place]
     if cell is None:
         return ""
     if not isinstance(cell, (str, int, float)):
-        raise ValueError(f"(column {seen!r} holds no text but a {type(cell).__name__})")
+        raise ValueError(f"(column {_shown(path)!r} holds no text but a {type(cell).__name__})")
     return cell
+
+
+def _shown(path: tuple[str, ...]) -> str:
+    """A path as a template has it."""
+    return path[0] + "".join(f"[{step}]" for step in path[1:])

@@ -117,9 +117,9 @@ class StreamedModel:
             if name not in parameters and (value := self._read([name])) is not None:
                 buffer.copy_(value)
         for module in self.model.modules():
-            made = (value for value in (*module._buffers.values(), *vars(module).values()) if isinstance(value, Tensor))
-            if any(value.is_meta for value in made):
-                raise UnknownWeightError(f"{type(module).__name__} keeps values that it makes of its weights")
+            held = (value for value in tree_leaves(list(vars(module).values())) if isinstance(value, Tensor))
+            if any(value.is_meta and not isinstance(value, _Unloaded) for value in held):
+                raise UnknownWeightError(f"{type(module).__name__} keeps weights, or values made of them, in a place of its own")
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = buffer.to(self._device)

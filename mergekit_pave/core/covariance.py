@@ -13,6 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -197,6 +198,13 @@ class SecondMoment:
         if (self._gram is not None or result.rows.dtype == torch.float64) and not math.isfinite(result.mean_diagonal()):
             raise ValueError("rows have values so large that their second moment is not finite")
         return result
+
+
+class Measurement(NamedTuple):
+    """The covariance of an input, and the names of the layers that see this input."""
+
+    layers: list[str]
+    covariance: Covariance
 
 
 class Covariances(ABC):
