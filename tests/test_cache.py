@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,11 +12,17 @@ from types import SimpleNamespace
 import pytest
 import safetensors.torch
 import torch
+from attacks import ATTACKS, publish, spoilt
+from click.testing import CliRunner
 
 from mergekit_pave import cache
-from mergekit_pave.cache import MANIFEST, Artefact, cache_root, digest, weights_identity
+from mergekit_pave.cache import MANIFEST, Artefact, DamagedError, cache_root, digest, weights_identity
+from mergekit_pave.calibration.stored import StoredCovariances
+from mergekit_pave.cli import main
+from mergekit_pave.core.purification import leave_slices
 from mergekit_pave.errors import PaveError
 from mergekit_pave.files import readable
+from mergekit_pave.tasks.decompose import has_tail
 
 WAY_OUT = r"pave\.cache_dir or MERGEKIT_PAVE_CACHE"
 
@@ -170,7 +177,7 @@ def artefact(tmp_path):
         "one.safetensors": artefact.write("one.safetensors", {"x": torch.arange(1000)}),
         "two.safetensors": artefact.write("two.safetensors", {"y": torch.ones(3, 4, dtype=torch.bfloat16).mT}),
     }
-    artefact.complete({"files": files, "note": "é"})
+    artefact.complete({"files": files, "model": "é", "base": "base", "equal": {}})
     return artefact
 
 
@@ -181,7 +188,7 @@ def names(folder: Path) -> list[str]:
 class TestArtefact:
     def test_what_was_written_is_read(self, artefact):
         assert artefact.is_intact()
-        assert artefact.manifest()["note"] == "é"
+        assert artefact.manifest()["model"] == "é"
         assert torch.equal(artefact.read("one.safetensors")["x"], torch.arange(1000))
         assert torch.equal(artefact.read("two.safetensors")["y"], torch.ones(4, 3, dtype=torch.bfloat16))
         assert names(artefact.folder) == [MANIFEST, "one.safetensors", "two.safetensors"]
@@ -296,6 +303,84 @@ class TestArtefact:
         with pytest.raises(ZeroDivisionError), artefact.lock():
             raise ZeroDivisionError
         assert subprocess.run(other).returncode == 0
+
+
+class TestAttacks:
+    """Nothing that anybody publishes is used, or brings down what reads it; see attacks.py."""
+
+    @pytest.fixture
+    def published(self, tmp_path):
+        return publish(tmp_path / "published")
+
+    def test_what_they_start_from_is_sound(self, published):
+        assert published.is_intact() and published.validate() == published.manifest()
+        assert StoredCovariances(published).load(["model.layers.0.mlp.up_proj"]).tokens == 3
+
+    @pytest.mark.parametrize("name", ATTACKS["manifest"])
+    def test_a_manifest_that_is_not_sound(self, published, tmp_path, name):
+        ATTACKS["manifest"][name](published.folder)
+        assert published.manifest() is None
+        with pytest.raises(DamagedError, match=r"manifest\.json"):
+            published.read_manifest()
+        with pytest.raises(DamagedError, match=r"manifest\.json"):
+            StoredCovariances(published)
+        self.refused(published, tmp_path)
+
+    @pytest.mark.parametrize("name", ATTACKS["files"])
+    def test_a_file_that_is_not_what_the_manifest_says(self, published, tmp_path, name):
+        ATTACKS["files"][name](published.folder)
+        assert published.manifest() is not None and not published.has_files(published.manifest())
+        self.refused(published, tmp_path)
+
+    def refused(self, published, tmp_path):
+        assert not published.is_intact()
+        with pytest.raises(DamagedError, match=re.escape(str(published.folder))):
+            published.validate()
+        with pytest.raises(DamagedError):
+            cache.copy(published.folder, tmp_path / "copy")
+        assert not (tmp_path / "copy").exists()
+        assert names(tmp_path) == ["published"]
+
+    @pytest.mark.parametrize("name", ATTACKS["covariance"])
+    def test_a_covariance_that_is_not_what_the_manifest_says(self, published, name):
+        ATTACKS["covariance"][name](published.folder)
+        assert published.is_intact()  # every file has its hash
+        with pytest.raises(DamagedError, match=r"00000\.safetensors"):
+            StoredCovariances(published).load(["model.layers.0.mlp.up_proj"])
+
+    @pytest.mark.parametrize("kind", ["covariance", "subspace", "comparison"])
+    def test_every_odd_value_in_every_place(self, published, tmp_path, kind):
+        """Whatever a manifest holds, what reads it can use it, or says that it is damaged."""
+        tail = {"model": "m", "tensor": "t", "count": 2, "min_tokens": 3, "left": {"": 0, "5": 1}}
+        tail["slices"] = [{"expert": None, "tokens": 3, "largest": 1.0, "energy": 2.0}]
+        equal = {"model": "m", "base": "b", "equal": {"t": [0, 1], "u": []}}
+        files = {"files": published.manifest()["files"]}
+        form = {"covariance": published.manifest(), "subspace": files | tail, "comparison": {"files": {}} | equal}[kind]
+        folder = tmp_path / "cache" / kind / "0" / ("0" if kind == "subspace" else "")
+        shutil.copytree(published.folder, folder)
+        artefact = Artefact(folder)
+        artefact.complete(form)
+        assert artefact.manifest() == form and self.read(artefact, kind)
+        refused = 0
+        for _, _, manifest in spoilt(form):
+            artefact.complete(manifest)
+            try:
+                self.read(artefact, kind)
+            except DamagedError:
+                refused += 1
+            if artefact.manifest():
+                assert CliRunner().invoke(main, ["cache", "list", "--cache-dir", str(tmp_path / "cache")]).exit_code == 0
+        assert refused > 20
+
+    def read(self, artefact, kind):
+        """All that the readers of such an artefact take from it."""
+        manifest = artefact.validate()
+        if kind == "covariance":
+            covariances = StoredCovariances(artefact)
+            return [covariances.load([layer]).matrix() for layer in manifest["layers"]]
+        if kind == "subspace":
+            return [has_tail(artefact.folder, 1, 2) for _ in leave_slices(manifest, 3, [])["left"]]
+        return [torch.zeros(2)[number:] for numbers in manifest["equal"].values() for number in numbers]
 
 
 def test_sizes_for_people():

@@ -37,6 +37,9 @@ def in_lockstep(job: Job):
     return measure_in_lockstep(job, CPU, job.batch_size)
 
 
+ABOUT = {"model": "model", "tokens": 0}  # what its manifest needs
+
+
 def whole(job: Job):
     return measure_whole(job, CPU, job.batch_size)
 
@@ -47,7 +50,7 @@ def job_for(folder: Path, samples: list[str], batch_size: int = 4, max_tokens: i
     rows = [tokenizer(text, truncation=True) for text in samples]
     counted = draw_positions([len(row["input_ids"]) for row in rows], max_tokens, seed=0)
     encoded = [Encoded(f"row {i}", dict(row), places) for i, (row, places) in enumerate(zip(rows, counted))]
-    return Job("model", str(folder), config, describe(config, str(folder), False), encoded, batch_size, {"model": "model"})
+    return Job("model", str(folder), config, describe(config, str(folder), False), encoded, batch_size, ABOUT)
 
 
 def texts(count: int = 11) -> list[str]:
@@ -469,7 +472,7 @@ def test_images_go_through_the_image_processor(tmp_path):
     samples = load_samples([Data(path=str(tmp_path / "pictures"), image="image")], DEFAULT_CALIBRATION, "m")
     architecture = describe(config, str(folder), False)
     encoded = encode(samples, processor, DEFAULT_CALIBRATION, architecture.positions, "m")
-    job = Job("vit", str(folder), transformers.AutoConfig.from_pretrained(folder), architecture, encoded, 3, {})
+    job = Job("vit", str(folder), transformers.AutoConfig.from_pretrained(folder), architecture, encoded, 3, ABOUT)
     calibrate(job, Artefact(tmp_path / "cache"), CPU)
     expected = by_layer(whole(job))
     assert len(expected) == 12  # six layers in each of two blocks

@@ -53,7 +53,9 @@ def job_for(cls: str, folder: Path, lengths: list[int], batch_size: int = 8) -> 
         if config.is_encoder_decoder:
             inputs["decoder_input_ids"] = inputs["input_ids"][: length // 2]
         encoded.append(Encoded(f"row {i}", inputs, list(range(length)), list(range(len(inputs.get("decoder_input_ids", ()))))))
-    return Job("model", str(folder), config, describe(config, str(folder), False), encoded, batch_size, {})
+    return Job(
+        "model", str(folder), config, describe(config, str(folder), False), encoded, batch_size, {"model": "model", "tokens": 0}
+    )
 
 
 def lengths(count: int, shortest: int, longest: int) -> list[int]:

@@ -3,6 +3,7 @@
 import merging
 import pytest
 import torch
+from attacks import ATTACKS
 from click.testing import CliRunner
 from models import perturbed, save
 
@@ -112,6 +113,20 @@ def test_damaged_covariances_are_refused(filled, cache, llama, tmp_path):
     with pytest.raises(PaveError, match="damaged"):
         merging.merge(given(llama, tmp_path / "published"), tmp_path / "refused")
     assert not list(tmp_path.glob("refused/*.safetensors"))
+
+
+def test_attacks_are_refused(filled, cache, llama, tmp_path):
+    for seen_by, attack, message in [
+        ("manifest", "a file above the folder", r"pave\.models\[.*covariance: .*manifest\.json is damaged"),
+        ("manifest", "no versions", r"pave\.models\[.*manifest\.json is damaged: versions"),
+        ("files", "a huge size", "damaged"),
+        ("covariance", "a huge width", r"safetensors is damaged: .* of width 2147483648"),
+    ]:
+        run("cache", "export", key_of(cache, llama.tuned[0]), tmp_path / attack)
+        ATTACKS[seen_by][attack](tmp_path / attack)
+        with pytest.raises(PaveError, match=message):
+            merging.merge(given(llama, tmp_path / attack), tmp_path / "refused")
+        assert not list(tmp_path.glob("refused/*.safetensors"))
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,16 @@
 """Everything that is kept on the disk between two runs, and what the files of a model's weights tell without being read."""
 
-from mergekit_pave.cache.artefact import FORMATS, MANIFEST, Artefact, cache_root, digest, key, require_space
+from mergekit_pave.cache.artefact import MANIFEST, Artefact, cache_root, require_space
 from mergekit_pave.cache.entries import Entry, copy, entries
 from mergekit_pave.cache.identity import weights_fingerprint, weights_identity
+from mergekit_pave.cache.keys import FORMATS, digest, key
+from mergekit_pave.cache.manifest import DamagedError
 
 __all__ = [
     "FORMATS",
     "MANIFEST",
     "Artefact",
+    "DamagedError",
     "Entry",
     "cache_root",
     "copy",

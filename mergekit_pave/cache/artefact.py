@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -23,12 +22,11 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from mergekit_pave.cache.manifest import MAX_BYTES, DamagedError, parse, sealed
 from mergekit_pave.errors import PaveError
 from mergekit_pave.files import readable, replacing
 
 MANIFEST = "manifest.json"
-# Part of every key of a kind: raise it when the same inputs would lead to other numbers or other files.
-FORMATS = {"covariance": 2, "subspace": 1, "comparison": 1}
 
 
 def cache_root(configured: str | None) -> Path:
@@ -40,60 +38,74 @@ def cache_root(configured: str | None) -> Path:
     return Path(HF_HOME) / "mergekit-pave"
 
 
-def digest(*parts: Any) -> str:
-    """32 digits that tell JSON-serialisable values and bytes apart."""
-    sha = hashlib.sha256()
-    for part in parts:
-        data = part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode()
-        sha.update(len(data).to_bytes(8, "little") + data)
-    return sha.hexdigest()[:32]
-
-
-def key(kind: str, *parts: Any) -> str:
-    """The key of an artefact of a kind: everything that determines its content."""
-    return digest(kind, FORMATS[kind], *parts)
-
-
 class Artefact:
     """One folder of the cache. Reading needs a manifest; writing ends with one."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def manifest(self) -> dict[str, Any] | None:
-        """The manifest's content, or None where there is no complete artefact."""
-        try:
-            manifest = json.loads((self.folder / MANIFEST).read_text())
-        except (OSError, ValueError):
-            return None
-        if not isinstance(manifest, dict) or manifest.pop("digest", None) != digest(manifest):
-            return None
+    def validate(self) -> dict[str, Any]:
+        """The manifest, when all of the artefact is what it says.
+
+        Raises:
+            DamagedError: the artefact is incomplete or damaged, or its manifest is not sound.
+        """
+        manifest = self.read_manifest()
+        self._check_files(manifest)
         return manifest
 
     def is_intact(self) -> bool:
-        """Whether every file still is what the manifest says, down to its hash."""
-        manifest = self.manifest()
-        return manifest is not None and self.has_files(manifest)
+        """Whether `validate` finds nothing wrong."""
+        with contextlib.suppress(DamagedError):
+            self.validate()
+            return True
+        return False
+
+    def read_manifest(self) -> dict[str, Any]:
+        """The manifest. The files may still turn out to be damaged.
+
+        Raises:
+            DamagedError: there is none, or it is not sound.
+        """
+        path = self.folder / MANIFEST
+        try:
+            with path.open("rb") as file:
+                return parse(file.read(MAX_BYTES + 1))
+        except OSError:
+            raise DamagedError(f"there is no complete {MANIFEST} in {self.folder}") from None
+        except ValueError as error:
+            raise DamagedError(f"{path} is damaged: {error}") from None
+
+    def manifest(self) -> dict[str, Any] | None:
+        """The manifest, or None where `read_manifest` raises."""
+        with contextlib.suppress(DamagedError):
+            return self.read_manifest()
+        return None
 
     def has_files(self, manifest: dict[str, Any]) -> bool:
-        """Whether every file is what a manifest says."""
-        for name, known in manifest["files"].items():
+        """Whether every file is what a sound manifest says, down to its hash."""
+        with contextlib.suppress(DamagedError):
+            self._check_files(manifest)
+            return True
+        return False
+
+    def _check_files(self, manifest: dict[str, Any]) -> None:
+        for name, expected in manifest["files"].items():
             path = self.folder / name
-            if not path.is_file() or path.stat().st_size != known["size"] or _sha256(path) != known["sha256"]:
-                return False
-        return True
+            if not path.is_file() or path.stat().st_size != expected["size"] or _sha256(path) != expected["sha256"]:
+                raise DamagedError(f"{path} is damaged: it is not the file that its {MANIFEST} describes")
 
     def read(self, name: str) -> dict[str, Tensor]:
         """The tensors of one file.
 
         Raises:
-            PaveError: the file is gone or cannot be parsed.
+            DamagedError: the file is gone or cannot be parsed.
         """
         path = self.folder / name
         try:
             return safetensors.torch.load_file(path)
         except (OSError, safetensors.SafetensorError) as error:
-            raise PaveError(f"the cache file {path} cannot be read ({error}); remove its folder and run again") from error
+            raise DamagedError(f"the cache file {path} cannot be read ({error}); remove its folder and run again") from error
 
     def write(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """Write one file atomically and return its entry for the manifest."""
@@ -110,7 +122,7 @@ class Artefact:
 
     def remove_others(self) -> None:
         """Remove what the manifest does not name."""
-        files = self.manifest()["files"]
+        files = self.read_manifest()["files"]
         for path in self.folder.glob("*.safetensors"):
             if path.name not in files:
                 path.unlink(missing_ok=True)
@@ -118,7 +130,7 @@ class Artefact:
     def complete(self, manifest: dict[str, Any]) -> None:
         """Write the manifest, which must name every file under `files`."""
         with _replacing(self.folder / MANIFEST) as temporary:
-            temporary.write_text(json.dumps(manifest | {"digest": digest(manifest)}, indent=1))
+            temporary.write_text(sealed(manifest))
 
     @contextlib.contextmanager
     def discarded_on_error(self) -> Iterator[None]:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mergekit_pave.cache.artefact import Artefact, key
+from mergekit_pave.cache.artefact import Artefact
+from mergekit_pave.cache.keys import key
 from mergekit_pave.core.equality import equal_matrices
 from mergekit_pave.errors import PaveError
 from mergekit_pave.progress import bar

@@ -50,18 +50,14 @@ def copy(source: Path, target: Path) -> None:
     """Copy a complete artefact, its manifest last.
 
     Raises:
-        PaveError: the source is incomplete or damaged, or there is something at the target.
+        DamagedError: the source is incomplete or damaged.
+        PaveError: there is something at the target.
     """
-    artefact = Artefact(source)
-    manifest = artefact.manifest()
-    if manifest and any(Path(name).name != name for name in manifest["files"]):
-        raise PaveError(f"{source} names files outside itself, so it is not copied")
-    if not artefact.is_intact():
-        raise PaveError(f"{source} is not complete and intact, so it is not copied")
+    manifest = Artefact(source).validate()
     if target.exists() and any(target.iterdir()):
         raise PaveError(f"{target} is there already and not empty; choose another folder, or remove it first")
     with writable(target):
         target.mkdir(parents=True, exist_ok=True)
-        for name in artefact.manifest()["files"]:
+        for name in manifest["files"]:
             shutil.copyfile(source / name, target / name)
-    Artefact(target).complete(artefact.manifest())
+    Artefact(target).complete(manifest)

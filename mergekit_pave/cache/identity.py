@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mergekit_pave.cache.artefact import digest
+from mergekit_pave.cache.keys import digest
 
 
 def weights_fingerprint(folder: str, shards: list[str]) -> str:

@@ -25,7 +25,7 @@ class StoredCovariances(Covariances):
 
     def __init__(self, artefact: cache.Artefact):
         self._artefact = artefact
-        self._manifest = artefact.manifest()
+        self._manifest = artefact.read_manifest()
 
     def files(self, layers: tuple[str, ...]) -> tuple[str, ...]:
         """The files of layers that share a weight; other layers that see the same input have the same."""
@@ -36,4 +36,8 @@ class StoredCovariances(Covariances):
 
     def _load(self, layer: str) -> Covariance:
         entry = self._manifest["layers"][layer]
-        return Covariance.from_tensors(self._artefact.read(entry["file"]), entry["tokens"], entry["dim"])
+        tensors = self._artefact.read(entry["file"])
+        try:
+            return Covariance.from_tensors(tensors, entry["tokens"], entry["dim"])
+        except ValueError as error:
+            raise cache.DamagedError(f"{self._artefact.folder / entry['file']} is damaged: {error}") from None

@@ -108,9 +108,16 @@ class Covariance:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], tokens: int, dim: int) -> Covariance:
-        """The inverse of `to_tensors`."""
-        if "rows" in tensors:
+        """The inverse of `to_tensors`.
+
+        Raises:
+            ValueError: the tensors are not those of a covariance of so many tokens and of this width.
+        """
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if shapes == {"rows": (tokens, dim)} and tensors["rows"].is_floating_point():
             return cls(tokens, rows=tensors["rows"])
+        if shapes != {"triangle": (dim * (dim + 1) // 2,)} or tensors["triangle"].dtype != torch.float64:
+            raise ValueError(f"tensors of shapes {shapes} are not the covariance of {tokens} rows of width {dim}")
         gram = torch.empty(dim, dim, dtype=torch.float64, device=tensors["triangle"].device)
         start = 0
         for i in range(dim):

@@ -155,9 +155,12 @@ class Source:
             if looks_local(self.entry.covariance):
                 raise PaveError(f"{where}: there is no folder {self.entry.covariance} (looked in {Path.cwd()})")
             folder = _download(self.entry.covariance, where)
-        manifest = cache.Artefact(folder).manifest()
-        if manifest is None or "weights" not in manifest:
-            raise PaveError(f"{where}: {folder} has no covariances (there is no complete {cache.MANIFEST} in it)")
+        try:
+            manifest = cache.Artefact(folder).read_manifest()
+        except cache.DamagedError as error:
+            raise PaveError(f"{where}: {folder} has no covariances that can be used: {error}") from error
+        if "layers" not in manifest:
+            raise PaveError(f"{where}: {folder} has no covariances, but something else of a cache")
         try:
             known = manifest["format"] == cache.FORMATS["covariance"] and isinstance(manifest["dtype"], str)
             for data in manifest["data"]:

@@ -87,7 +87,8 @@ def stage_pave(folder: str, samples: int, length: int, counted: int) -> None:
     from mergekit_pave.calibration.run import calibrate
 
     config = AutoConfig.from_pretrained(folder)
-    job = Job("model", folder, config, describe(config, folder, False), encoded_samples(samples, length, counted), 8, {})
+    about = {"model": "model", "tokens": samples * counted}
+    job = Job("model", folder, config, describe(config, folder, False), encoded_samples(samples, length, counted), 8, about)
     with tempfile.TemporaryDirectory(dir=Path(folder).parent) as cache:
         start = clock()
         calibrate(job, Artefact(Path(cache, "covariance")), Runtime("cpu", False, True))
