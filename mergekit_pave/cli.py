@@ -79,7 +79,7 @@ def calibrate(config_file: str, merge_options: MergeOptions) -> None:
     done, weights = len(plan.decompositions), plan.decomposed
     if _speaks():
         click.echo(f"{weights} weights ready: {done} decomposed now, {weights - done} were in the cache.")
-        if measured := sum(bool(form.covariances) for form in plan.closed_forms.values()):
+        if measured := sum(bool(form.measured) for form in plan.closed_forms.values()):
             click.echo(f"Covariances for {measured} tensors that regmean merges are in the cache.")
 
 

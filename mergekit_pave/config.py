@@ -44,9 +44,9 @@ def _check_rank_ratio(setting: ParameterSetting) -> ParameterSetting:
     conditions = setting if isinstance(setting, list) else [setting]
     if not conditions:
         raise ValueError("an empty list sets nothing; give a number, a gradient, or a list of {filter, value}")
-    for place, condition in enumerate(conditions):
-        if isinstance(condition, ConditionalParameter) and condition.filter in (None, "*") and place + 1 < len(conditions):
-            raise ValueError(f"{_shown(conditions[place + 1])} never holds: what stands before it has no filter; put that last")
+    for i, condition in enumerate(conditions):
+        if isinstance(condition, ConditionalParameter) and condition.filter in (None, "*") and i + 1 < len(conditions):
+            raise ValueError(f"{_shown(conditions[i + 1])} never holds, because the value before it has no filter; put that last")
         value = condition.value if isinstance(condition, ConditionalParameter) else condition
         for number in value if isinstance(value, list) else [value]:
             try:
@@ -70,7 +70,7 @@ class PaveModel(Block):
     """One model of the merge: its data, and settings that differ from those of the whole block."""
 
     _elsewhere: ClassVar[dict[str, str]] = {
-        "allocation": "is a matter between the models, so it holds for all of them: put it directly under `pave`",
+        "allocation": "is between models, so it holds for all of them: put it directly under `pave`",
         "cache_dir": "holds for all models: put it directly under `pave`",
     }
 
@@ -129,8 +129,8 @@ class PaveConfig(Block):
     calibration: Calibration = Calibration()
     models: list[PaveModel] = Field(min_length=1)
 
-    # mergekit-multi dumps a config and replaces every string in it that equals the name of a merge step by a reference to
-    # that step's output. That is meant for models; a data set or a filter of the same name has to be out of its reach.
+    # mergekit-multi dumps a config, and replaces every string that equals the name of a merge step by a reference to the output
+    # of that step. It means models; a data set or a filter of the same name must not be replaced.
     @model_serializer(mode="wrap")
     def _shield(self, handler, info):
         if info.mode != "python":
@@ -156,12 +156,12 @@ class PaveConfig(Block):
         return listed if listed and listed.purify else None
 
     def setting(self, model: ModelReference, key: str) -> Any:
-        """A setting of one model: its own value if it has one, else that of the block."""
-        own = getattr(self.listed(model), key)
-        return getattr(self, key) if own is None else own
+        """A setting of one model: that of its entry if there is one, else that of the block."""
+        of_entry = getattr(self.listed(model), key)
+        return getattr(self, key) if of_entry is None else of_entry
 
     def least_tokens(self, model: ModelReference, experts: tuple[int, ...]) -> int:
-        """How many tokens a model's layer must have seen: one that has experts at least `min_tokens` in each."""
+        """How many tokens each matrix of a layer must have seen: `min_tokens` for experts, 0 for an ordinary layer."""
         return self.calibration_of(model).min_tokens if experts else 0
 
     def calibration_of(self, model: ModelReference) -> Calibration:
@@ -199,10 +199,10 @@ def check_models(config: PaveConfig, merge: dict[str, Any]) -> None:
         if entry.model == base and entry.purify and base not in merged:
             raise PaveError(f"pave.models: {entry.model} is the base model, which is never purified; remove its entry")
         if entry.model not in merged and entry.model != base:
-            known = ", ".join(sorted(map(str, merged)))
-            same = [str(model) for model in (*merged, base) if model and _place(model) == _place(entry.model)]
+            models = ", ".join(sorted(map(str, merged)))
+            same = [str(model) for model in (*merged, base) if model and _location(model) == _location(entry.model)]
             hint = f"; it is called {same[0]} there, so call it the same here" if same else ""
-            raise PaveError(f"pave.models: {entry.model} is not part of this merge (its models: {known}){hint}")
+            raise PaveError(f"pave.models: {entry.model} is not part of this merge (its models: {models}){hint}")
     listed = {entry.model for entry in config.models}
     for model in sorted(merged - listed, key=str):
         raise PaveError(
@@ -211,7 +211,7 @@ def check_models(config: PaveConfig, merge: dict[str, Any]) -> None:
         )
 
 
-def _place(model: ModelReference) -> list[tuple[str, str | None]]:
+def _location(model: ModelReference) -> list[tuple[str, str | None]]:
     """What a reference refers to, however its paths are written."""
     return [(os.path.realpath(part.path), part.revision) for part in (model.model, model.lora) if part]
 
@@ -228,22 +228,22 @@ def _merged_models(scope: dict[str, Any], base: ModelReference | None) -> Iterat
 
 
 def _describe(value: Any, error: ValidationError) -> Iterator[str]:
-    """One line per wrong key, with its path in the YAML; a union's alternatives are told once."""
-    told = set()
+    """One line for each wrong key, with its path in the YAML. Of a union's alternatives only the first is described."""
+    described = set()
     for problem in error.errors():
-        path, at = "pave", value
+        path, node = "pave", value
         for part in problem["loc"]:
-            if isinstance(at, dict) and part in at:
-                path, at = f"{path}.{part}", at[part]
-            elif isinstance(at, list) and isinstance(part, int) and part < len(at):
-                at = at[part]
-                named = isinstance(at, dict) and "model" in at
-                path += f"[{at['model']}]" if named else f"[{part}]"
+            if isinstance(node, dict) and part in node:
+                path, node = f"{path}.{part}", node[part]
+            elif isinstance(node, list) and isinstance(part, int) and part < len(node):
+                node = node[part]
+                is_model = isinstance(node, dict) and "model" in node
+                path += f"[{node['model']}]" if is_model else f"[{part}]"
             elif problem["type"] == "missing" and part == problem["loc"][-1]:
                 path = f"{path}.{part}"
-        if path in told:
+        if path in described:
             continue
-        told.add(path)
+        described.add(path)
         message = problem["msg"].removeprefix("Value error, ")
         shown = f" (got {problem['input']!r})" if problem["type"] not in ("missing", "value_error") else ""
         yield f"{path}: {message[0].lower()}{message[1:]}{shown}"

@@ -15,9 +15,13 @@ import transformers
 _SECONDS = 30  # between two lines
 
 
-def bar(total: int, description: str, unit: str, hidden: bool) -> tqdm.tqdm:
-    """A progress bar over `total` units. It has to be closed, or used as a context."""
-    options = {"total": total, "desc": description, "unit": unit, "disable": hidden}
+def bar(total: int, description: str, unit: str, hidden: bool, delay: float = 0) -> tqdm.tqdm:
+    """A progress bar over `total` units. It has to be closed, or used as a context.
+
+    Args:
+        delay: seconds before it appears. What takes less time shows no bar.
+    """
+    options = {"total": total, "desc": description, "unit": unit, "disable": hidden, "delay": delay}
     if sys.stderr.isatty() or issubclass(tqdm.auto.tqdm, tqdm.notebook.tqdm_notebook):
         return tqdm.auto.tqdm(**options)
     told = "{desc}: {n_fmt} of {total_fmt} {unit} after {elapsed}, {remaining} left{postfix}"

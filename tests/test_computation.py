@@ -22,7 +22,7 @@ from mergekit_pave.cache import Artefact, entries
 from mergekit_pave.calibration import job, run
 from mergekit_pave.calibration.computation import computation
 from mergekit_pave.errors import PaveError
-from mergekit_pave.planning import source
+from mergekit_pave.planning import calibration
 from mergekit_pave.report.outputs import REPORT_NAME
 
 
@@ -135,7 +135,7 @@ def test_the_precision_that_a_model_runs_in_is_part_of_the_key(llama, keys, cach
     before = keys(config_for(llama, {}))
     assert recorded(tmp_path, cache, before) == {"float32"}
     swapped = {"cpu": torch.bfloat16, "cuda": torch.float32}
-    for place in (source, job, run):
+    for place in (calibration, job, run):
         monkeypatch.setattr(place, "inference_dtype", lambda config, device: swapped[device])
     new = keys(config_for(llama, {})) - before
     assert len(new) == 2

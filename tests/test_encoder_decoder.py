@@ -268,3 +268,22 @@ def test_speech_models_are_refused():
     config = transformers.WhisperConfig(**small, architectures=["WhisperForConditionalGeneration"])
     with pytest.raises(PaveError, match=r"an encoder that reads input_features cannot be calibrated"):
         describe(config, "whisper", False)
+
+
+def test_a_module_without_layers_takes_none(seq2seq, tmp_path, cache):
+    """Beside the encoder and the decoder mergekit makes a module of what is in no layer; its range is [0, 0]."""
+    family = seq2seq("bart")
+    config = config_for(family, block(family))
+    whole = merge(config, tmp_path / "whole")
+    models = [(str(model), {"parameters": {"weight": 0.5}}) for model in family.tuned] + [(str(family.base), {})]
+
+    def module(layers: int) -> dict:
+        return {"slices": [{"sources": [{"model": model, "layer_range": [0, layers], **more} for model, more in models]}]}
+
+    del config["models"]
+    config["modules"] = {"default": module(0)} | {f"model.{part}.layers": module(2) for part in ("encoder", "decoder")}
+    written = merge(config, tmp_path / "out")
+    assert written.keys() == whole.keys() and all(torch.equal(written[name], whole[name]) for name in whole)
+    config["modules"]["default"] = module(1)
+    with pytest.raises(PaveError, match=r"layer_range \[0, 1\] of .* The model has 0 layers"):
+        merge(config, tmp_path / "refused")

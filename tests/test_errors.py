@@ -111,7 +111,7 @@ WHAT_TO_WRITE = [
     (DATA, "rows.jsonl", ["alpha].data", "a mapping, such as {path: rows.jsonl}"]),
     (("include",), "mlp", ["pave.include", "a list: [mlp], not 'mlp' alone"]),
     (("models", 0, "exclude"), "mlp", ["alpha].exclude", "a list: [mlp]"]),
-    (("models", 0, "allocation"), "uniform", ["alpha]", "allocation is a matter between the models", "directly under `pave`"]),
+    (("models", 0, "allocation"), "uniform", ["alpha]", "allocation is between models", "directly under `pave`"]),
     (("models", 0, "cache_dir"), "caches", ["alpha]", "cache_dir holds for all models"]),
     (("rank_ratio",), [{"value": 0.9}, {"filter": "mlp", "value": 0.5}], ["rank_ratio", "the filter 'mlp' never holds"]),
     (("rank_ratio",), [{"filter": "*", "value": 0.9}, {"value": 0.5}], ["rank_ratio", "the value never holds", "put that last"]),

@@ -50,6 +50,17 @@ def test_everything_that_is_imported_is_looked_for():
                 assert names <= set(host.PARTS.get(node.module, "").split()), f"{path.name}: {node.module}"
 
 
+def test_nothing_is_looked_for_that_is_not_used():
+    """Every name in the tables occurs in the code outside of them."""
+    used = set()
+    for path in Path(mergekit_pave.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())) if path.name != "host.py" else ():
+            used |= {getattr(node, field, None) for field in ("id", "attr", "arg", "name")}
+            used |= {str(node.value)} if isinstance(node, ast.Constant) else set()
+    called = [place.replace(":", ".").rpartition(".")[2] for place in host.CALLS]
+    assert {name for _, name in NAMES} | {*called} <= used
+
+
 @pytest.mark.parametrize(("place", "name"), NAMES)
 def test_what_is_gone_is_named(place, name, monkeypatch):
     take_away(monkeypatch, host._find(place), name)

@@ -17,6 +17,7 @@ from reference import weights
 from transformers.core_model_loading import WeightTransform
 
 from mergekit_pave.cli import main
+from mergekit_pave.errors import PaveError
 from mergekit_pave.report.stored import read_report
 from mergekit_pave.report.summary import by_model
 
@@ -256,7 +257,7 @@ def test_a_base_that_is_one_of_two_ends(llama, tmp_path, cache, caplog, method, 
     one, other = llama.tuned[:2]
     config = config_for(llama, {}, models=1) | {"merge_method": method, "base_model": str(other), "parameters": parameters}
     config["models"] = [{"model": str(one)}, {"model": str(other)}]
-    said = f"{method} merges {other}, which the config names as the base model, as one of two ends."
+    said = f"{method} merges two models, and the base model of the config, {other}, is one of them."
     assert said in plan(config, tmp_path)
     merge(config, tmp_path / "out")
     assert said in caplog.text
@@ -264,3 +265,26 @@ def test_a_base_that_is_one_of_two_ends(llama, tmp_path, cache, caplog, method, 
     distance = {row["tensor"]: row["change_norm"] for row in read_report(str(tmp_path / "out"))["purified"]}
     ends = [weights(folder) for folder in (one, other)]
     assert distance == {name: pytest.approx((ends[0][name] - ends[1][name]).norm().item(), rel=1e-4) for name in distance}
+
+
+def test_a_parameter_that_no_method_has_is_warned_of(llama, tmp_path, cache, caplog):
+    """mergekit ignores it. Parameters of other methods may stay in a config."""
+    config = config_for(llama, {}, parameters={"lamda": 0.5, "filter_wise": True, "density": 0.9})
+    config["models"][0]["parameters"]["wieght"] = 0.3
+    told = [
+        "task_arithmetic ignores a parameter of the config: unknown parameter 'lamda'; did you mean 'lambda'?",
+        "task_arithmetic ignores a parameter of the config: unknown parameter 'wieght'; did you mean 'weight'?",
+    ]
+    found = [warning for warning in json.loads(plan(config, tmp_path, "--json"))["warnings"] if "parameter" in warning]
+    assert len(found) == 2 and all(warning.startswith(words) for warning, words in zip(found, told))
+    merge(config, tmp_path / "out")
+    assert all(caplog.text.count(words) == 1 for words in told) and "filter_wise'" not in caplog.text
+
+
+def test_an_error_of_ours_is_not_told_as_one_of_mergekits(llama, tmp_path, monkeypatch):
+    def fail(*_):
+        raise PaveError("the reason")
+
+    monkeypatch.setattr("mergekit_pave.plugin.phases.get_architecture_info", fail)
+    result = CliRunner().invoke(main, ["plan", str(write_config(config_for(llama, {}), tmp_path / "plan.yml"))])
+    assert result.exit_code == 1 and result.stderr == "Error: the reason\n"

@@ -2,6 +2,7 @@
 
 import io
 import sys
+import time
 
 import pytest
 import torch
@@ -57,7 +58,20 @@ def test_a_notebook_gets_its_own_bar(monkeypatch):
     monkeypatch.setattr("tqdm.auto.tqdm", Widget)
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     bar = progress.bar(3, "Calibrating x", "blocks", hidden=False)
-    assert bar.options == {"total": 3, "desc": "Calibrating x", "unit": "blocks", "disable": False}
+    assert bar.options == {"total": 3, "desc": "Calibrating x", "unit": "blocks", "disable": False, "delay": 0}
+
+
+def test_what_is_quick_draws_no_bar(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with progress.bar(2, "Comparing", "weights", hidden=False, delay=60) as bar:
+        bar.update(2)
+    assert sys.stderr.getvalue() == ""
+    monkeypatch.setattr(progress, "_SECONDS", 0)
+    with progress.bar(2, "Comparing", "weights", hidden=False, delay=0.05) as bar:
+        time.sleep(0.1)
+        bar.update()
+        bar.update()
+    assert "Comparing: 2 of 2 weights" in sys.stderr.getvalue()
 
 
 def test_phases_of_a_merge(llama, tmp_path, cache):
@@ -69,7 +83,7 @@ def test_phases_of_a_merge(llama, tmp_path, cache):
     starts = [*(f"Calibrating {name}: {n} of 3 blocks" for name in names for n in (0, 3))]
     starts += [f"Decomposing: {n} of 42 weights" for n in (0, 42)]
     assert len(told) == len(starts) and all(line.startswith(start) for line, start in zip(told, starts)), told
-    assert "tokens/s" in told[1]
+    assert "tokens/s" in told[1] and "Comparing" not in cold
     assert cold.count("of 42 weights are in the cache") == 1 and cold.count("to be calibrated") == 2
     warm = command("mergekit-yaml", path, tmp_path / "warm").stderr
     assert "Calibrating" not in warm and "Decomposing" not in warm

@@ -141,9 +141,19 @@ def test_a_manifest_of_another_making_is_refused(filled, cache, llama, tmp_path,
     assert not list(tmp_path.glob("refused/*.safetensors"))
 
 
+def test_a_folder_that_is_not_there_is_told_before_anything_else_is_looked_at(llama, tmp_path, cache):
+    """Also where another model's data, or what is selected, is wrong, too."""
+    config = given(llama, "./nowhere")
+    first, second = config["pave"]["models"]
+    second["data"]["path"] = "./nothing.jsonl"
+    config["pave"] |= {"models": [second, first], "exclude": ["no such weight"]}
+    with pytest.raises(PaveError, match=r"tuned0.*\.covariance: there is no folder \./nowhere \(looked in"):
+        merging.merge(config, tmp_path / "refused")
+
+
 def test_nothing_where_covariances_should_be(llama, tmp_path, cache):
     (tmp_path / "empty").mkdir()
     with pytest.raises(PaveError, match=r"\.covariance: .*empty has no covariances"):
         merging.merge(given(llama, tmp_path / "empty"), tmp_path / "refused")
-    with pytest.raises(PaveError, match=r"\.covariance: nobody/nothing is no folder here, and the Hub"):
+    with pytest.raises(PaveError, match=r"\.covariance: nobody/nothing is not a folder here, and the Hub"):
         merging.merge(given(llama, "nobody/nothing"), tmp_path / "refused")

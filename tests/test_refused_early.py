@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import re
 import shutil
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
+from mergekit.tokenizer import PermutedVocabulary
 from merging import config_for, forget_checkpoints, invoke, merge, write_config
 from reference import weights
 from safetensors.torch import load_file, save_file
@@ -128,3 +130,22 @@ def test_a_seed_means_what_it_did(llama, tmp_path, cache, method):
     left = [name for name in before if "mlp" in name]
     assert not any(torch.equal(before[name], other[name]) for name in left), "or the seed means nothing"
     assert all(torch.equal(before[name], written[name]) for name in left)
+
+
+def test_trying_the_tokenizer_logs_nothing_and_takes_each_vocabulary_once(llama, tmp_path, cache, monkeypatch, caplog):
+    """mergekit logs by the root logger, too. Embedding and head have the same vocabulary."""
+    execute, calls = PermutedVocabulary.execute, []
+
+    def logging_execute(self, **inputs):
+        calls.append(inputs)
+        logging.warning("said by the root logger")
+        return execute(self, **inputs)
+
+    monkeypatch.setattr(PermutedVocabulary, "execute", logging_execute)
+    config = config_for(llama, {}) | {"tokenizer": {"source": "union"}}
+    forget_checkpoints()
+    planned = CliRunner().invoke(main, ["plan", str(write_config(config, tmp_path / "config.yml"))])
+    assert planned.exit_code == 0, planned.output
+    assert len(calls) == 1 and "said by the root logger" not in caplog.text
+    merge(config, tmp_path / "out")
+    assert len(calls) == 1 + 1 + 2 and caplog.text.count("said by the root logger") == 2

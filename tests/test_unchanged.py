@@ -112,10 +112,19 @@ def test_another_base(frozen, llama, tmp_path, cache):
     assert not left_of(report_of(tmp_path / "other"), frozen.tuned[0])
 
 
-def test_a_model_that_is_the_base(llama, tmp_path, cache):
+def test_a_model_that_is_the_base(llama, tmp_path, cache, caplog):
+    """It is told that it adds nothing, and it is not calibrated."""
     copy = restored(llama, tmp_path, lambda name: False)
     config = config_for(copy, {}, dtype="float64")
     written = merge(config, tmp_path / "out")
+    warning = f"{copy.tuned[0]}: all 21 weights of it that would be purified equal the base model's"
+    assert warning in caplog.text and "it adds nothing to the merge" in caplog.text
+    measured = [json.loads(path.read_text())["model"] for path in (cache / "covariance").glob("*/manifest.json")]
+    assert measured == [str(copy.tuned[1])]
+    source = report_of(tmp_path / "out")["models"][str(copy.tuned[0])]
+    assert (source["data"], source["samples"], source["tokens"]) == ([], 0, 0)
+    assert f"| {copy.tuned[0]} | not needed | 0 | 0 |" in (tmp_path / "out" / "README.md").read_text()
+    assert f"Warning: {warning}" in run("plan", write_config(config, tmp_path / "config.yml"))
     alone = merge(
         config_for(copy, {"models": config["pave"]["models"][1:]}, models=1, dtype="float64") | {"models": config["models"][1:]},
         tmp_path / "alone",

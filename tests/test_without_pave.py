@@ -1,7 +1,12 @@
 """The plugin where it has nothing to do, and where something around it is broken."""
 
+import os
+import sys
+
 import pytest
+import torch
 from merging import command, config_for, python, start, write_config
+from reference import weights
 
 # Put before code: a module of this name cannot be imported, as if it were missing or broken.
 BLOCK = """
@@ -183,16 +188,39 @@ print(merge_methods.get('regmean') is other, [m.spec.name for m in merge_methods
     assert done.stdout.strip() == "True 1", done.stderr
 
 
-def test_whatever_goes_wrong_while_something_is_added_breaks_nothing():
-    code = """
+BREAK = """
 import sys, types
 broken = types.ModuleType('broken')
 broken.add = lambda: 1 / 0
 for name in ('hook.field', 'methods.registry', 'hook.outputs', 'hook.refusals'):
     sys.modules['mergekit_pave.' + name] = broken
+"""
+
+
+def test_whatever_goes_wrong_while_something_is_added_breaks_nothing():
+    code = f"""{BREAK}
 import mergekit.merge, mergekit.moe.config, mergekit.scripts.merge_raw_pytorch
 from mergekit import merge_methods
 print(merge_methods.get('ties').spec.name, 'pave' in mergekit.config.MergeConfiguration.model_fields)
 """
     done = python(code)
     assert done.stdout.strip() == "ties False", done.stderr
+    told = [line for line in done.stderr.splitlines() if line.startswith("mergekit-pave could not extend mergekit.")]
+    assert len(told) == 5 and told[0] == (
+        "mergekit-pave could not extend mergekit.config (ZeroDivisionError: division by zero). Merges without a `pave:` block "
+        "are not affected; see `mergekit-pave doctor` before you use one"
+    )
+
+
+def test_a_plain_merge_where_nothing_can_be_added(llama, tmp_path, monkeypatch):
+    """It gives the weights that it gives without this package, and each warning once."""
+    (tmp_path / "sitecustomize.py").write_text(BREAK)
+    config = write_config(config_for(llama), tmp_path / "config.yml")
+    broken = start("mergekit-yaml", config, tmp_path / "broken", PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
+    off = start("mergekit-yaml", config, tmp_path / "off", TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    told = broken.communicate(timeout=300)[1]
+    off.communicate(timeout=300)
+    assert broken.returncode == off.returncode == 0, told
+    assert told.count("mergekit-pave could not extend mergekit.config (ZeroDivisionError: division by zero)") == 1
+    one, other = (weights(tmp_path / side) for side in ("broken", "off"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in other)

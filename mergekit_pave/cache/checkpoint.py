@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +11,9 @@ from typing import NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from mergekit_pave.errors import PaveError
+
+# What a checkpoint's weights are stored as, if not in several files.
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 class Stored(NamedTuple):
@@ -39,6 +43,25 @@ class Checkpoint:
             if path.suffix == ".safetensors":
                 found |= stored_in(path)
         return found
+
+    def first_stored(self, names: Iterable[str]) -> Stored | None:
+        """The first of these tensors that a safetensors file has."""
+        return next((self.stored[name] for name in names if name in self.stored), None)
+
+
+def find_weights(folder: Path, names: Iterable[str] = WEIGHTS, *, index_first: bool) -> Path | None:
+    """The file that a checkpoint's weights are in, or the index of several such files.
+
+    Args:
+        names: of such files, in the order in which they are looked for.
+        index_first: where there are both, the index counts, as for mergekit. For transformers it is the file.
+    """
+    for name in names:
+        paths = [folder / f"{name}.index.json", folder / name]
+        for path in paths if index_first else reversed(paths):
+            if path.exists():
+                return path
+    return None
 
 
 def stored_in(path: Path) -> dict[str, Stored]:

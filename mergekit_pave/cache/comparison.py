@@ -21,6 +21,8 @@ from mergekit_pave.progress import bar
 
 LOG = logging.getLogger(__name__)
 
+_DELAY = 3  # seconds: a comparison that takes less shows no bar
+
 
 class Comparison:
     """What is known of the weights of one model beside those of one base model.
@@ -50,7 +52,7 @@ class Comparison:
         """
         unknown = {tensor: read for tensor, read in pairs.items() if tensor not in self._equal}
         found = {}
-        with bar(len(unknown), f"Comparing {self._names[0]} with {self._names[1]}", "weights", quiet) as progress:
+        with bar(len(unknown), f"Comparing {self._names[0]} with {self._names[1]}", "weights", quiet, _DELAY) as progress:
             for tensor, read in unknown.items():
                 both = read()
                 equal = equal_matrices(*both)

@@ -1,9 +1,12 @@
-"""How the plugin gets into mergekit: a watch for each of its modules that gets something from us.
+"""How the plugin gets into mergekit: each module of mergekit that we add something to is watched.
 
-PyTorch calls `install` at the end of every `import torch` (entry point group `torch.backends`). By then each of these modules
-may not be imported yet (a finder waits for it), may be half-way through its own import, which is what has
-imported torch (its first use from outside is waited for), or may be there. Nothing here may import anything
-heavy, and `install` may not raise: it would break `import torch` itself.
+PyTorch calls `install` at the end of every `import torch` (entry point group `torch.backends`). By then such a module may be
+
+- not imported yet: a finder waits for it;
+- half imported, where its own import is what has imported torch: its first use from outside is waited for;
+- imported: we add to it at once.
+
+Nothing here may import anything heavy, and `install` may not raise: it would break `import torch` itself.
 """
 
 import importlib
@@ -28,7 +31,7 @@ _TARGETS = {
 
 
 def install() -> None:
-    """Put the finder in place, and see to modules that are loaded already. Idempotent."""
+    """Put the finder in place, and add to modules that are imported already. Idempotent."""
     if any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
     sys.meta_path.insert(0, _Finder())
@@ -41,11 +44,17 @@ def install() -> None:
 
 
 def _add_to(target: str) -> None:
-    # A mergekit that has changed works for everybody who does without us.
+    # Nothing that goes wrong here may stop a merge without a block.
     try:
         importlib.import_module(_TARGETS[target][1]).add()
     except Exception as error:
-        LOG.warning("mergekit-pave cannot add to %s, so see `mergekit-pave doctor` before you use it: %s", target, error)
+        LOG.warning(
+            "mergekit-pave could not extend %s (%s: %s). Merges without a `pave:` block are not affected; see `mergekit-pave "
+            "doctor` before you use one",
+            target,
+            type(error).__name__,
+            error,
+        )
 
 
 def is_complete(target: str) -> bool:
@@ -54,7 +63,7 @@ def is_complete(target: str) -> bool:
 
 
 class _HalfLoaded(types.ModuleType):
-    """A module of mergekit until somebody asks it for something and it has all there is to have."""
+    """The class of a half imported module. At the first access once the import is complete, we add to the module."""
 
     def __getattribute__(self, name: str):
         if not name.startswith("__") and _TARGETS[self.__name__][0] in self.__dict__:
@@ -80,7 +89,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _Loader(importlib.abc.Loader):
-    """The module's own loader, after which ours is added."""
+    """The module's own loader. Once it has run, we add to the module."""
 
     def __init__(self, loader):
         self._loader = loader

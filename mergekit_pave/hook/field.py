@@ -1,6 +1,6 @@
 """The field `pave` of mergekit's `MergeConfiguration`: what makes mergekit see the block at all.
 
-It is added for everybody who uses mergekit, as soon as the configuration class is there, so it needs little and may break
+It is added for everybody who uses mergekit, as soon as the configuration class is there, so it imports little and may break
 nothing. The rest of this package is loaded when a config with a block, or with one of our merge methods, is validated.
 """
 
@@ -22,7 +22,7 @@ def add() -> None:
     if not hasattr(module, "ConfigReader") or "pave" in module.MergeConfiguration.model_fields:
         return
     field = FieldInfo.from_annotated_attribute(Annotated[Any, WrapValidator(_read)], None)
-    field.validate_default = True  # merge methods of ours have to be heard of without a block, too
+    field.validate_default = True  # so that `_read` also sees configs without a block, which may use a merge method of ours
     module.MergeConfiguration.__pydantic_fields__["pave"] = field
     module.MergeConfiguration.model_rebuild(force=True)
     module.ConfigReader.model_rebuild(force=True)  # it embeds the schema of the other
@@ -34,11 +34,11 @@ def _read(value: Any, _, info) -> Any:
     From here on mergekit honours the block, and plans what our merge methods need.
 
     Raises:
-        PaveError: the block does not fit, or cannot be honoured here. Not a `ValidationError`: this one is for people.
+        PaveError: the block does not fit, or cannot be honoured here. pydantic passes it on as it is.
     """
     merge: dict[str, Any] = info.data
     if value is None:
-        _announce(merge.get("merge_method"), "use another merge_method")
+        _register_method(merge.get("merge_method"), "use another merge_method")
         return None
     if problem := versions.problem():
         raise PaveError(f"{problem}, or remove the `pave:` block")
@@ -47,15 +47,15 @@ def _read(value: Any, _, info) -> Any:
     except Exception as error:
         raise PaveError(_not_loaded(error, "remove the `pave:` block")) from error
     config = read_block(value)
-    if {"modules", "slices", "models", "base_model"} <= merge.keys():  # otherwise mergekit will say what is wrong with them
+    if {"modules", "slices", "models", "base_model"} <= merge.keys():  # where one is not valid, mergekit says so
         _register("remove the `pave:` block")
-        _announce(merge.get("merge_method"), "remove the `pave:` block")
+        _register_method(merge.get("merge_method"), "remove the `pave:` block")
         check_models(config, merge)
     return config
 
 
-def _announce(merge_method: str | None, otherwise: str) -> None:
-    """Plan merges by one of our methods, unless another package has one of that name, of which the log says so."""
+def _register_method(merge_method: str | None, otherwise: str) -> None:
+    """Plan merges by one of our methods. Another package may have a method of that name; then the log says so."""
     from mergekit_pave.settings import METHODS
 
     if merge_method in METHODS:

@@ -1,7 +1,7 @@
-"""What of mergekit's inside this package relies on, checked before anything is wrapped or planned.
+"""The parts of mergekit that this package relies on. They are checked before anything is wrapped or planned.
 
-A patch release of mergekit may change any of it. Where something is missing, a `pave:` block is refused by its name, and so
-are our merge methods; `mergekit-pave doctor` tells it, too. Merges with neither are left alone.
+A patch release of mergekit may change any of them. Where one is missing, a `pave:` block and our merge methods are refused with
+its name, and `mergekit-pave doctor` names it, too. All other merges are left alone.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ PARTS = {
     "mergekit.tokenizer:PermutedVocabulary": "gather_tensors vocabulary_axis execute",
 }
 
-# What is wrapped or called: the arguments that are known to us. It has to take all of them and to need no others.
+# What is wrapped or called, and the arguments that we know. It has to take all of them, and may not need any other.
 CALLS = {
     "mergekit.architecture:get_architecture_info": "config options",
     "mergekit.architecture.conversion:_expanded_target_keys": "renamed_key target_patterns",
@@ -110,64 +110,64 @@ CALLS = {
 
 
 def register() -> None:
-    """Teach mergekit about the `pave:` block. Idempotent; validating a config with a block calls it.
+    """Let mergekit honour the `pave:` block. Idempotent; validating a config with a block calls it.
 
     Raises:
         PaveError: mergekit has changed where this package needs it as it was.
     """
-    if told := problem():
-        raise PaveError(told)
-    from mergekit_pave.plugin.wrap import wrap  # it imports what has been looked for
+    if reason := problem():
+        raise PaveError(reason)
+    from mergekit_pave.plugin.wrap import wrap  # it imports what `missing` has found to be there
 
     wrap()
 
 
 def problem() -> str | None:
     """Why a `pave:` block cannot be honoured with this mergekit, in a line."""
-    if told := versions.problem():
-        return told
-    if not (lacking := missing()):
+    if reason := versions.problem():
+        return reason
+    if not (faults := missing()):
         return None
-    more = f" (and {len(lacking) - 3} more)" if len(lacking) > 3 else ""
+    more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
     return (
         f"mergekit-pave {version('mergekit-pave')} cannot work with mergekit {version('mergekit')}, whose inside has changed: "
-        f"{'; '.join(lacking[:3])}{more}. Install another version (pip install 'mergekit==0.1.5', or a later mergekit-pave); "
+        f"{'; '.join(faults[:3])}{more}. Install another version (pip install 'mergekit==0.1.5', or a later mergekit-pave); "
         "merges without a `pave:` block work as ever"
     )
 
 
 def missing() -> list[str]:
-    """What mergekit lacks of what is relied on, each in a few words."""
-    found = []
-    for place, names in PARTS.items():
-        holder = _find(place)
+    """What mergekit lacks, each fault in a few words."""
+    faults = []
+    for path, names in PARTS.items():
+        holder = _find(path)
         if holder is None:
-            found.append(f"{_shown(place)} is missing")
+            faults.append(f"{_shown(path)} is missing")
         else:
-            found += [f"{_shown(place)}.{name} is missing" for name in names.split() if not _has(holder, name)]
-    for place, names in CALLS.items():
-        call = _find(place)
+            faults += [f"{_shown(path)}.{name} is missing" for name in names.split() if not _has(holder, name)]
+    for path, names in CALLS.items():
+        call = _find(path)
         if call is None:
-            found.append(f"{_shown(place)} is missing")
-        elif told := _lacks(call, set(names.split())):
-            found.append(f"{_shown(place)} {told}")
-    return list(dict.fromkeys(found))
+            faults.append(f"{_shown(path)} is missing")
+        elif fault := _fault_of_call(call, set(names.split())):
+            faults.append(f"{_shown(path)} {fault}")
+    return list(dict.fromkeys(faults))
 
 
-def _find(place: str) -> Any:
-    """The module, or what is in it, or None."""
-    module, _, path = place.partition(":")
+def _find(path: str) -> Any:
+    """The module, or the object in it, or None."""
+    module, _, names = path.partition(":")
     try:
-        found = importlib.import_module(module)
-    except Exception:  # also one that is there and cannot be imported
+        value = importlib.import_module(module)
+    except Exception:  # also a module that is there and cannot be imported
         return None
-    for name in filter(None, path.split(".")):
-        found = getattr(found, name, None)
-    return found
+    for name in filter(None, names.split(".")):
+        value = getattr(value, name, None)
+    return value
 
 
 def _has(holder: Any, name: str) -> bool:
-    """Whether a module has a name, or a class has it or gives it to its instances."""
+    """Whether a module has a name, or a class or its instances have it."""
     if hasattr(holder, name) or not isinstance(holder, type):
         return hasattr(holder, name)
     of_instances = getattr(holder, "model_fields", None) or (*_annotated(holder), *_set_at_start(holder))
@@ -175,7 +175,7 @@ def _has(holder: Any, name: str) -> bool:
 
 
 def _annotated(holder: type) -> list[str]:
-    return [name for one in holder.__mro__ for name in inspect.get_annotations(one)]
+    return [name for cls in holder.__mro__ for name in inspect.get_annotations(cls)]
 
 
 def _set_at_start(holder: type) -> tuple[str, ...]:
@@ -183,20 +183,20 @@ def _set_at_start(holder: type) -> tuple[str, ...]:
     return code.co_names if code else ()
 
 
-def _lacks(call: Any, known: set[str]) -> str | None:
-    """What keeps us from calling something with the arguments that we know."""
+def _fault_of_call(call: Any, arguments: set[str]) -> str | None:
+    """Why something cannot be called with these arguments."""
     if not callable(call):
         return "cannot be called"
-    taken = inspect.signature(call).parameters
-    variable = any(one.kind is one.VAR_KEYWORD for one in taken.values())
-    if gone := sorted(known - taken.keys()) if not variable else []:
+    parameters = inspect.signature(call).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    if gone := sorted(arguments - parameters.keys()) if not takes_any else []:
         return f"takes no argument {gone[0]}"
-    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    needed = {name for name, one in taken.items() if one.default is one.empty and one.kind not in kinds}
-    if new := sorted(needed - known):
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    required = {name for name, each in parameters.items() if each.default is each.empty and each.kind not in variable}
+    if new := sorted(required - arguments):
         return f"needs an argument {new[0]}"
     return None
 
 
-def _shown(place: str) -> str:
-    return place.replace(":", ".")
+def _shown(path: str) -> str:
+    return path.replace(":", ".")

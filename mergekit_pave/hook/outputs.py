@@ -1,10 +1,10 @@
-"""The end of what an earlier merge has left, when new weights take the place of its own.
+"""Removes the report and the pictures of an earlier merge when new weights are written into its folder.
 
-mergekit writes into a folder that is there already and leaves what else it finds. So a report and pictures of an earlier
-merge would pass for those of the new one, whether that has a `pave:` block or not. They go when the new weights are complete,
-since until then the old ones are there: a merge that fails destroys nothing.
+mergekit leaves everything else in an existing folder as it is, so the report would be taken for that of the new merge, whether
+that has a `pave:` block or not. It is removed once the new weights are complete. Until then the old weights are there, so a merge
+that fails destroys nothing.
 
-Like `field`, this is there for everybody who uses mergekit, so it needs nothing but Python, and may break nothing.
+Like `field`, this is there for everybody who uses mergekit, so it imports only Python's own modules, and may break nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LOG = logging.getLogger(__name__)
 
 
 def add() -> None:
-    """Let mergekit's writer of weights remove what does not belong to them. Idempotent."""
+    """Let mergekit's writer of weights remove the report of an earlier merge. Idempotent."""
     writer = getattr(sys.modules.get("mergekit.io.tensor_writer"), "TensorWriter", None)
     finalize = getattr(writer, "finalize", None)
     if finalize is None or hasattr(finalize, "removes_evidence"):
@@ -30,10 +30,10 @@ def add() -> None:
     def wrapper(self, *args, **kwargs):
         done = finalize(self, *args, **kwargs)
         try:
-            if not self.override_basename:  # such as an adapter's, which leaves the model beside it as it was
+            if not self.override_basename:  # which adapters have: they leave the model beside them as it was
                 remove(Path(self.out_path))
         except Exception as error:
-            LOG.warning("%s: what tells of an earlier merge could not be removed (%s)", REPORT_NAME, error)
+            LOG.warning("the %s of an earlier merge could not be removed (%s)", REPORT_NAME, error)
         return done
 
     wrapper.removes_evidence = True

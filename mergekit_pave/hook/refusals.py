@@ -1,6 +1,6 @@
-"""The tools of mergekit that read a YAML of their own and would ignore a `pave:` block in it: they refuse it.
+"""Some tools of mergekit read a YAML of their own, and would ignore a `pave:` block in it. Here they are made to refuse it.
 
-Like `_field`, this is there for everybody who uses mergekit: without a block these tools do what they always did.
+Like `field`, this is there for everybody who uses mergekit: without a block these tools do what they always did.
 """
 
 from __future__ import annotations
@@ -18,7 +18,12 @@ from mergekit_pave.hook.autoload import is_complete
 
 
 class Tool(NamedTuple):
-    """A tool, a key that its config has and mergekit-yaml's has not, and what to do instead."""
+    """A tool that does not honour the block.
+
+    Attributes:
+        key: one that its config has and that of mergekit-yaml does not have.
+        advice: what to do instead.
+    """
 
     command: str
     key: str | None
@@ -38,7 +43,7 @@ _PYTORCH = Tool(
 _BAKLLAMA = Tool("bakllama", "layer_slices", "write its slices as a passthrough merge for mergekit-yaml")
 _EVOLVE = Tool("mergekit-evolve", "genome", "evolve without the block, and put it into the config that is found")
 
-# By module of mergekit: the class of the config that it reads, and whose that is.
+# By module of mergekit: the class of the config in it, and the tool that reads the config.
 _CONFIGS = {
     "mergekit.moe.config": ("MoEMergeConfig", _MOE),
     "mergekit.scripts.merge_raw_pytorch": ("RawPyTorchMergeConfig", _PYTORCH),
@@ -61,15 +66,15 @@ def add() -> None:
 
 def unguarded() -> list[str]:
     """The tools that a later mergekit has changed so that they would ignore a block; for `doctor`."""
-    found = []
+    commands = []
     for module, (name, tool) in _CONFIGS.items():
         try:
             config = getattr(importlib.import_module(module), name, None)
-        except Exception:  # a tool that is not there, or lacks something, ignores nothing
+        except Exception:  # a tool that cannot be imported cannot be used, either
             continue
         if "pave" not in getattr(config, "model_fields", {}):
-            found.append(tool.command)
-    return list(dict.fromkeys(found))
+            commands.append(tool.command)
+    return list(dict.fromkeys(commands))
 
 
 def _refusal(tool: Tool):
@@ -84,15 +89,15 @@ def _refusal(tool: Tool):
 
 
 def tool_of(config: dict[str, Any]) -> Tool | None:
-    """The other tool of mergekit that a config is meant for, if so."""
+    """The other tool of mergekit that a config is meant for, or None."""
     for _, tool in _CONFIGS.values():
         if tool.key in config and "merge_method" not in config:
             return tool
     models = config.get("models")
-    named = [entry.get("model") for entry in models if isinstance(entry, dict)] if isinstance(models, list) else []
-    return _PYTORCH if any(isinstance(name, str) and _is_weights(name) for name in named) else None
+    names = [entry.get("model") for entry in models if isinstance(entry, dict)] if isinstance(models, list) else []
+    return _PYTORCH if any(isinstance(name, str) and _is_file(name) for name in names) else None
 
 
-def _is_weights(name: str) -> bool:
-    """Whether a model's name is that of a file."""
+def _is_file(name: str) -> bool:
+    """Whether a model's name is that of a file of weights."""
     return Path(name).is_file() or (name.endswith(_FILES) and not Path(name).is_dir())

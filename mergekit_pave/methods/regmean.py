@@ -31,13 +31,13 @@ from mergekit_pave.settings import REGMEAN
 
 @dataclass(frozen=True)
 class Layer:
-    """What regmean has to know of a tensor that is the weight of a linear layer, or of a stack of experts.
+    """A linear layer, or a stack of experts, whose weight regmean merges.
 
     Attributes:
         transposed: matrices are stored as (d_in, d_out).
-        measured: of each matrix whether all models have its covariance; None where none is needed.
-        covariance: that of a model for one of the matrices, by the model's id and the matrix's number, read anew at each call:
-            its tensor is overwritten.
+        measured: for each matrix whether all models have its covariance; None where none is needed.
+        covariance: gives the covariance of one model for one matrix, by the model's id and the matrix's number. Each call reads
+            it anew, because its tensor is overwritten.
     """
 
     transposed: bool = False
@@ -46,7 +46,7 @@ class Layer:
 
 
 def data_share(covariance: float | None, has_base: bool) -> float:
-    """a, where the parameter `covariance` has its default: half with a base model, all of it without."""
+    """The share of C in the metric. By default it is a half with a base model, and 1 without."""
     return covariance if covariance is not None else (0.5 if has_base else 1.0)
 
 
@@ -54,7 +54,7 @@ def check_baseless(share: float, scale: float, has_base: bool) -> None:
     """Refuse what has no meaning without a base model.
 
     Raises:
-        PaveError: there is no base model, but a metric or a lambda that is about changes from one.
+        PaveError: there is no base model, but the metric or lambda is about changes from one.
     """
     if not has_base and share < 1:
         raise PaveError(
@@ -66,7 +66,7 @@ def check_baseless(share: float, scale: float, has_base: bool) -> None:
 
 
 def check_weights(weights: Sequence[float], has_base: bool, name: str) -> None:
-    """Refuse a tensor that nothing is said of.
+    """Refuse weights that leave nothing to merge.
 
     Args:
         weights: of the models, in the tensor `name`.
@@ -93,7 +93,7 @@ _FINITE = float("inf")
 
 
 class RegMean(GroupMergeMethod):
-    """The method as mergekit knows it. Tensors that are no linear layer's weights are merged as task_arithmetic does."""
+    """The method as mergekit knows it. Tensors that are not weights of linear layers are merged as task_arithmetic does."""
 
     spec = MergeMethodSpec(
         name=REGMEAN,
@@ -131,13 +131,13 @@ class RegMean(GroupMergeMethod):
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
         """Merge one tensor.
 
-        A planned merge adds the parameter `layer`, the `Layer` of a linear layer's weight and None of any other tensor. Where it
-        is missing (`merge_state_dicts`, `mergekit-pytorch`) there are no covariances, and every matrix is taken for the weight of
-        an `nn.Linear`: one of GPT-2's `Conv1D` would have to be given transposed.
+        A planned merge adds the parameter `layer`: a `Layer` for the weight of a linear layer, and None for any other tensor.
+        Where the parameter is missing (`merge_state_dicts`, `mergekit-pytorch`) there are no covariances, and every matrix is
+        taken for the weight of an `nn.Linear`. A weight of GPT-2's `Conv1D` would have to be transposed first.
 
         Beside the tensors and a few float64 copies of one matrix, (d_out, d_in), it takes at most 2.5 d_in^2 float64 numbers: the
-        sum of the metrics, and a covariance while it is read. Where rounding has made the sum indefinite, the eigenvectors and
-        LAPACK's workspace for them make that about 4 d_in^2.
+        sum of the metrics, and a covariance while it is read. Where rounding has made the sum indefinite, eigenvectors are
+        needed, and with LAPACK's workspace for them it takes about 4 d_in^2.
 
         Raises:
             PaveError: covariances are asked for where there are none, the tensors do not fit, or memory runs out.
@@ -147,7 +147,7 @@ class RegMean(GroupMergeMethod):
 
     def _merge(self, group: TensorGroup, parameters: dict[str, Any]) -> Tensor:
         models = group.non_base
-        # By default the others come out as their mean; a common factor is nothing to the closed form.
+        # By default all other tensors become the mean of the models. A common factor makes no difference to the closed form.
         weights = [1 / len(models) if weight is None else weight for weight in parameters["weight"].values_for(models)]
         scale, has_base = parameters["lambda"], group.base is not None
         share = data_share(parameters["covariance"], has_base)
@@ -172,18 +172,18 @@ class RegMean(GroupMergeMethod):
         for i, out in enumerate(matrices(result, layer.transposed)):
             if not measured[i]:
                 continue
-            # Where fine-tuning starts from, (d_out, d_in).
+            # What changes are measured from, (d_out, d_in): the base model, or else the mean.
             exact = (w * in_float64(view[i]) for w, view in zip(weights, views))
             start = in_float64(base[i]) if has_base else sum(exact) / sum(weights)
 
-            def term(place: int, i: int = i, start: Tensor = start) -> tuple[float, Tensor, Tensor]:
-                model = models[place]
-                change = in_float64(views[place][i]) - start
+            def term(number: int, i: int = i, start: Tensor = start) -> tuple[float, Tensor, Tensor]:
+                model = models[number]
+                change = in_float64(views[number][i]) - start
                 if not change.isfinite().all():
                     raise PaveError(f"regmean: {group.metadata.name} of {model.id}, or of the base, is not finite")
                 covariance = layer.covariance(model.id, i).to(change.device) if share > 0 else None
-                own = metric(change, covariance, share, parameters["reduce_off_diagonal"], overwrite=True)
-                return weights[place], change, own
+                of_model = metric(change, covariance, share, parameters["reduce_off_diagonal"], overwrite=True)
+                return weights[number], change, of_model
 
             merged = start + scale * merge_changes(map(term, range(len(models))))
             out.copy_(merged.to(out.dtype))
@@ -191,19 +191,19 @@ class RegMean(GroupMergeMethod):
 
 
 def check_names(method: MergeMethodSpec, given: Iterable[str]) -> None:
-    """Refuse parameters that a method does not have: mergekit would ignore them.
+    """Refuse parameters that a method does not have, which mergekit would ignore.
 
     Raises:
         PaveError: naming the first, and the one that was probably meant.
     """
-    known = [parameter.name for parameter in method.parameters]
+    names = [parameter.name for parameter in method.parameters]
     for name in given:
-        if name not in known:
-            raise PaveError(f"{method.name}: {unknown('parameter', name, known)}")
+        if name not in names:
+            raise PaveError(f"{method.name}: {unknown('parameter', name, names)}")
 
 
 def looks_like_matrices(group: TensorGroup, dims: int) -> bool:
-    """Whether a tensor of so many dimensions holds matrices, as far as one can tell without the model."""
+    """Whether a tensor has so many dimensions and holds matrices, as far as one can tell without the model."""
     name = group.metadata.name or ""
     tensor = group.entries[0].tensor
     return tensor.dim() == dims and group.metadata.vocabulary_axis is None and not name.endswith("bias")

@@ -1,8 +1,8 @@
 """`merge_method: tsv`: TSV-Merge (see `core.tsv`) on mergekit's tensors.
 
-Matrices are merged so, and experts that lie in one tensor each on its own. Of all other tensors (norms, biases,
-convolutions; and vocabularies, of which the paper merges none) the changes are averaged, as in the paper. A model's `weight`
-multiplies its change, and one of weight 0 takes no part.
+Matrices are merged by TSV-Merge. Where one tensor holds several experts, each of them is a matrix. For all other tensors
+(norms, biases, convolutions) the changes are averaged, as in the paper, and so they are for vocabularies, which the paper does
+not merge. A model's `weight` multiplies its change, and a model of weight 0 takes no part.
 """
 
 from __future__ import annotations
@@ -66,10 +66,10 @@ class Tsv(GroupMergeMethod):
 
             def change(entry: tuple[TensorEntry, float], at: tuple = at, start: Tensor = start) -> Tensor:
                 model, weight = entry
-                found = weight * (in_float64(model.tensor[at]) - start)
-                if not found.isfinite().all():
+                weighted = weight * (in_float64(model.tensor[at]) - start)
+                if not weighted.isfinite().all():
                     raise PaveError(f"tsv: {group.metadata.name} of {model.id}, or of the base, is not finite")
-                return found
+                return weighted
 
             merged = start + scale * merge_changes(map(change, taking_part), len(taking_part))
             result[at] = merged.to(result.dtype)
@@ -77,6 +77,6 @@ class Tsv(GroupMergeMethod):
 
 
 def _holds_matrices(group: TensorGroup) -> bool:
-    """Whether a tensor is a matrix, or a stack of those of experts: a kernel of a convolution has three dimensions, too."""
+    """Whether a tensor is a matrix, or a stack of experts' matrices. A convolution's kernel has three dimensions, too."""
     name = group.metadata.name or ""
     return looks_like_matrices(group, 2) or (looks_like_matrices(group, 3) and ("expert" in name or "moe" in name))

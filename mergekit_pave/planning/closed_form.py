@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 
 from mergekit.common import ModelReference
 
@@ -10,76 +11,116 @@ from mergekit_pave.calibration.architecture import describe
 from mergekit_pave.config import PaveConfig
 from mergekit_pave.core.linear import Linear
 from mergekit_pave.errors import PaveError
-from mergekit_pave.planning.merge import Environment, PlannedTensor
+from mergekit_pave.planning.calibration import PlannedCalibration
+from mergekit_pave.planning.merge import Merge
 from mergekit_pave.planning.select import linear_of
 from mergekit_pave.planning.source import Source
-from mergekit_pave.tasks.regmean import ClosedForm
+from mergekit_pave.tasks.regmean import ClosedForm, MeasuredLayer
 
 LOG = logging.getLogger(__name__)
 
 
-def plan_without_data(tensors: list[PlannedTensor], environment: Environment) -> dict[int, ClosedForm]:
+@dataclass(frozen=True)
+class RegMeanLayers:
+    """What regmean merges in closed form. Empty with any other merge method.
+
+    Attributes:
+        layers: by the output tensor's number, the layer that the tensor is the weight of.
+        reasons: by name, why the other output tensors are merged as task_arithmetic does.
+        measured: the layers of each model whose covariances are needed, by the output tensor's number.
+    """
+
+    layers: dict[int, Linear]
+    reasons: dict[str, str]
+    measured: dict[ModelReference, dict[int, Linear]]
+
+    def measured_of(self, model: ModelReference) -> list[Linear]:
+        return list(self.measured.get(model, {}).values())
+
+
+def plan_without_data(merge: Merge) -> dict[int, ClosedForm]:
     """What regmean merges in closed form where there is no `pave:` block.
 
     Raises:
         PaveError: it needs covariances.
     """
-    layers, left = closed_form_layers(tensors, {}, environment)
-    needed_layers(tensors, layers, {})
-    LOG.info("regmean: %d tensors are merged in closed form, %d as task_arithmetic does", len(layers), len(left))
-    return {place: ClosedForm(layer) for place, layer in layers.items()}
+    regmean = find_layers(merge, {})
+    LOG.info(
+        "regmean: %d tensors are merged in closed form, %d as task_arithmetic does", len(regmean.layers), len(regmean.reasons)
+    )
+    return {number: ClosedForm(layer) for number, layer in regmean.layers.items()}
 
 
-def models_with_data(config: PaveConfig, tensors: list[PlannedTensor]) -> list[ModelReference]:
+def models_with_data(config: PaveConfig, merge: Merge) -> list[ModelReference]:
     """The models whose covariances regmean may need, whether they are purified or not."""
-    merged = (model for planned in tensors if planned.data_share for model in planned.models if model != planned.base)
-    entries = ((model, config.listed(model)) for model in dict.fromkeys(merged))
-    return [model for model, entry in entries if entry and (entry.data or entry.covariance)]
+    merged = dict.fromkeys(model for tensor in merge.tensors if tensor.data_share for model in tensor.fine_tuned)
+    return [model for model in merged if (entry := config.listed(model)) and (entry.data or entry.covariance)]
 
 
-def closed_form_layers(
-    tensors: list[PlannedTensor], sources: dict[ModelReference, Source], environment: Environment
-) -> tuple[dict[int, Linear], dict[str, str]]:
-    """The layers whose weights regmean merges in closed form, by place, and why it does not merge the other tensors so."""
-    layers, left = {}, {}
-    known = {model: source.architecture for model, source in sources.items()}
-    for place, planned in enumerate(tensors):
-        if planned.data_share is None:
-            continue
-        model = next(model for model in planned.models if model != planned.base)
-        if model not in known:
-            trust = environment.runtime.trust_remote_code
-            known[model] = describe(model.config(trust_remote_code=trust), model.model.path, trust, model.model.revision)
-        layer, reason = linear_of(known[model], planned.gather.weight_info[model] if planned.gather else None)
-        if layer:
-            layers[place] = layer
-        else:
-            left[planned.name] = reason
-    return layers, left
-
-
-def needed_layers(
-    tensors: list[PlannedTensor], layers: dict[int, Linear], sources: dict[ModelReference, Source]
-) -> dict[ModelReference, dict[int, Linear]]:
-    """The layers of each model whose covariances are part of regmean's metric, by place.
+def find_layers(merge: Merge, sources: dict[ModelReference, Source]) -> RegMeanLayers:
+    """
+    Args:
+        sources: the models whose covariances can be had.
 
     Raises:
-        PaveError: nothing says what to measure a model with.
+        PaveError: covariances are needed, and nothing says what to measure a model with.
     """
-    needed: dict[ModelReference, dict[int, Linear]] = {}
-    for place in layers:
-        planned = tensors[place]
-        for model in planned.models if planned.data_share else ():
-            if model == planned.base:
-                continue
+    layers: dict[int, Linear] = {}
+    reasons: dict[str, str] = {}
+    architectures = {model: source.architecture for model, source in sources.items()}
+    for number, planned in enumerate(merge.tensors):
+        if planned.data_share is None:
+            continue
+        model = planned.fine_tuned[0]
+        if model not in architectures:
+            trust = merge.runtime.trust_remote_code
+            config = model.config(trust_remote_code=trust)
+            architectures[model] = describe(config, model.model.path, trust, model.model.revision)
+        layer, reason = linear_of(architectures[model], planned.gather.weight_info[model] if planned.gather else None)
+        if layer:
+            layers[number] = layer
+        else:
+            reasons[planned.name] = reason
+    return RegMeanLayers(layers, reasons, _measured_layers(merge, layers, sources))
+
+
+def _measured_layers(
+    merge: Merge, layers: dict[int, Linear], sources: dict[ModelReference, Source]
+) -> dict[ModelReference, dict[int, Linear]]:
+    measured: dict[ModelReference, dict[int, Linear]] = {}
+    for number, layer in layers.items():
+        planned = merge.tensors[number]
+        for model in planned.fine_tuned if planned.data_share else ():
             if model not in sources:
                 raise PaveError(
-                    f"regmean: {planned.name} is merged with `covariance: {planned.data_share:g}`, so what its layer sees in "
-                    f"{model} has to be measured. Add a `pave:` block with `data` (or a `covariance`) for it, and beside that "
-                    "`purify: false` if it shall not be purified; or set `covariance: 0` under parameters, which needs no data"
+                    f"regmean: {planned.name} is merged with `covariance: {planned.data_share:g}`, so the inputs of its layer "
+                    f"have to be measured in {model}. Add a `pave:` block with `data` (or a `covariance`) for this model, with "
+                    "`purify: false` if it is not to be purified. Or set `covariance: 0` under parameters, which needs no data"
                 )
             linear, _ = linear_of(sources[model].architecture, planned.gather.weight_info[model])
-            if linear is None or linear.stored_shape != layers[place].stored_shape:
+            if linear is None or linear.stored_shape != layer.stored_shape:
                 raise PaveError(f"regmean: {planned.name} is not the weight of the same linear layer in {model} as in the others")
-            needed.setdefault(model, {})[place] = linear
-    return needed
+            measured.setdefault(model, {})[number] = linear
+    return measured
+
+
+def closed_forms(
+    config: PaveConfig, regmean: RegMeanLayers, calibrations: dict[ModelReference, PlannedCalibration]
+) -> dict[int, ClosedForm]:
+    """How regmean merges the weight of each of its layers, by the output tensor's number."""
+    return {
+        number: ClosedForm(
+            layer,
+            tuple(
+                MeasuredLayer(
+                    model=model,
+                    folder=str(calibrations[model].folder),
+                    layer=of_model[number],
+                    min_tokens=config.least_tokens(model, of_model[number].experts),
+                )
+                for model, of_model in regmean.measured.items()
+                if number in of_model
+            ),
+        )
+        for number, layer in regmean.layers.items()
+    }

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from typing import Any
 
 from mergekit.common import ModelReference
 
 from mergekit_pave import versions
 from mergekit_pave.config import PaveConfig, PaveModel
-from mergekit_pave.planning.merge import PlannedTensor
-from mergekit_pave.planning.source import Source
+from mergekit_pave.planning.calibration import PlannedCalibration
+from mergekit_pave.planning.merge import Merge
+from mergekit_pave.planning.plan import Reasons
 from mergekit_pave.report.stored import FORMAT
+
+_NOT_CALIBRATED = {"data": [], "covariance": None, "calibration": None, "samples": 0, "tokens": 0}
 
 
 def header_of(
     config: PaveConfig,
-    tensors: list[PlannedTensor],
-    sources: dict[ModelReference, Source],
-    reasons: dict[ModelReference, dict[str, str]],
+    merge: Merge,
+    calibrations: dict[ModelReference, PlannedCalibration],
+    used: Collection[ModelReference],
+    reasons: Reasons,
 ) -> dict[str, Any]:
+    """
+    Args:
+        used: the models whose calibration plays a part. The others have nothing to purify, so they are not calibrated.
+    """
     block = json.loads(config.model_dump_json(exclude={"models", "cache_dir", "calibration"}))
     return {
         "format": FORMAT,
@@ -27,23 +36,24 @@ def header_of(
         "settings": block,
         "models": {
             str(model): {
-                "data": source.data,
-                "covariance": source.entry.covariance,
-                "settings": _resolved(source.entry, block),
-                "calibration": config.calibration_of(model).model_dump() if source.entry.data else None,
-                "dtype": source.dtype,
-                "samples": source.samples,
-                "tokens": source.tokens,
-                "left_as_they_are": reasons[model],
+                "data": calibration.data,
+                "covariance": calibration.source.entry.covariance,
+                "settings": _settings_of(calibration.source.entry, block),
+                "calibration": config.calibration_of(model).model_dump() if calibration.source.entry.data else None,
+                "dtype": calibration.dtype,
+                "samples": calibration.samples,
+                "tokens": calibration.tokens,
+                "left_as_they_are": reasons.get(model, {}),
             }
-            for model, source in sources.items()
+            | ({} if model in used else _NOT_CALIBRATED)
+            for model, calibration in calibrations.items()
         },
         "not_purified": [str(entry.model) for entry in config.models if not entry.purify],
-        "tensors": len(tensors),
+        "tensors": len(merge.tensors),
     }
 
 
-def _resolved(entry: PaveModel, block: dict[str, Any]) -> dict[str, Any]:
-    """The settings that hold for one model: its own where it has one."""
+def _settings_of(entry: PaveModel, block: dict[str, Any]) -> dict[str, Any]:
+    """The settings that hold for one model: those of its entry, and for the rest those of the block."""
     own = json.loads(entry.model_dump_json())
     return {key: value if own.get(key) is None else own[key] for key, value in block.items()}

@@ -1,6 +1,6 @@
-"""What the page tells beyond `pave_report.json`, measured on the models of a planned merge and their covariances.
+"""What the page shows beyond `pave_report.json`, measured on the models of a planned merge and their covariances.
 
-Weights are streamed by mergekit's executor, as in a merge. Nothing is calibrated or decomposed: the caches must be full.
+mergekit's executor streams the weights, as in a merge. Nothing is calibrated or decomposed: the caches must be full.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from mergekit_pave.report.summary import complete
 from mergekit_pave.settings import RelativeRegularization
 from mergekit_pave.tasks.purify import GatherPurified, load_stored, tensors_of
 
-# Layers of a stack that are looked at closely: few enough to be read, and no more than a machine does in minutes.
+# Layers of a stack that are measured: few enough to be read, and no more than a machine measures in minutes.
 SPECTRA, COVARIANCES = 3, 16
 _OPERATIONS = 2e13
 
@@ -58,17 +58,17 @@ def measure(plan: Plan, options: MergeOptions) -> tuple[dict[str, Any], Measurem
     executor = Executor(tasks, math_device=options.device, storage_device=options.device if options.low_cpu_memory else "cpu")
     values = dict(executor.run(quiet=options.quiet, desc="Measuring"))
     stats = [(str(task.model), values[task]) for task in plan.stats]
-    found = [values[task] for task in tasks[len(plan.stats) :]]
-    measured = Measurements(
-        spectra=[value for value in found if isinstance(value, Spectrum)],
+    measured = [values[task] for task in tasks[len(plan.stats) :]]
+    measurements = Measurements(
+        spectra=[value for value in measured if isinstance(value, Spectrum)],
         inputs=_inputs(plan, options.quiet),
-        overlaps=[value for value in found if isinstance(value, Overlap)],
+        overlaps=[value for value in measured if isinstance(value, Overlap)],
         left_out=[
             *(("Spectra", stack) for stack in _unaffordable(plan.weights, SPECTRA, _cost_of_spectrum)),
             *(("Covariances", stack) for stack in _unaffordable(plan.weights, COVARIANCES, _cost_of_covariance)),
         ],
     )
-    return complete(plan.header, stats), measured
+    return complete(plan.header, stats), measurements
 
 
 class _MeasureSpectrum(Task[Optional[Spectrum]]):
@@ -95,7 +95,7 @@ class _MeasureSpectrum(Task[Optional[Spectrum]]):
 
     def execute(self, weight: Tensor, tail: dict[str, Any]) -> Optional[Spectrum]:
         slices = tail["slices"]
-        if not slices:  # experts, none of which saw enough tokens
+        if not slices:  # no expert saw enough tokens
             return None
         busiest = max(range(len(slices)), key=lambda i: slices[i]["tokens"])
         expert, largest = slices[busiest]["expert"], slices[busiest]["largest"] or 1.0
@@ -156,7 +156,7 @@ def _overlaps(plan: Plan) -> list[_MeasureOverlap]:
 
 
 def _spectra(plan: Plan) -> list[_MeasureSpectrum]:
-    """Of the first, the middle and the last layer of each stack, or of as many as are affordable, which may be none."""
+    """Of the first, the middle and the last layer of each stack, or of fewer where they would take too long."""
     purify = {(task.model, task.purify.allocation.output): task.purify for task in plan.stats}
     tasks = []
     for weight in _chosen(plan.weights, SPECTRA, _cost_of_spectrum):
@@ -184,24 +184,24 @@ def _cost_of_covariance(weight: PlannedWeight) -> float:
 
 
 def _inputs(plan: Plan, quiet: bool) -> list[Inputs]:
-    """The covariances of some layers; those of experts by the one that saw most tokens."""
+    """The covariances of some layers. Of experts, the one that saw most tokens is measured."""
     shared: dict[tuple[str, str, tuple[str, ...]], list[PlannedWeight]] = defaultdict(list)  # by model, folder and files
-    known: dict[str, StoredCovariances] = {}
+    stored: dict[str, StoredCovariances] = {}  # by folder
     for weight in _chosen(plan.weights, COVARIANCES, _cost_of_covariance):
         folder = weight.covariances
-        if folder not in known:
+        if folder not in stored:
             if not Artefact(Path(folder)).is_intact():
                 continue
-            known[folder] = stored_covariances(folder)
-        layer = max(weight.layer.layers, key=known[folder].tokens)
-        if known[folder].tokens(layer):
-            shared[str(weight.model), folder, known[folder].files(layer)].append(weight)
-    found = []
+            stored[folder] = stored_covariances(folder)
+        layer = max(weight.layer.layers, key=stored[folder].tokens)
+        if stored[folder].tokens(layer):
+            shared[str(weight.model), folder, stored[folder].files(layer)].append(weight)
+    inputs = []
     with bar(len(shared), "Measuring", "covariances", hidden=quiet) as progress:
         for (model, folder, _), weights in shared.items():
-            layer = max(weights[0].layer.layers, key=known[folder].tokens)
-            covariance = known[folder].load(layer)
-            found.append(
+            layer = max(weights[0].layer.layers, key=stored[folder].tokens)
+            covariance = stored[folder].load(layer)
+            inputs.append(
                 Inputs(
                     model=model,
                     outputs=[weight.output for weight in weights],
@@ -212,7 +212,7 @@ def _inputs(plan: Plan, quiet: bool) -> list[Inputs]:
                 )
             )
             progress.update()
-    return found
+    return inputs
 
 
 def _chosen(weights: list[PlannedWeight], most: int, cost: Callable[[PlannedWeight], float]) -> list[PlannedWeight]:

@@ -1,4 +1,4 @@
-"""A merge as mergekit has planned it, and what its run has to offer."""
+"""A merge as mergekit has planned it, with the options of the command that runs it."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class PlannedTensor:
         gather: the task that gathers its inputs, or None where mergekit does more than gather (vocabularies).
         models: the models in the order of the config.
         base: the base model of this tensor.
-        t: its place in its slice, for gradients.
-        data_share: how much of regmean's metric is to be C, if that is the merge method.
+        t: its position in its slice, from 0 to 1, for gradients.
+        data_share: how much of regmean's metric is to be C; None with any other merge method.
     """
 
     name: str
@@ -33,20 +33,44 @@ class PlannedTensor:
     t: float
     data_share: Optional[float] = None
 
+    @property
+    def fine_tuned(self) -> list[ModelReference]:
+        """The models without the base model."""
+        return [model for model in self.models if model != self.base]
+
+    @property
+    def has_base(self) -> bool:
+        """Whether the base model's tensor is among the inputs."""
+        return self.gather is not None and self.base in self.gather.weight_info
+
 
 @dataclass(frozen=True)
-class Environment:
-    """What a run has to offer: options of the command, and checkpoints.
+class Merge:
+    """A merge as mergekit has planned it, with the options of the command that runs it.
 
     Attributes:
-        reads: the tensors that a merge of whole models would read of one, each with all names that it may have.
-        compares: weights may be read, to find those that equal the base model's.
-        merge_method: the name of the method.
+        method: the name of the merge method.
+        tensors: all output tensors. A tensor's number, in this list, identifies it everywhere in the plan.
+        checkpoint: gives the checkpoint of a model.
+        names_read: gives, for each tensor of a model that a merge of whole models reads, all names that it may have.
+        compares: weights may be read to find those that equal the base model's. Otherwise only the cache is asked.
+        warnings: what is odd about the config itself.
     """
 
+    method: str
+    tensors: list[PlannedTensor]
     runtime: Runtime
     transformers_cache: Optional[str]
     checkpoint: Callable[[ModelReference], Checkpoint]
-    reads: Callable[[ModelReference], list[list[str]]]
+    names_read: Callable[[ModelReference], list[list[str]]]
     compares: bool
-    merge_method: str
+    warnings: list[str]
+
+    @property
+    def is_regmean(self) -> bool:
+        return any(tensor.data_share is not None for tensor in self.tensors)
+
+    @property
+    def inputs(self) -> list[ModelReference]:
+        """Every model that is read, each once."""
+        return list(dict.fromkeys(model for tensor in self.tensors for model in (*tensor.models, tensor.base) if model))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ from mergekit_pave.tasks.regmean import ClosedForm
 
 LOG = logging.getLogger(__name__)
 
+# By model and tensor, why the tensor is merged as it is.
+Reasons = dict[ModelReference, dict[str, str]]
+
 
 @dataclass(frozen=True)
 class PlannedWeight:
@@ -27,9 +30,10 @@ class PlannedWeight:
 
     Attributes:
         output: the name of the tensor that it is merged into.
+        number: that tensor's number in `Merge.tensors`.
         drop: components that each of its matrices would lose on its own; allocation moves them between models.
         regularization: λ.
-        unchanged: the experts that stay as they are, for they equal the base model's.
+        unchanged: the experts that stay as they are, because they equal the base model's.
         cached: its decomposition is in the cache.
         covariances: the folder of the model's covariances, where they are in the cache.
     """
@@ -37,6 +41,7 @@ class PlannedWeight:
     model: ModelReference
     tensor: str
     output: str
+    number: int
     layer: Linear
     drop: int
     regularization: float | RelativeRegularization
@@ -45,35 +50,35 @@ class PlannedWeight:
     covariances: str = ""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Plan:
     """What purification adds to a merge.
 
     Attributes:
         weights: what is to be purified.
-        gathers: the new gather task by the output tensor's place in the list of planned tensors.
-        calibrations: the tasks that fill the cache of covariances, one a model that something is to be decomposed of.
+        gathers: the new gather task by the output tensor's number in `Merge.tensors`.
+        calibrations: the tasks that fill the cache of covariances. Models of which nothing is to be decomposed have none.
         decompositions: the tasks that fill the cache of subspaces.
         stats: the tasks that make the rows of the report.
         header: the report without its rows.
-        closed_forms: what regmean merges in closed form, by place.
+        closed_forms: what regmean merges in closed form, by the output tensor's number.
         warnings: what should make a user look twice before any work is done.
-        compared: it is known which weights equal the base model's; otherwise only what the cache says of it.
+        compared: it is known of all weights whether they equal the base model's; otherwise only of those in the cache.
     """
 
+    weights: list[PlannedWeight]
+    gathers: dict[int, GatherPurified]
+    calibrations: list[CalibrateModel | GivenCovariance]
+    decompositions: list[DecomposeWeight]
+    stats: list[PurificationStats]
+    header: dict[str, Any]
+    closed_forms: dict[int, ClosedForm]
+    warnings: list[str]
     compared: bool
-    weights: list[PlannedWeight] = field(default_factory=list)
-    gathers: dict[int, GatherPurified] = field(default_factory=dict)
-    calibrations: list[CalibrateModel | GivenCovariance] = field(default_factory=list)
-    decompositions: list[DecomposeWeight] = field(default_factory=list)
-    stats: list[PurificationStats] = field(default_factory=list)
-    header: dict[str, Any] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-    closed_forms: dict[int, ClosedForm] = field(default_factory=dict)
 
     @property
     def decomposed(self) -> int:
-        """How many different weights are decomposed, now or before; in a frankenmerge one may go to several places."""
+        """How many different weights are decomposed, now or before; in a frankenmerge one may go to several output tensors."""
         return len({(weight.model, weight.tensor) for weight in self.weights})
 
     @property
@@ -83,10 +88,10 @@ class Plan:
 
 
 def announce(plan: Plan) -> None:
-    """Say what the samples give away, what is in the cache, and what the calibrations that are still to be done will cost.
+    """Log the warnings, what is in the cache, and what the calibrations that are still to be done will cost.
 
     Raises:
-        PaveError: the disk has no room for that.
+        PaveError: the disk has no room for what the cache lacks.
     """
     for warning in plan.warnings:
         LOG.warning(warning)
@@ -102,7 +107,8 @@ def announce(plan: Plan) -> None:
             readable(cost.cache),
             readable(cost.peak),
         )
-    size = sum(task.job.estimate(task.runtime.device).cache for task in plan.to_calibrate)
-    if size := size + sum(task.cache for task in plan.decompositions):
+    num_bytes = sum(task.job.estimate(task.runtime.device).cache for task in plan.to_calibrate)
+    num_bytes += sum(task.cache for task in plan.decompositions)
+    if num_bytes:
         folders = [task.folder for task in (*plan.to_calibrate, *plan.decompositions)]
-        cache.require_space(Path(folders[0]), size)
+        cache.require_space(Path(folders[0]), num_bytes)

@@ -20,19 +20,19 @@ def preview(plan: Plan, device: str, samples: dict[str, list[dict[str, Any]]]) -
     """Per model what will be purified, what not and why, what is cached, and what is still to be done.
 
     Args:
-        samples: rows of the report for a few weights of each model, where they can be had; see `sample_removal`.
+        samples: rows of the report for a few weights of each model; see `sample_removal`.
 
-    Seconds are operations over the speed of this machine, measured on the spot. Like all of the estimate they are rather
-    too high: which layers share an input, and so one sum, shows only when the model runs.
+    Seconds are operations over the speed of this machine, measured on the spot. Like all of the estimate they are rather too
+    high: layers that share an input share a sum, too, but which ones do shows only when the model runs.
     """
     exact = _speed(torch.float64, float64_device(torch.device(device)))
-    todo = {task.job.name: task.job for task in plan.to_calibrate}
+    jobs = {task.job.name: task.job for task in plan.to_calibrate}
     cached = {task.model for task in plan.calibrations if task.is_done}
     models = {}
     for model, source in plan.header["models"].items():
         weights = [weight for weight in plan.weights if str(weight.model) == model]
         missing = [task for task in plan.decompositions if str(task.model) == model]
-        cost = todo[model].estimate(device) if model in todo else None
+        cost = jobs[model].estimate(device) if model in jobs else None
         models[model] = {
             "data": source["data"],
             "samples": source["samples"],
@@ -49,10 +49,10 @@ def preview(plan: Plan, device: str, samples: dict[str, list[dict[str, Any]]]) -
                 for weight in weights
             ],
             "left_as_they_are": source["left_as_they_are"],
-            "covariances": "to do" if model in todo else "there already" if model in cached else "not needed",
+            "covariances": "to do" if model in jobs else "there already" if model in cached else "not needed",
             "calibration": cost
             and {
-                "seconds": cost.operations / _speed(inference_dtype(todo[model].config, device), device),
+                "seconds": cost.operations / _speed(inference_dtype(jobs[model].config, device), device),
                 "memory": cost.peak,
                 "cache": cost.cache,
             },
@@ -63,7 +63,7 @@ def preview(plan: Plan, device: str, samples: dict[str, list[dict[str, Any]]]) -
             },
             "removed": _removed(samples.get(model, [])),
         }
-    found = warnings({"models": {}, "purified": [row for rows in samples.values() for row in rows]})
+    of_samples = warnings({"models": {}, "purified": [row for rows in samples.values() for row in rows]})
     regmean = plan.header.get("regmean")
     return {
         "tensors": plan.header["tensors"],
@@ -71,7 +71,7 @@ def preview(plan: Plan, device: str, samples: dict[str, list[dict[str, Any]]]) -
         "compared": plan.compared,
         "models": models,
         **({"regmean": {"closed_form": len(plan.closed_forms)} | regmean} if regmean else {}),
-        "warnings": plan.warnings + found,
+        "warnings": plan.warnings + of_samples,
     }
 
 
@@ -86,13 +86,13 @@ def _removed(rows: list[dict[str, Any]]) -> dict[str, float] | None:
 
 def _speed(dtype: torch.dtype, device: str | torch.device) -> float:
     """Operations a second in a product of matrices."""
-    size = 1024
-    x = torch.randn(size, size, device=device).to(dtype)
+    width = 1024
+    x = torch.randn(width, width, device=device).to(dtype)
     best = 0.0
     for _ in range(4):
         start = time.perf_counter()
         (x @ x)[0, 0].item()
-        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+        best = max(best, 2 * width**3 / (time.perf_counter() - start))
     return best
 
 
@@ -114,28 +114,28 @@ def as_text(preview: dict[str, Any]) -> str:
         others = regmean_reasons(preview["regmean"]) or "none"
         lines.append(f"{preview['regmean']['closed_form']} will be merged in closed form; as task_arithmetic does: {others}.")
     for name, model in preview["models"].items():
-        data = ", ".join(" / ".join(filter(None, (d["path"], d.get("name"), d["split"]))) for d in model["data"])
+        sets = [" / ".join(filter(None, (data["path"], data.get("name"), data["split"]))) for data in model["data"]]
+        data = ", ".join(sets) or "not needed"
         lines += ["", name, f"  data           {data}: {model['samples']} samples, {model['tokens']} tokens count"]
         cost = model["calibration"]
-        told = model["covariances"]
+        calibration = model["covariances"]
         if cost:
-            told = (
+            calibration = (
                 f"to do: about {_duration(cost['seconds'])} on {preview['device']}, {readable(cost['memory'])} of memory, "
                 f"at most {readable(cost['cache'])} of cache"
             )
-        lines.append(f"  calibration    {told}")
+        lines.append(f"  calibration    {calibration}")
         missing = model["decomposition"]["weights"]
-        every = len({row["tensor"] for row in model["purified"]})
-        told = f"{every - missing} of {every} weights in the cache"
+        total = len({row["tensor"] for row in model["purified"]})
+        decomposition = f"{total - missing} of {total} weights in the cache"
         if missing:
             cost = model["decomposition"]
-            told += f", {missing} to do: about {_duration(cost['seconds'])}, at most {readable(cost['cache'])} of cache"
+            decomposition += f", {missing} to do: about {_duration(cost['seconds'])}, at most {readable(cost['cache'])} of cache"
         if model["purified"]:
-            lines.append(f"  decomposition  {told}")
+            lines.append(f"  decomposition  {decomposition}")
         if removed := model["removed"]:
-            told = f"about {removed['share_of_change']:.2g} x what fine-tuning changed, "
-            told += f"by {removed['weights']} weights, one of each kind"
-            lines.append(f"  removed part   {told}")
+            ratio, weights = f"{removed['share_of_change']:.2g}", removed["weights"]
+            lines.append(f"  removed part   about {ratio} x what fine-tuning changed, by {weights} weights, one of each kind")
         if model["purified"]:
             lines += ["  to be purified (components dropped before allocation moves them between models)"]
             lines += [f"    {line}" for line in _grouped(model["purified"])]
@@ -161,9 +161,9 @@ def _grouped(rows: list[dict[str, Any]]) -> list[str]:
     lines = []
     for (pattern, shape), alike in kinds.items():
         drops = sorted({row["drop"] for row in alike})
-        told = f"{drops[0]}" if len(drops) == 1 else f"{drops[0]} to {drops[-1]}"
-        size = " x ".join(map(str, shape))
-        lines.append(f"{len(alike):5} {pattern:{width}}  {size:>14}  {told} of {alike[0]['components']}")
+        dropped = f"{drops[0]}" if len(drops) == 1 else f"{drops[0]} to {drops[-1]}"
+        shown_shape = " x ".join(map(str, shape))
+        lines.append(f"{len(alike):5} {pattern:{width}}  {shown_shape:>14}  {dropped} of {alike[0]['components']}")
     return lines
 
 

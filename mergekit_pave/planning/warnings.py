@@ -3,50 +3,85 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Collection
 
 from mergekit.common import ModelReference
 
-from mergekit_pave.planning.merge import Environment, PlannedTensor
-from mergekit_pave.planning.source import Source
+from mergekit_pave.core.linear import Linear
+from mergekit_pave.planning.calibration import PlannedCalibration
+from mergekit_pave.planning.merge import Merge
+from mergekit_pave.planning.plan import PlannedWeight
 
-# Merge methods whose base model is one of two fine-tunes, as good as the other.
+# Merge methods whose base model is one of the two models that are merged.
 _BETWEEN_TWO = {"slerp", "nearswap", "arcee_fusion"}
 
 
-def sample_warnings(sources: dict[ModelReference, Source]) -> list[str]:
-    """What the samples alone give away: that they are few, or the same for two models."""
-    found = []
-    for model, source in sources.items():
-        widest = max((linear.shape[1] for linear in source.calibration.layers), default=0)
-        if source.tokens < widest:
-            found.append(
-                f"{model}: {source.tokens} calibration tokens for layers that are up to {widest} wide; directions that no token "
-                f"shows are told apart by the weights alone. Several times {widest} tokens make the result steadier: raise "
+def sample_warnings(
+    calibrations: dict[ModelReference, PlannedCalibration], layers: dict[ModelReference, list[Linear]]
+) -> list[str]:
+    """What the samples alone show: there are few of them, or two models have the same.
+
+    Args:
+        layers: of each model, those whose covariances are needed.
+    """
+    warnings = []
+    for model, calibration in calibrations.items():
+        widest = max(linear.shape[1] for linear in layers[model])
+        if calibration.tokens < widest:
+            warnings.append(
+                f"{model}: {calibration.tokens} calibration tokens for layers that are up to {widest} wide; directions that no "
+                f"token shows are told apart by the weights alone. Several times {widest} tokens make the result steadier: raise "
                 "calibration.samples or max_tokens"
             )
-        for dtype, folder in source.elsewhere.items():
-            found.append(
-                f"{model}: it will be measured in {source.dtype}, though with these samples it has been in {dtype}, on another "
-                f"kind of device. To use that, merge with the options of that run, or give the model `covariance: {folder}` "
-                "instead of data"
-            )
-    for (model, source), (other, beside) in itertools.combinations(sources.items(), 2):
-        shared, smaller = len(source.contents & beside.contents), min(len(source.contents), len(beside.contents))
+    for (model, calibration), (other, of_other) in itertools.combinations(calibrations.items(), 2):
+        shared = len(calibration.contents & of_other.contents)
+        smaller = min(len(calibration.contents), len(of_other.contents))
         if 2 * shared > smaller:
-            found.append(
+            warnings.append(
                 f"{model} and {other}: {shared} of {smaller} calibration samples are the same, so what one model's task needs "
                 "cannot be told from what the other's does; give each model samples of its own task"
             )
-    return found
+    return warnings
 
 
-def base_is_merged(tensors: list[PlannedTensor], purified: set[ModelReference], environment: Environment) -> list[str]:
-    """What purification and its figures mean where the base model is one of two fine-tunes that are merged."""
-    if environment.merge_method not in _BETWEEN_TWO or not purified:
-        return []
-    bases = dict.fromkeys(str(planned.base) for planned in tensors if planned.base)
+def precision_warnings(calibrations: Collection[PlannedCalibration]) -> list[str]:
+    """Which calibrations repeat what the cache has in another precision.
+
+    Args:
+        calibrations: those that are still to be done.
+    """
     return [
-        f"{environment.merge_method} merges {' and '.join(bases)}, which the config names as the base model, as one of two ends. "
-        "It is merged as it is, and what is called the change of the other model is its distance from it, not from the model "
-        "that both come from"
+        f"{calibration.source.model}: it will be calibrated in {calibration.dtype}, although the cache has covariances of these "
+        f"samples in {dtype}, from another kind of device. To use those, merge with the options of that run, or give the model "
+        f"`covariance: {folder}` instead of data"
+        for calibration in calibrations
+        for dtype, folder in calibration.elsewhere.items()
+    ]
+
+
+def unchanged_warnings(selected: list[PlannedWeight], changed: list[PlannedWeight]) -> list[str]:
+    """Which models have nothing to purify, because all their selected weights equal the base model's.
+
+    Args:
+        selected: the weights that were to be purified.
+        changed: those among them that do not equal the base model's.
+    """
+    idle = dict.fromkeys(weight.model for weight in selected if weight.model not in {weight.model for weight in changed})
+    return [
+        f"{model}: all {sum(weight.model == model for weight in selected)} weights of it that would be purified equal the base "
+        "model's, so it is neither calibrated nor purified. Unless its other tensors differ, it adds nothing to the merge: check "
+        "that it is the model you mean"
+        for model in idle
+    ]
+
+
+def base_is_merged(merge: Merge, weights: list[PlannedWeight]) -> list[str]:
+    """What purification and its figures mean where the base model is one of the two models that are merged."""
+    if merge.method not in _BETWEEN_TWO or not weights:
+        return []
+    bases = " and ".join(dict.fromkeys(str(tensor.base) for tensor in merge.tensors if tensor.base))
+    return [
+        f"{merge.method} merges two models, and the base model of the config, {bases}, is one of them. The base model is merged "
+        "as it is, without purification. For the other model, what is called its change here is its distance from the base "
+        "model, not from the model that both were fine-tuned from"
     ]

@@ -1,6 +1,7 @@
-"""Which tensors mergekit makes of those in a checkpoint: its own answer, from those that matter for it.
+"""Which tensors mergekit can make of those in a checkpoint.
 
-For each tensor it goes through all names of a checkpoint, which takes hours where both are tens of thousands.
+The answer is mergekit's own. For each tensor mergekit goes through all names of a checkpoint, which takes hours where both are
+tens of thousands. Here it gets only the names that matter for the tensor.
 """
 
 from __future__ import annotations
@@ -35,20 +36,20 @@ class Conversions:
 @contextlib.contextmanager
 def known_once() -> Iterator[None]:
     """Within this, mergekit goes through each checkpoint once to infer an architecture."""
-    known: dict[tuple[str | None, int], tuple[Collection[str], Conversions]] = {}
+    by_checkpoint: dict[tuple[str | None, int], tuple[Collection[str], Conversions]] = {}
 
     def can_make(model_type: str | None, stored: Collection[str], name: str) -> bool:
-        key = model_type, id(stored)  # which nothing else gets while we hold it
-        if key not in known:
-            known[key] = stored, Conversions(model_type, stored)
-        return known[key][1].can_make(name)
+        key = model_type, id(stored)  # no other object gets this id while we hold the names
+        if key not in by_checkpoint:
+            by_checkpoint[key] = stored, Conversions(model_type, stored)
+        return by_checkpoint[key][1].can_make(name)
 
-    own = auto.can_convert_checkpoint_keys
+    original = auto.can_convert_checkpoint_keys
     auto.can_convert_checkpoint_keys = can_make
     try:
         yield
     finally:
-        auto.can_convert_checkpoint_keys = own
+        auto.can_convert_checkpoint_keys = original
 
 
 def _targets(transforms: list[WeightTransform], name: str) -> Iterator[str]:
@@ -56,8 +57,8 @@ def _targets(transforms: list[WeightTransform], name: str) -> Iterator[str]:
     names = [name]
     yield name
     for transform in transforms:
-        for known in tuple(names):
-            renamed, pattern = transform.rename_source_key(known)
+        for source in tuple(names):
+            renamed, pattern = transform.rename_source_key(source)
             if pattern is None:
                 continue
             if isinstance(transform, WeightRenaming):

@@ -1,23 +1,45 @@
-"""What mergekit would trip over once it merges: each setting that it looks at late is tried out before any work."""
+"""Settings that mergekit looks at only when it merges: each is tried out before any work."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
 
 import torch
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from mergekit.plan import MergePlanner
 from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary
 
 from mergekit_pave.errors import PaveError, in_a_line
+from mergekit_pave.planning.names import all_names
+from mergekit_pave.plugin.checkpoints import checkpoint_of
+from mergekit_pave.plugin.planner import is_regmean
 
-_SIDE = 128  # of a matrix: small, but large enough that a low density leaves something of it
+_SIDE = 128  # of a matrix: small, but large enough that a low density does not drop all of it
 
 
-def try_dtypes(dtypes: dict[str, str | None]) -> None:
+def try_out(planner: MergePlanner) -> None:
+    """Try each setting of a merge that mergekit has planned.
+
+    Raises:
+        PaveError: mergekit would fail with one of them.
+    """
+    config = planner.config
+    _try_dtypes({"dtype": config.dtype, "out_dtype": config.out_dtype})
+    if config.chat_template not in (None, "auto"):
+        _try_chat_template(config)
+    if planner._tokenizer_task:
+        gathers = (task.gather_tensors for _, task in planner._tensors)
+        _try_tokenizer(planner._tokenizer_task, [task for task in gathers if isinstance(task, PermutedVocabulary)])
+    if not is_regmean(planner):  # its parameters are checked where its tasks are made
+        _try_method(task for _, task in planner._tensors)
+
+
+def _try_dtypes(dtypes: dict[str, str | None]) -> None:
     """Refuse a precision that mergekit does not know.
 
     Args:
@@ -25,14 +47,14 @@ def try_dtypes(dtypes: dict[str, str | None]) -> None:
     """
     for key, name in dtypes.items():
         try:
-            known = dtype_from_name(name)
+            dtype = dtype_from_name(name)
         except RuntimeError:
-            known = torch.bool
-        if known is not None and not known.is_floating_point:
+            dtype = torch.bool
+        if dtype is not None and not dtype.is_floating_point:
             raise PaveError(f"{key}: {name!r} is no precision to merge in; use bfloat16, float16, float32 or float64")
 
 
-def try_chat_template(config: MergeConfiguration) -> None:
+def _try_chat_template(config: MergeConfiguration) -> None:
     """Refuse a chat template that is neither a template nor the name of one."""
     from mergekit.merge import _set_chat_template  # which is not loaded before somebody merges
 
@@ -45,32 +67,52 @@ def try_chat_template(config: MergeConfiguration) -> None:
         ) from error
 
 
-def try_tokenizer(task: BuildTokenizer, vocabularies: Iterable[tuple[PermutedVocabulary, dict[ModelReference, int]]]) -> None:
-    """Build the output's tokenizer, and bring vocabularies in line with it.
+def _try_tokenizer(task: BuildTokenizer, vocabularies: list[PermutedVocabulary]) -> None:
+    """Build the output's tokenizer, and bring vocabularies in line with it: once those that many tensors have."""
+    tried = set()
+    with _silent_logs():  # the merge will log it all again
+        try:
+            built = task.execute()
+            for vocabulary in vocabularies:
+                rows = _rows(vocabulary)
+                settings = repr((rows, vocabulary.vocabulary_axis, vocabulary.base_model))
+                if settings in tried or len(rows) < len(vocabulary.gather_tensors.weight_info):
+                    continue
+                tried.add(settings)
+                shapes = {model: [1, 1] for model in rows}
+                for model, shape in shapes.items():
+                    shape[vocabulary.vocabulary_axis] = rows[model]
+                tensors = {model: torch.zeros(shape) for model, shape in shapes.items()}
+                vocabulary.execute(tokenizer_info=built, tensors=tensors)
+        except Exception as error:  # transformers, the Hub and mergekit raise a dozen kinds
+            reason = in_a_line(error)
+            raise PaveError(f"tokenizer: mergekit cannot make the output's tokenizer as configured: {reason}") from error
 
-    Args:
-        vocabularies: the tasks that do so, with the number of rows that each model's tensor has.
-    """
-    log = logging.getLogger("mergekit.tokenizer")
-    level = log.level
-    log.setLevel(logging.CRITICAL)  # the merge will say it all again
+
+@contextlib.contextmanager
+def _silent_logs() -> Iterator[None]:
+    """mergekit logs a part of this by the root logger, where nothing but a switch for all loggers reaches it."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
-        built = task.execute()
-        for vocabulary, rows in vocabularies:
-            shapes = {model: [1, 1] for model in rows}
-            for model, shape in shapes.items():
-                shape[vocabulary.vocabulary_axis] = rows[model]
-            vocabulary.execute(tokenizer_info=built, tensors={model: torch.zeros(shape) for model, shape in shapes.items()})
-    except Exception as error:  # transformers, the Hub and mergekit raise a dozen kinds
-        raise PaveError(f"tokenizer: mergekit cannot make the output's tokenizer as configured: {in_a_line(error)}") from error
+        yield
     finally:
-        log.setLevel(level)
+        logging.disable(before)
 
 
-def try_method(tasks: Iterable[ExecuteMergeMethodTask]) -> None:
+def _rows(vocabulary: PermutedVocabulary) -> dict[ModelReference, int]:
+    """How many tokens each model's tensor is for. Of models whose headers do not say it there is no entry."""
+    rows = {}
+    for model, info in vocabulary.gather_tensors.weight_info.items():
+        if stored := checkpoint_of(model).first_stored(all_names(info)):
+            rows[model] = stored.shape[vocabulary.vocabulary_axis]
+    return rows
+
+
+def _try_method(tasks: Iterable[ExecuteMergeMethodTask]) -> None:
     """Merge random matrices with the parameters of each tensor: once with those that many tensors have.
 
-    The process's random numbers are as they were afterwards, so that a merge with a seed is what it was.
+    The process's random numbers are restored afterwards, so that a merge with a seed gives what it gave.
     """
     tried = set()
     values = torch.Generator().manual_seed(0)
@@ -82,12 +124,12 @@ def try_method(tasks: Iterable[ExecuteMergeMethodTask]) -> None:
                 continue
             tried.add(parameters)
             tensors = {model: torch.randn(_SIDE, _SIDE, generator=values) for model in task.model_order}
-            what = f"{task.method_name}: mergekit cannot merge {task.output_weight.name} with the parameters of the config"
+            attempt = f"{task.method_name}: mergekit cannot merge {task.output_weight.name} with the parameters of the config"
             try:
                 merged = task.execute(tensors)
             except PaveError:
                 raise
             except Exception as error:
-                raise PaveError(f"{what} ({in_a_line(error)})") from error
+                raise PaveError(f"{attempt} ({in_a_line(error)})") from error
             if merged is not None and not merged.isfinite().all():
-                raise PaveError(f"{what}: the result is not finite. Look for NaN or infinity among them")
+                raise PaveError(f"{attempt}: the result is not finite. Look for NaN or infinity among them")

@@ -1,4 +1,4 @@
-"""What a merge needs before anything can be planned: a device, and models that can be read. Checked before mergekit asks."""
+"""What a merge needs before it can be planned: a device, models that can be read, and layers that they have."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
+from mergekit.plan import MergePlanner
 
-from mergekit_pave.cache.checkpoint import is_pointer, stored_in
+from mergekit_pave.cache.checkpoint import WEIGHTS, find_weights, is_pointer, stored_in
 from mergekit_pave.errors import PaveError, in_a_line
 from mergekit_pave.files import looks_local
 
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def check_inputs(config: MergeConfiguration, options: MergeOptions) -> None:
-    """Refuse what mergekit, PyTorch or transformers would trip over.
+    """Refuse what mergekit, PyTorch or transformers would fail with.
 
-    Of models on the Hub only the configuration is looked at.
+    Of models on the Hub it reads only the configuration.
 
     Raises:
         PaveError: the device cannot be used, or a model cannot be read.
@@ -35,17 +35,37 @@ def check_inputs(config: MergeConfiguration, options: MergeOptions) -> None:
     LoaderCache().setup(options=options)
     for model in sorted(config.referenced_models(), key=str):
         folder = Path(model.model.path)
-        for what, part in (("model", model.model), ("adapter", model.lora)):
+        for kind, part in (("model", model.model), ("adapter", model.lora)):
             if part and looks_local(part.path) and not Path(part.path).exists():
-                raise PaveError(f"there is no {what} at {part.path} (looked in {Path.cwd()})")
+                raise PaveError(f"there is no {kind} at {part.path} (looked in {Path.cwd()})")
         if folder.exists():
-            _check_folder(model, folder, "config.json", _WEIGHTS)
+            _check_folder(model, folder, "config.json", WEIGHTS)
         if model.lora and Path(model.lora.path).exists():
             _check_folder(model, Path(model.lora.path), "adapter_config.json", _ADAPTERS)
         is_run = config.pave is None or config.pave.listed(model) is not None
         _check_config(model, options.trust_remote_code, is_run)
         if folder.exists():
             _check_weights(model)
+
+
+def check_layers(planner: MergePlanner) -> None:
+    """Refuse slices that take no layer, or more than there are.
+
+    Raises:
+        PaveError: naming the range. Modules without layers, such as what lies around two towers, have the range [0, 0].
+    """
+    config, modules = planner.config, planner.arch_info.modules
+    slices = [(next(iter(modules)), part) for part in config.slices or ()]
+    slices += [(name, part) for name, module in (config.modules or {}).items() for part in module.slices or ()]
+    for name, part in slices:
+        for source in part.sources if name in modules else ():
+            num_layers = planner._model_arch(source.model).get_module(name).num_layers()
+            start, end = source.layer_range
+            if not (0 <= start < end <= num_layers or start == end == num_layers == 0):
+                raise PaveError(
+                    f"slices: layer_range [{start}, {end}] of {source.model} does not fit. The model has {num_layers} layers: a "
+                    f"range starts at 0 or later, ends at {num_layers} or earlier, and takes at least one layer"
+                )
 
 
 def check_name(device: str) -> None:
@@ -82,17 +102,17 @@ def _check_folder(model: ModelReference, folder: Path, settings: str, weights: t
     if not (folder / settings).is_file():
         raise PaveError(f"{model}: there is no {settings} in {folder}; name the folder of a model as save_pretrained writes it")
     _read_mapping(model, folder / settings)
-    found = [path for name in weights for path in (folder / f"{name}.index.json", folder / name) if path.exists()]
-    if not found:
+    path = find_weights(folder, weights, index_first=True)
+    if path is None:
         raise PaveError(f"{model}: there are no weights in {folder} ({', '.join(weights)}, or an index of several such files)")
-    if found[0].suffix != ".json":
-        _check_file(model, found[0])
-        if found[0].suffix == ".safetensors":
-            stored_in(found[0])
+    if path.suffix != ".json":
+        _check_file(model, path)
+        if path.suffix == ".safetensors":
+            stored_in(path)
         return
-    files = _read_mapping(model, found[0]).get("weight_map")
+    files = _read_mapping(model, path).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-        raise PaveError(f"{model}: {found[0]} has no weight_map, which says which file each tensor is in; fetch it again")
+        raise PaveError(f"{model}: {path} has no weight_map, which says which file each tensor is in; fetch it again")
     for file in sorted(set(files.values())):
         _check_file(model, folder / file)
 
@@ -109,29 +129,29 @@ def _read_mapping(model: ModelReference, path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise PaveError(f"{model}: {path} is no JSON ({in_short(error)}); mend it, or fetch it again") from error
+        raise PaveError(f"{model}: {path} is not valid JSON ({in_short(error)}); correct it, or fetch it again") from error
     if not isinstance(content, dict):
-        raise PaveError(f"{model}: {path} holds no mapping; mend it, or fetch it again")
+        raise PaveError(f"{model}: {path} does not contain a JSON object; correct it, or fetch it again")
     return content
 
 
 def _check_config(model: ModelReference, trust_remote_code: bool, is_run: bool) -> None:
     try:
         config = model.config(trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever transformers, the Hub or remote code trips over
+    except Exception as error:  # of transformers, the Hub or remote code
         raise PaveError(f"{model}: its config.json cannot be used: {in_short(error)}") from error
-    named = config.architectures
-    if not isinstance(named, list) or len(named) != 1 or not isinstance(named[0], str):
-        told = "names no class" if not named else f"does not name one class but {named!r}"
+    classes = config.architectures
+    if not isinstance(classes, list) or len(classes) != 1 or not isinstance(classes[0], str):
+        fault = "names no class" if not classes else f"does not name one class but {classes!r}"
         raise PaveError(
-            f"{model}: `architectures` in its config.json {told}; put the one there that its weights are of, such as "
+            f"{model}: `architectures` in its config.json {fault}; put the one there that its weights are of, such as "
             '["LlamaForCausalLM"], or give it an override_architecture'
         )
 
-    needed = getattr(getattr(transformers, named[0], None), "config_class", None)
-    if is_run and model.override_architecture and needed and not isinstance(config, needed):
+    config_class = getattr(getattr(transformers, classes[0], None), "config_class", None)
+    if is_run and model.override_architecture and config_class and not isinstance(config, config_class):
         raise PaveError(
-            f"{model}: override_architecture is {named[0]}, which needs a {needed.__name__}, but its config.json makes a "
+            f"{model}: override_architecture is {classes[0]}, which needs a {config_class.__name__}, but its config.json makes a "
             f"{type(config).__name__}; leave the override out, or name a class of that kind"
         )
 
@@ -140,20 +160,22 @@ def _check_weights(model: ModelReference) -> None:
     try:
         LoaderCache().get(ModelReference(model=model.model) if model.lora else model)
     except Exception as error:  # safetensors and PyTorch have errors of their own
-        told = f"the weights in {model.model.path} cannot be read ({in_short(error)})"
-        raise PaveError(f"{model}: {told}; fetch them again") from error
+        reason = in_short(error)
+        raise PaveError(f"{model}: the weights in {model.model.path} cannot be read ({reason}); fetch them again") from error
 
 
 def in_short(error: Exception) -> str:
-    """What an error says, without what PyTorch adds for those who look for bugs in it."""
+    """An error's message in one line, without the traceback that PyTorch appends to some."""
     text = in_a_line(error)
     return text if len(text) < 400 else str(error).strip().splitlines()[0]
 
 
 @contextlib.contextmanager
-def told_in_a_line() -> Iterator[None]:
-    """What mergekit has against a merge is for people, too."""
+def planning_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Turn mergekit's errors of these kinds into messages for users. Our own messages pass unchanged."""
     try:
         yield
-    except Exception as error:
+    except PaveError:
+        raise
+    except kinds as error:
         raise PaveError(f"mergekit cannot plan this merge: {in_short(error)}") from error

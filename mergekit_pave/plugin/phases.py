@@ -16,11 +16,11 @@ from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 
 from mergekit_pave.calibration import distributed
-from mergekit_pave.errors import PaveError, in_a_line
+from mergekit_pave.errors import PaveError
 from mergekit_pave.methods import registry
 from mergekit_pave.planning.plan import Plan, announce
 from mergekit_pave.plugin.conversion import known_once
-from mergekit_pave.plugin.inputs import check_inputs, check_name, told_in_a_line
+from mergekit_pave.plugin.inputs import check_inputs, check_name, planning_errors
 from mergekit_pave.progress import bar, no_bars_of_others
 from mergekit_pave.report.summary import kind
 from mergekit_pave.tasks.decompose import DecomposeWeight
@@ -33,25 +33,23 @@ def plan_merge(config: MergeConfiguration, options: MergeOptions, *, compares: b
     """What purification would add to a merge, without merging.
 
     Args:
-        compares: see `Environment`.
+        compares: see `Merge`.
 
     Raises:
-        PaveError: the config has no `pave:` block, the block does not fit, or mergekit has something against the merge.
+        PaveError: the config has no `pave:` block, the block does not fit, or mergekit cannot plan the merge.
     """
-    try:
+    with planning_errors(OSError, ValueError, RuntimeError):
         return _plan_merge(config, options, compares)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise PaveError(f"mergekit cannot plan this merge: {in_a_line(error)}") from error
 
 
 def _plan_merge(config: MergeConfiguration, options: MergeOptions, compares: bool) -> Plan:
-    told = "the config has no `pave:` block, so nothing would be purified or measured"
+    missing = "the config has no `pave:` block, so nothing would be purified or measured"
     if config.pave is None and not registry.is_ours(config.merge_method):
-        raise PaveError(told)
+        raise PaveError(missing)
     check_inputs(config, options)
     _merge_adapters(config, options)
     base = config.base_model or config.referenced_models()[0]
-    with known_once(), told_in_a_line():
+    with known_once(), planning_errors(Exception):
         architecture = get_architecture_info(config, options)
     planner = MergePlanner(
         config,
@@ -62,7 +60,9 @@ def _plan_merge(config: MergeConfiguration, options: MergeOptions, compares: boo
     planner._pave_compares = compares
     planner._plan()
     if config.pave is None:
-        raise PaveError(f"{told}; {config.merge_method} alone needs no plan, calibration or report: merge it with mergekit-yaml")
+        raise PaveError(
+            f"{missing}; {config.merge_method} alone needs no plan, calibration or report: merge it with mergekit-yaml"
+        )
     return planner._pave_plan
 
 
@@ -70,7 +70,7 @@ def _merge_adapters(config: MergeConfiguration, options: MergeOptions) -> None:
     """Let mergekit merge adapters into their models, as it does before it reads the first of their tensors.
 
     Raises:
-        PaveError: it has not been told where to.
+        PaveError: no --lora-merge-cache says where to.
     """
     for model in sorted((model for model in config.referenced_models() if model.lora), key=str):
         if not options.lora_merge_cache:
@@ -82,20 +82,20 @@ def _merge_adapters(config: MergeConfiguration, options: MergeOptions) -> None:
         try:
             LoaderCache().get(model)
         except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)  # mergekit would take it for the merged model
+            shutil.rmtree(folder, ignore_errors=True)  # or mergekit would use what is there as the merged model
             raise
 
 
 def sample_removal(plan: Plan, options: MergeOptions) -> dict[str, list[dict[str, Any]]]:
     """Rows of the report, for one weight of each kind of each model.
 
-    These weights are read, and purified for nothing: so a plan can say how large the removed part is. Where a decomposition
-    that it takes is not in the cache there is no row.
+    These weights are read and purified only so that a plan can say how large the removed part is. There are no rows of weights
+    whose decompositions are not in the cache.
     """
-    missing = {weight.output for weight in plan.weights if not weight.cached}
+    uncached = {weight.output for weight in plan.weights if not weight.cached}
     kinds: dict[tuple[str, str], list[PurificationStats]] = {}
     for task in plan.stats:
-        if task.purify.allocation.output not in missing:
+        if task.purify.allocation.output not in uncached:
             kinds.setdefault((str(task.model), kind(task.tensor)), []).append(task)
     chosen = [tasks[len(tasks) // 2] for tasks in kinds.values()]
     rows: dict[str, list[dict[str, Any]]] = {str(task.model): [] for task in chosen}
@@ -109,10 +109,10 @@ def fill_caches(config: MergeConfiguration, options: MergeOptions) -> Plan:
     distributed.start()
     check_name(options.device)
     options = options.model_copy(update={"device": distributed.local_device(options.device)})
-    if distributed.rank() > 0:  # of several processes one speaks
+    if distributed.rank() > 0:  # of several processes only the first logs
         logging.getLogger("mergekit_pave").setLevel(logging.ERROR)
         options = options.model_copy(update={"quiet": True})
-    # mergekit merges adapters without a lock, and what one process has found out for the cache the others need not.
+    # mergekit merges adapters without a lock; and what the first process puts into the cache the others need not find again.
     plan = distributed.first_alone(lambda: plan_merge(config, options))
     calibrate_all(plan, options)
     share = plan.decompositions[distributed.rank() :: distributed.world_size()]
@@ -123,7 +123,7 @@ def fill_caches(config: MergeConfiguration, options: MergeOptions) -> Plan:
 
 def calibrate_all(plan: Plan, options: MergeOptions) -> None:
     announce(plan)
-    # In one order everywhere, which an executor does not promise: processes wait for each other in every block.
+    # Processes wait for each other in every block, so all need the same order. An executor does not promise one.
     with no_bars_of_others(options.quiet):
         for calibration in plan.calibrations:
             calibration.execute()
@@ -137,7 +137,7 @@ def decompose_all(tasks: list[DecomposeWeight], options: MergeOptions) -> None:
         executor = MultiGPUExecutor(tasks, storage_device=None if options.low_cpu_memory else "cpu")
     else:
         executor = Executor(tasks, math_device=options.device, storage_device=storage)
-    # Over several GPUs the executor yields nothing before all is done, and draws a bar that knows better.
+    # Over several GPUs the executor yields nothing before all is done, so its own bar is shown instead.
     with bar(len(tasks), "Decomposing", "weights", hidden=options.quiet or options.multi_gpu) as progress:
         for _ in executor.run(quiet=options.quiet or not options.multi_gpu):
             progress.update()

@@ -1,15 +1,65 @@
-"""What of a merge is ours to plan."""
+"""What the rest of this package gets from mergekit's planner."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+
+from mergekit.architecture import WeightInfo
+from mergekit.common import ModelReference
+from mergekit.io.tasks import GatherTensors
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.plan import MergePlanner
 
-from mergekit_pave.methods.regmean import RegMean
+from mergekit_pave.calibration.job import Runtime
+from mergekit_pave.methods.regmean import RegMean, data_share
+from mergekit_pave.planning.merge import Merge, PlannedTensor
+from mergekit_pave.plugin.checkpoints import checkpoint_of, names_read
+from mergekit_pave.plugin.parameters import unread_parameters
 
 
 def is_ours(planner: MergePlanner) -> bool:
+    """Whether we plan a part of the merge."""
     return planner.config.pave is not None or is_regmean(planner)
 
 
 def is_regmean(planner: MergePlanner) -> bool:
     return isinstance(planner._method, RegMean)
+
+
+def merge_of(planner: MergePlanner) -> Merge:
+    """The merge that mergekit has planned."""
+    options = planner.options
+    return Merge(
+        method=planner.config.merge_method,
+        tensors=[
+            PlannedTensor(
+                name=weight.name,
+                # Tensors with a vocabulary axis may be gathered by a task that also permutes or truncates them.
+                gather=task.gather_tensors if type(task.gather_tensors) is GatherTensors else None,
+                models=task.model_order,
+                base=task.base_model,
+                t=t,
+                data_share=data_share_of(task) if is_regmean(planner) else None,
+            )
+            for (weight, task), t in zip(planner._tensors, planner._pave_positions, strict=True)
+        ],
+        runtime=Runtime(options.device, options.trust_remote_code, options.quiet),
+        transformers_cache=options.transformers_cache,
+        checkpoint=checkpoint_of,
+        names_read=functools.partial(names_read, planner),
+        compares=planner.__dict__.get("_pave_compares", True),
+        warnings=unread_parameters(planner),
+    )
+
+
+def data_share_of(task: ExecuteMergeMethodTask) -> float:
+    """How much of regmean's metric is to be C in one output tensor."""
+    return data_share(task.parameters["covariance"], task.base_model is not None)
+
+
+def inputs_of(planner: MergePlanner) -> Iterator[tuple[ModelReference, WeightInfo]]:
+    """Each model with each tensor that is read of it."""
+    for _, task in planner._tensors:
+        gather = getattr(task.gather_tensors, "gather_tensors", task.gather_tensors)
+        yield from gather.weight_info.items()

@@ -8,8 +8,8 @@ from mergekit.common import ModelReference
 def make_writable() -> None:
     """Let a reference with a space or a quote in it be written like any other. Idempotent.
 
-    mergekit gives such a reference back as it is, which pydantic refuses as circular. What gives it is part of the schema of
-    every class with a reference in it, all of them built already; so it gets another body, which all of them run.
+    mergekit's serializer returns such a reference as it is, which pydantic refuses as circular. The serializer is part of the
+    schemas of all classes with a reference in them, and these are built already. So the function gets another body.
     """
     try:
         ModelReference(model="a b").model_dump_json()
@@ -17,7 +17,7 @@ def make_writable() -> None:
         ModelReference.serialize.__code__ = _serialize.__code__
 
 
-def _serialize(self):  # nothing from outside: it runs among mergekit's names
+def _serialize(self):  # it may use no name of this module: it runs in mergekit's
     if self.override_architecture is not None:
         return {"model": self.model, "lora": self.lora, "override_architecture": self.override_architecture}
     return str(self)

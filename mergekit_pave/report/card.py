@@ -124,7 +124,10 @@ def told(value: Any) -> str:
 
 
 def _calibration(report: dict) -> list[str]:
-    rows = [(model, data_of(source), source["samples"], source["tokens"]) for model, source in report["models"].items()]
+    rows = [
+        (model, data_of(source) or "not needed", source["samples"], source["tokens"])
+        for model, source in report["models"].items()
+    ]
     rows += [(model, "not purified", "-", "-") for model in report["not_purified"] if model not in report["models"]]
     return ["#### Calibration", "", *_table(("model", "data", "samples", "tokens"), rows), ""]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_pave.cache import weights_fingerprint
-from mergekit_pave.cache.checkpoint import is_pointer
+from mergekit_pave.cache.checkpoint import find_weights, is_pointer
 from mergekit_pave.errors import PaveError
 from mergekit_pave.report.outputs import REPORT_NAME
 
@@ -74,16 +74,11 @@ def _check_weights(path: Path, written: dict[str, str] | None) -> None:
 
 def _weights_beside(folder: Path) -> list[str]:
     """The files of a model's weights that transformers would load from a folder, and that are there."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{name}.index.json"
-        if (folder / name).is_file():
-            files = {name}
-        elif index.is_file():
-            files = _named(index)
-        else:
-            continue
-        return [file for file in files if (folder / file).is_file() and not is_pointer(folder / file)]
-    return []
+    path = find_weights(folder, index_first=False)
+    if path is None:
+        return []
+    files = _named(path) if path.suffix == ".json" else {path.name}
+    return [file for file in files if (folder / file).is_file() and not is_pointer(folder / file)]
 
 
 def _named(index: Path) -> set[str]:

@@ -1,4 +1,4 @@
-"""What all tasks of one weight have in common."""
+"""What the tasks of one weight have in common."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from mergekit.graph import Task
 
 
 class TensorTask(Task[Any]):
-    """A task that belongs to one source tensor of one model and is scheduled beside mergekit's own for it."""
+    """A task on one tensor of one model. mergekit schedules it beside its own tasks on that tensor."""
 
     model: ModelReference
     tensor: str
 
-    # Tasks nest, and mergekit hashes them often: hashing all that is below each would take longer than the merge.
+    # Tasks nest, and mergekit hashes them often: hashing a task with all tasks below it would take longer than the merge.
     def __hash__(self) -> int:
         return hash((type(self), self.model, self.tensor))
 

@@ -1,4 +1,4 @@
-"""What sees to the covariances of one model, before any graph is run."""
+"""How one model's covariances get into the cache, before any graph is run."""
 
 from __future__ import annotations
 
@@ -17,21 +17,19 @@ from mergekit_pave.errors import PaveError
 
 @dataclass(frozen=True)
 class _Calibration:
-    """What sees to the covariances of one model. It is executed before any graph, so it is no task of one.
+    """Makes sure that one model's covariances are in the cache. It runs before any graph, so it is not a task of one.
 
     Attributes:
-        folder: where they are, or will be.
+        folder: of the covariances.
         model: the model's name, for messages.
-        layers: those that are to be purified, or whose covariances `regmean` needs.
-        purified: those among them that are to be purified.
-        size: the number of weights in all of the model's linear layers.
+        purified: the layers that are to be purified.
+        num_weights: in all of the model's linear layers.
     """
 
     folder: str
     model: str
-    layers: tuple[Linear, ...]
     purified: tuple[Linear, ...]
-    size: int
+    num_weights: int
 
     @property
     def is_done(self) -> bool:
@@ -39,28 +37,28 @@ class _Calibration:
         return Artefact(Path(self.folder)).manifest() is not None
 
     def never_called(self) -> list[Linear]:
-        """See `missed_layers`. What is measured for `regmean` alone may be missed: it falls back, and says so."""
+        """See `missed_layers`. Layers that are measured for `regmean` alone do not count: it falls back, and reports that."""
         if not self.purified:
             return []
-        return missed_layers(self.model, self.purified, self.size, stored_covariances(self.folder))
+        return missed_layers(self.model, self.purified, self.num_weights, stored_covariances(self.folder))
 
 
 @dataclass(frozen=True)
 class CalibrateModel(_Calibration):
-    """Make sure that a model's covariances are in the cache."""
+    """Measures the covariances, unless the cache has them."""
 
     job: Job
     runtime: Runtime
 
     def execute(self) -> None:
         calibrate(self.job, Artefact(Path(self.folder)), self.runtime)
-        if distributed.rank() == 0:  # the others need not wait until it has written all
+        if distributed.rank() == 0:  # the others need not wait until it has written everything
             self.never_called()
 
 
 @dataclass(frozen=True)
 class GivenCovariance(_Calibration):
-    """Make sure that covariances which somebody else has made are intact."""
+    """Checks covariances that somebody else has measured."""
 
     def execute(self) -> None:
         if not Artefact(Path(self.folder)).is_intact():

@@ -22,58 +22,14 @@ from mergekit_pave.tasks.base import TensorTask
 _TENSORS = ("directions", "coefficients", "values")
 
 
-class DecomposeWeight(TensorTask):
-    """The tail of one weight, computed and put into the cache, where `LoadTail` finds it. The covariances are there.
-
-    Attributes:
-        covariances: the folder of the model's covariances.
-        folder: where the tail goes.
-        count: components that it has at least.
-        min_tokens: tokens that an expert must have seen to have one.
-    """
-
-    weight: LoadTensor
-    covariances: str
-    layer: Linear
-    regularization: float | RelativeRegularization
-    count: int
-    min_tokens: int
-    folder: str
-
-    def arguments(self) -> dict[str, Task]:
-        return {"weight": self.weight}
-
-    @property
-    def cache(self) -> int:
-        """Bytes of cache that it takes at most."""
-        return 4 * len(self.layer.layers) * sum(self.layer.shape) * self.count
-
-    def execute(self, weight: Tensor) -> None:
-        artefact = Artefact(Path(self.folder))
-        with artefact.lock():
-            if has_tail(artefact.folder, self.count, self.min_tokens):
-                return  # another process has just made it
-            # What another merge needs of it has to stay: a tail is only ever replaced by a wider one.
-            before = artefact.manifest() or {"count": 0, "min_tokens": self.min_tokens}
-            count, min_tokens = max(self.count, before["count"]), min(self.min_tokens, before["min_tokens"])
-            known, where = stored_covariances(self.covariances), (str(self.model), self.tensor)
-            with advising(f"{self.model}: decomposing {self.tensor}", weight.device):
-                tail = decompose_weight(weight, self.layer, known, self.regularization, count, min_tokens, where)
-            tail["values"] = torch.from_numpy(tail["values"])
-            # The name differs from that of the file before, which somebody may just be reading.
-            name = f"tail-{count}-{min_tokens}.safetensors"
-            entry = artefact.write(name, {key: tail.pop(key) for key in _TENSORS})
-            about = {"model": str(self.model), "tensor": self.tensor, "count": count, "min_tokens": min_tokens}
-            artefact.complete({"files": {name: entry}, **tail, **about})
-            artefact.remove_others()
-
-
 class LoadTail(TensorTask):
-    """The tails of the matrices of one weight from the cache. Value: see `decompose_weight`; they may have more than `count`
-    components.
+    """The tails of the matrices of one weight, read from the cache. Value: see `decompose_weight`.
 
     Attributes:
-        unchanged: the experts that have none, for they equal the base model's.
+        folder: of the cache entry.
+        count: components that a tail has at least.
+        min_tokens: tokens that an expert must have seen to have a tail.
+        unchanged: the experts whose tails are left out, because they equal the base model's.
     """
 
     folder: str
@@ -85,7 +41,7 @@ class LoadTail(TensorTask):
         return {}
 
     def execute(self) -> dict[str, Any]:
-        # Another process may put a wider tail in its place just now; then that is there.
+        # If another process puts a wider tail in its place just now, the second attempt finds that one.
         tail = self._read() or self._read()
         if tail is None:
             raise PaveError(f"the cache entry {self.folder} was removed or damaged during the run; run again")
@@ -103,6 +59,52 @@ class LoadTail(TensorTask):
         return leave_slices({**tensors, "slices": manifest["slices"], "left": manifest["left"]}, self.min_tokens, self.unchanged)
 
 
+class DecomposeWeight(TensorTask):
+    """Puts the tails of one weight into the cache. The covariances have to be there.
+
+    Attributes:
+        covariances: the folder of the model's covariances.
+        tail: what will read the result.
+    """
+
+    weight: LoadTensor
+    covariances: str
+    layer: Linear
+    regularization: float | RelativeRegularization
+    tail: LoadTail
+
+    def arguments(self) -> dict[str, Task]:
+        return {"weight": self.weight}
+
+    @property
+    def folder(self) -> str:
+        return self.tail.folder
+
+    @property
+    def cache(self) -> int:
+        """Bytes of cache that it takes at most."""
+        return 4 * len(self.layer.layers) * sum(self.layer.shape) * self.tail.count
+
+    def execute(self, weight: Tensor) -> None:
+        artefact, count, min_tokens = Artefact(Path(self.folder)), self.tail.count, self.tail.min_tokens
+        with artefact.lock():
+            if has_tail(artefact.folder, count, min_tokens):
+                return  # another process has just made it
+            # Another merge may need what is there, so a tail is only ever replaced by a wider one.
+            if before := artefact.manifest():
+                count, min_tokens = max(count, before["count"]), min(min_tokens, before["min_tokens"])
+            covariances, where = stored_covariances(self.covariances), (str(self.model), self.tensor)
+            with advising(f"{self.model}: decomposing {self.tensor}", weight.device):
+                tail = decompose_weight(weight, self.layer, covariances, self.regularization, count, min_tokens, where)
+            tail["values"] = torch.from_numpy(tail["values"])
+            # The name differs from that of the file before, which another process may be reading.
+            name = f"tail-{count}-{min_tokens}.safetensors"
+            entry = artefact.write(name, {key: tail.pop(key) for key in _TENSORS})
+            about = {"model": str(self.model), "tensor": self.tensor, "count": count, "min_tokens": min_tokens}
+            artefact.complete({"files": {name: entry}, **tail, **about})
+            artefact.remove_others()
+
+
 def has_tail(folder: Path, count: int, min_tokens: int) -> bool:
     """Whether the cache has intact tails of at least `count` components, for every expert that saw `min_tokens` tokens."""
     return _tail_manifest(folder, count, min_tokens) is not None
@@ -114,5 +116,6 @@ def _tail_manifest(folder: Path, count: int, min_tokens: int) -> Optional[dict[s
     manifest = artefact.manifest()
     if manifest is None or manifest["count"] < count:
         return None
-    missing = [tokens for tokens in manifest["left"].values() if tokens >= max(1, min_tokens)]
-    return manifest if not missing and artefact.has_files(manifest) else None
+    # Experts without a tail have to be such as saw too few tokens for this merge, too.
+    lacking = [tokens for tokens in manifest["left"].values() if tokens >= max(1, min_tokens)]
+    return manifest if not lacking and artefact.has_files(manifest) else None

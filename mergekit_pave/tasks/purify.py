@@ -20,14 +20,13 @@ from mergekit_pave.tasks.decompose import LoadTail
 class AllocateRanks(Task[dict]):
     """How many components each model drops of one output tensor.
 
-    The same expert of several models is allocated together, over those models in which it has a tail. No model drops more than
-    its `LoadTail` promises.
+    An expert is allocated over those models in which it has a tail. No model drops more than the `count` of its `LoadTail`.
 
     Value: by model, one number for each of the slices in its tail.
 
     Attributes:
-        tails: of each model.
-        shares: of each of them, what it would drop on its own.
+        tails: one for each model.
+        shares: what each of the models would drop on its own.
     """
 
     output: str
@@ -44,22 +43,22 @@ class AllocateRanks(Task[dict]):
         return self.tails[-1].group_label()
 
     def execute(self, **tails: dict[str, Any]) -> dict[ModelReference, list[int]]:
-        members: dict[Any, list[tuple[LoadTail, int, int]]] = {}  # by expert: (tail, share, place among its slices)
+        experts: dict[Any, list[tuple[LoadTail, int, int]]] = {}  # by expert: (tail, share, number of the slice)
         for task, share in zip(self.tails, self.shares):
-            for place, piece in enumerate(tails[str(task.model)]["slices"]):
-                members.setdefault(piece["expert"], []).append((task, share, place))
+            for i, of_slice in enumerate(tails[str(task.model)]["slices"]):
+                experts.setdefault(of_slice["expert"], []).append((task, share, i))
         drops = {task.model: [0] * len(tails[str(task.model)]["slices"]) for task in self.tails}
-        for of_expert in members.values():
-            spectra = [_spectrum(tails[str(task.model)], place) for task, _, place in of_expert]
+        for of_expert in experts.values():
+            spectra = [_spectrum(tails[str(task.model)], i) for task, _, i in of_expert]
             shares, caps = [share for _, share, _ in of_expert], [task.count for task, _, _ in of_expert]
-            for (task, _, place), drop in zip(of_expert, allocate_ranks(spectra, shares, caps)):
-                drops[task.model][place] = drop
+            for (task, _, i), drop in zip(of_expert, allocate_ranks(spectra, shares, caps)):
+                drops[task.model][i] = drop
         return drops
 
 
-def _spectrum(tail: dict[str, Any], place: int) -> list[float]:
+def _spectrum(tail: dict[str, Any], i: int) -> list[float]:
     """The singular values in the tail of one matrix over its largest, ascending."""
-    return (tail["values"][place] / (tail["slices"][place]["largest"] or 1.0)).tolist()
+    return (tail["values"][i] / (tail["slices"][i]["largest"] or 1.0)).tolist()
 
 
 class PurifyTensor(TensorTask):
@@ -74,8 +73,8 @@ class PurifyTensor(TensorTask):
     dtype: Optional[str]
 
     def arguments(self) -> dict[str, Task]:
-        needed = {"weight": self.weight, "tail": self.tail, "allocation": self.allocation}
-        return needed | ({"base": self.base} if self.base else {})
+        inputs = {"weight": self.weight, "tail": self.tail, "allocation": self.allocation}
+        return inputs | ({"base": self.base} if self.base else {})
 
     def execute(self, weight: Tensor, tail: dict, allocation: dict, base: Optional[Tensor] = None) -> dict[str, Any]:
         if self.target == "task_vector" and base is None:
@@ -96,7 +95,7 @@ class PurifyTensor(TensorTask):
 class PurificationStats(TensorTask):
     """What purification did to one weight.
 
-    Value: {rows: those of the report, one a matrix, left: {a matrix that stays as it is: why}}.
+    Value: {rows: of the report, one for each matrix, left: {a matrix that stays as it is: why}}.
     """
 
     purify: PurifyTensor
@@ -105,7 +104,7 @@ class PurificationStats(TensorTask):
         return {"purified": self.purify}
 
     def priority(self) -> int:
-        # At once, so that the tensor beside it is not kept for it.
+        # It runs at once, so that the purified tensor is not kept in memory for it.
         return 100
 
     def uses_accelerator(self) -> bool:
@@ -135,7 +134,7 @@ class GatherPurified(GatherTensors):
 
 
 def tensors_of(inputs: dict[str, Any]) -> dict[str, Optional[Tensor]]:
-    """The tensors alone, of inputs some of which `PurifyTensor` has made, with what is told of them."""
+    """The tensors alone. Some of the inputs are values of `PurifyTensor`, which hold statistics beside the tensor."""
     return {key: value["tensor"] if isinstance(value, dict) else value for key, value in inputs.items()}
 
 

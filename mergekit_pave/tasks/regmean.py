@@ -18,24 +18,39 @@ from mergekit_pave.methods.regmean import Layer, data_share
 
 
 @dataclasses.dataclass(frozen=True)
+class MeasuredLayer:
+    """A model whose covariances are part of the metric.
+
+    Attributes:
+        folder: of its covariances.
+        layer: the layer in this model. In a frankenmerge it may have another name than in the others.
+        min_tokens: tokens that an expert must have seen.
+    """
+
+    model: ModelReference
+    folder: str
+    layer: Linear
+    min_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
 class ClosedForm:
     """How regmean merges the weight of a linear layer.
 
     Attributes:
         layer: the layer, in any of the models.
-        covariances: of each model whose covariances are part of the metric, the folder where they are, its own name of the layer,
-            and the tokens that an expert must have seen.
+        measured: the models whose covariances are part of the metric.
     """
 
     layer: Linear
-    covariances: tuple[tuple[ModelReference, str, Linear, int], ...] = ()
+    measured: tuple[MeasuredLayer, ...] = ()
 
 
 class MergeByRegMean(ExecuteMergeMethodTask):
-    """mergekit's task for an output tensor, which also tells `regmean` what layer the tensor is the weight of.
+    """mergekit's task for an output tensor, which also gives `regmean` the layer that the tensor is the weight of.
 
     Attributes:
-        form: None of a tensor that is merged as task_arithmetic does.
+        form: None for a tensor that is merged as task_arithmetic does.
     """
 
     form: Optional[ClosedForm]
@@ -60,7 +75,7 @@ class MergeByRegMean(ExecuteMergeMethodTask):
                     f"{model}: {self.output_weight.name} is a tensor of shape {tuple(tensor.shape)}, but the layer "
                     f"{layer.module} of the architecture has one of {layer.stored_shape}; regmean cannot merge it"
                 )
-        stored = {model: (stored_covariances(folder), own.layers) for model, folder, own, _ in self.form.covariances}
+        stored = {of.model: (stored_covariances(of.folder), of.layer.layers) for of in self.form.measured}
 
         def covariance(model: ModelReference, i: int) -> Covariance:
             covariances, names = stored[model]
@@ -70,27 +85,28 @@ class MergeByRegMean(ExecuteMergeMethodTask):
         return Layer(layer.transposed, measured, covariance)
 
     def _reasons(self) -> list[Optional[str]]:
-        """Of each matrix, why it cannot be merged with covariances, if so: all models need one."""
+        """For each matrix, why it cannot be merged with covariances: a model lacks one. None where all models have one."""
         reasons: list[Optional[str]] = [None] * len(self.form.layer.layers)
-        for model, folder, own, min_tokens in self.form.covariances:
-            stored = stored_covariances(folder)
-            for i, names in enumerate(own.layers):
+        for of in self.form.measured:
+            stored = stored_covariances(of.folder)
+            for i, names in enumerate(of.layer.layers):
                 tokens = stored.tokens(names)
-                if tokens < max(1, min_tokens) and reasons[i] is None:
-                    reasons[i] = f"{FEW_TOKENS} ({tokens}, {model})" if own.experts else f"{NEVER_CALLED} ({model})"
+                if tokens < max(1, of.min_tokens) and reasons[i] is None:
+                    has_experts = bool(of.layer.experts)
+                    reasons[i] = f"{FEW_TOKENS} ({tokens}, {of.model})" if has_experts else f"{NEVER_CALLED} ({of.model})"
         return reasons
 
     def as_task_arithmetic(self) -> dict[str, str]:
-        """The matrices that are merged as task_arithmetic does, though their layer has a form, and why.
+        """The matrices that are merged as task_arithmetic does although their layer has a form, and why.
 
-        Calibration has to be done.
+        The covariances have to be there.
         """
         name, layer = self.output_weight.name, self.form.layer
         reasons = enumerate(self._reasons())
         return {f"{name}[{layer.experts[i]}]" if layer.stacked else name: reason for i, reason in reasons if reason}
 
     def row(self) -> Optional[dict[str, Any]]:
-        """What the report says of the tensor; None where no matrix of it is merged in closed form."""
+        """The tensor's row of the report; None where no matrix of it is merged in closed form."""
         if None not in self._reasons():
             return None
         return {

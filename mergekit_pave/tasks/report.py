@@ -32,9 +32,9 @@ LOG = logging.getLogger(__name__)
 
 
 class WriteReport(Task[None]):
-    """Write pave_report.json beside the merged model, and say in one line what was purified.
+    """Writes pave_report.json beside the merged model, and logs in one line what was purified.
 
-    It waits until the weights are complete, as it says what they are, and as the report of an earlier merge goes only then.
+    It runs once the weights are complete: the report has their fingerprints, and that of an earlier merge is removed only then.
     """
 
     out_path: str
@@ -62,9 +62,9 @@ class WriteReport(Task[None]):
                 report["regmean"]["as_task_arithmetic"] |= merge.as_task_arithmetic()
             report["warnings"] += regmean_warnings(report["regmean"])
         folder = Path(self.out_path)
-        told = report | {"weights": written_weights(folder, _files_of(writer))}
+        content = report | {"weights": written_weights(folder, _files_of(writer))}
         with replacing(folder / REPORT_NAME) as temporary:
-            temporary.write_text(json.dumps(told, indent=1) + "\n")
+            temporary.write_text(json.dumps(content, indent=1) + "\n")
         with tqdm.tqdm.external_write_mode(sys.stderr):  # mergekit's bar is on that line
             if report["purified"]:
                 LOG.info(summary(report))
@@ -79,5 +79,5 @@ class WriteReport(Task[None]):
 def _files_of(writer: TensorWriter) -> set[str]:
     """The files that a writer has written."""
     files = set(writer.weight_map.values())
-    # A single file gets its last name after it is noted.
+    # mergekit renames a single file after it has noted its name.
     return {file.replace("-1.", ".") for file in files} if writer.shards_written == 1 else files

@@ -1,0 +1,237 @@
+"""What each model is calibrated with, and the cache entries that follow from that."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import transformers
+
+from mergekit_pave import cache, versions
+from mergekit_pave.calibration.batches import Encoded, encode
+from mergekit_pave.calibration.data import Sample, load_samples
+from mergekit_pave.calibration.job import Job, Runtime, covariance_key
+from mergekit_pave.calibration.models import inference_dtype
+from mergekit_pave.config import PaveConfig
+from mergekit_pave.core.linear import Linear
+from mergekit_pave.errors import PaveError, in_a_line
+from mergekit_pave.files import looks_local
+from mergekit_pave.planning.merge import Merge
+from mergekit_pave.planning.source import Source
+from mergekit_pave.settings import Data, RelativeRegularization
+from mergekit_pave.tasks.calibrate import CalibrateModel, GivenCovariance
+
+
+@dataclass(frozen=True)
+class PlannedCalibration:
+    """What a model's covariances are measured with, and where the cache has them, or will have them.
+
+    Attributes:
+        folder: of the covariances.
+        key: of the covariances. The key of a decomposition is made of it.
+        data: the data sets, as the report shows them.
+        samples: how many.
+        tokens: how many of them count.
+        dtype: the precision that the model runs in.
+        job: what the calibration needs; None where the covariances are given.
+        contents: the samples' contents, to find samples that two models share.
+        elsewhere: by precision, other covariances of the same samples that the cache has.
+    """
+
+    source: Source
+    folder: Path
+    key: str
+    data: list[dict[str, Any]]
+    samples: int
+    tokens: int
+    dtype: str
+    job: Job | None = None
+    contents: frozenset[Any] = frozenset()
+    elsewhere: dict[str, Path] = field(default_factory=dict)
+
+    def task(self, purified: Iterable[Linear], runtime: Runtime) -> CalibrateModel | GivenCovariance:
+        """What makes sure that the covariances are there.
+
+        Args:
+            purified: the layers that are to be purified.
+        """
+        common = {
+            "folder": str(self.folder),
+            "model": str(self.source.model),
+            "purified": tuple(dict.fromkeys(purified)),
+            "num_weights": self.source.num_weights,
+        }
+        return CalibrateModel(**common, job=self.job, runtime=runtime) if self.job else GivenCovariance(**common)
+
+    def tails(self, config: PaveConfig) -> Path:
+        """The folder of the decompositions that are made with these covariances."""
+        regularization = config.setting(self.source.model, "regularization")
+        lambda_ = regularization.model_dump() if isinstance(regularization, RelativeRegularization) else regularization
+        return cache.cache_root(config.cache_dir) / "subspace" / cache.key("subspace", self.key, lambda_)
+
+
+def plan_calibration(config: PaveConfig, source: Source, layers: Iterable[Linear], merge: Merge) -> PlannedCalibration:
+    """Read and tokenise the samples of one model, which checks all of its `data` entry, or check the covariances it is given.
+
+    Args:
+        layers: the layers whose covariances may be needed.
+
+    Raises:
+        PaveError: the samples cannot be read, or do not fit the model; or the covariances are not those of its weights.
+    """
+    return _given(source, layers) if source.entry.covariance else _of_data(config, source, merge)
+
+
+def check_given(config: PaveConfig) -> None:
+    """Refuse a `covariance:` that names a folder here that is not there. This needs no model, so it comes first.
+
+    Raises:
+        PaveError: naming the folder.
+    """
+    for entry in config.models:
+        if entry.covariance and looks_local(entry.covariance) and not Path(entry.covariance).expanduser().exists():
+            raise PaveError(f"{_key(entry.model)}: there is no folder {entry.covariance} (looked in {Path.cwd()})")
+
+
+def _of_data(config: PaveConfig, source: Source, merge: Merge) -> PlannedCalibration:
+    model, architecture, checkpoint = source.model, source.architecture, source.checkpoint
+    settings = config.calibration_of(model)
+    samples = load_samples(source.entry.sources, settings, str(model))
+    processor = _load_processor(source, samples, merge)
+    encoded = encode(samples, processor, settings, architecture.positions, str(model), architecture.shift)
+    _check_token_ids(source, encoded)
+    watched = sorted(linear.module for linear in architecture.linears.values())
+    dtype, *others = (_precision(source, device) for device in (merge.runtime.device, "cpu", "cuda"))
+
+    def key_for(dtype: str) -> str:
+        # Another version of transformers may compute otherwise, or have other layers.
+        return covariance_key(cache.digest(source.identity, architecture.computation, watched, dtype), encoded)
+
+    key, entries = key_for(dtype), cache.cache_root(config.cache_dir) / "covariance"
+    elsewhere = {}
+    if cache.Artefact(entries / key).manifest() is None:
+        folders = {other: entries / key_for(other) for other in others if other != dtype}
+        elsewhere = {other: folder for other, folder in folders.items() if cache.Artefact(folder).manifest()}
+    about = {
+        "key": key,
+        "format": cache.FORMATS["covariance"],
+        "model": str(model),
+        "weights": cache.weights_fingerprint(checkpoint.folder, list(checkpoint.files.values())),
+        "data": [data.model_dump(mode="json", exclude_defaults=True) | {"split": data.split} for data in source.entry.sources],
+        "samples": len(encoded),
+        "tokens": sum(sample.tokens for sample in encoded),
+        "dtype": dtype,
+        "watched": watched,
+        "versions": versions.installed(),
+    }
+    return PlannedCalibration(
+        source=source,
+        folder=entries / key,
+        key=key,
+        data=about["data"],
+        samples=about["samples"],
+        tokens=about["tokens"],
+        dtype=dtype,
+        job=Job(
+            name=str(model),
+            folder=checkpoint.folder,
+            config=source.config,
+            architecture=architecture,
+            encoded=encoded,
+            batch_size=settings.batch_size,
+            about=about,
+        ),
+        contents=frozenset(sample.content for sample in samples if sample.problem is None),
+        elsewhere=elsewhere,
+    )
+
+
+def _check_token_ids(source: Source, encoded: list[Encoded]) -> None:
+    ids = (sample.inputs.get(side, ()) for sample in encoded for side in ("input_ids", "decoder_input_ids"))
+    largest = max(itertools.chain.from_iterable(ids), default=0)
+    vocabulary = source.architecture.vocabulary
+    if vocabulary and largest >= vocabulary:
+        raise PaveError(
+            f"{source.model}: its tokenizer gives the token id {largest}, but the model knows only {vocabulary}; the tokenizer "
+            "beside it belongs to another model"
+        )
+
+
+def _given(source: Source, layers: Iterable[Linear]) -> PlannedCalibration:
+    key, checkpoint = _key(source.model), source.checkpoint
+    folder = Path(source.entry.covariance).expanduser()
+    if not folder.exists():
+        folder = _download(source.entry.covariance, key)
+    try:
+        manifest = cache.Artefact(folder).read_manifest()
+    except cache.DamagedError as error:
+        raise PaveError(f"{key}: {folder} has no covariances that can be used: {error}") from error
+    if "layers" not in manifest:
+        raise PaveError(f"{key}: {folder} has no covariances, but something else of a cache")
+    try:
+        is_readable = manifest["format"] == cache.FORMATS["covariance"] and isinstance(manifest["dtype"], str)
+        for data in manifest["data"]:
+            Data.model_validate(data)
+    except (KeyError, TypeError, ValueError):
+        is_readable = False
+    if not is_readable:
+        raise PaveError(f"{key}: these were measured by another version of mergekit-pave; use `data` instead")
+    if manifest["weights"] != cache.weights_fingerprint(checkpoint.folder, list(checkpoint.files.values())):
+        raise PaveError(f"{key}: these were measured on other weights, those of {manifest['model']}; use `data` instead")
+    if missing := sorted({linear.module for linear in layers}.difference(manifest["watched"])):
+        raise PaveError(
+            f"{key}: these were measured with transformers {manifest['versions']['transformers']}, which has no layer "
+            f"{missing[0]}; use `data` instead"
+        )
+    return PlannedCalibration(
+        source=source,
+        folder=folder,
+        key=cache.digest(manifest["files"], source.identity),
+        data=manifest["data"],
+        samples=manifest["samples"],
+        tokens=manifest["tokens"],
+        dtype=manifest["dtype"],
+    )
+
+
+def _key(model: Any) -> str:
+    return f"pave.models[{model}].covariance"
+
+
+def _load_processor(source: Source, samples: list[Sample], merge: Merge) -> Any:
+    """What makes model inputs of samples: a tokenizer, an image processor, or one for both."""
+    kind, loader = "tokenizer", transformers.AutoTokenizer
+    if any(sample.image is not None for sample in samples):
+        has_texts = any(sample.text is not None for sample in samples)
+        kind = "processor" if has_texts else "image processor"
+        loader = transformers.AutoProcessor if has_texts else transformers.AutoImageProcessor
+    # An adapter may bring a tokenizer of its own.
+    for path in filter(None, (source.model.lora, source.model.model)):
+        try:
+            return loader.from_pretrained(
+                path.path,
+                revision=path.revision,
+                cache_dir=merge.transformers_cache,
+                trust_remote_code=merge.runtime.trust_remote_code,
+            )
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            failure = error
+    reason = in_a_line(failure)
+    raise PaveError(f"{source.model}: its {kind} cannot be loaded, and calibration needs it: {reason}") from failure
+
+
+def _precision(source: Source, device: str) -> str:
+    """The name of the precision that a model runs in on a device."""
+    return str(inference_dtype(source.config, device)).removeprefix("torch.")
+
+
+def _download(repository: str, key: str) -> Path:
+    try:
+        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=["*.safetensors", cache.MANIFEST]))
+    except Exception as error:  # the Hub's client raises a dozen kinds, all of them about this one entry
+        reason = in_a_line(error)
+        raise PaveError(f"{key}: {repository} is not a folder here, and the Hub does not have it: {reason}") from error
