@@ -207,8 +207,8 @@ print(merge_methods.get('ties').spec.name, 'pave' in mergekit.config.MergeConfig
     assert done.stdout.strip() == "ties False", done.stderr
     told = [line for line in done.stderr.splitlines() if line.startswith("mergekit-pave could not extend mergekit.")]
     line = (
-        "mergekit-pave could not extend mergekit.config (ZeroDivisionError: division by zero). Merges without a `pave:` block are "
-        "not affected; see `mergekit-pave doctor` before you use one"
+        "mergekit-pave could not extend mergekit.config (ZeroDivisionError: division by zero). Merges without a `pave:` block "
+        "are not affected; see `mergekit-pave doctor` before you use one"
     )
     assert len(told) == 5 and line in told
 
