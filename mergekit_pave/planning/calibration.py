@@ -32,7 +32,7 @@ class PlannedCalibration:
 
     Attributes:
         folder: of the covariances.
-        key: of the covariances. The key of a decomposition is made of it.
+        tails: the folder of the decompositions that are made with these covariances.
         data: the data sets, as the report shows them.
         samples: how many.
         tokens: how many of them count.
@@ -44,7 +44,7 @@ class PlannedCalibration:
 
     source: Source
     folder: Path
-    key: str
+    tails: Path
     data: list[dict[str, Any]]
     samples: int
     tokens: int
@@ -67,12 +67,6 @@ class PlannedCalibration:
         }
         return CalibrateModel(**common, job=self.job, runtime=runtime) if self.job else GivenCovariance(**common)
 
-    def tails(self, config: PaveConfig) -> Path:
-        """The folder of the decompositions that are made with these covariances."""
-        regularization = config.setting(self.source.model, "regularization")
-        lambda_ = regularization.model_dump() if isinstance(regularization, RelativeRegularization) else regularization
-        return cache.cache_root(config.cache_dir) / "subspace" / cache.key("subspace", self.key, lambda_)
-
 
 def plan_calibration(config: PaveConfig, source: Source, layers: Iterable[Linear], merge: Merge) -> PlannedCalibration:
     """Read and tokenise the samples of one model, which checks all of its `data` entry, or check the covariances it is given.
@@ -83,7 +77,7 @@ def plan_calibration(config: PaveConfig, source: Source, layers: Iterable[Linear
     Raises:
         PaveError: the samples cannot be read, or do not fit the model; or the covariances are not those of its weights.
     """
-    return _given(source, layers) if source.entry.covariance else _of_data(config, source, merge)
+    return _given(config, source, layers) if source.entry.covariance else _of_data(config, source, merge)
 
 
 def check_given(config: PaveConfig) -> None:
@@ -94,7 +88,7 @@ def check_given(config: PaveConfig) -> None:
     """
     for entry in config.models:
         if entry.covariance and looks_local(entry.covariance) and not Path(entry.covariance).expanduser().exists():
-            raise PaveError(f"{_key(entry.model)}: there is no folder {entry.covariance} (looked in {Path.cwd()})")
+            raise PaveError(f"{_yaml_key(entry.model)}: there is no folder {entry.covariance} (looked in {Path.cwd()})")
 
 
 def _of_data(config: PaveConfig, source: Source, merge: Merge) -> PlannedCalibration:
@@ -131,7 +125,7 @@ def _of_data(config: PaveConfig, source: Source, merge: Merge) -> PlannedCalibra
     return PlannedCalibration(
         source=source,
         folder=entries / key,
-        key=key,
+        tails=_tails(config, source, key),
         data=about["data"],
         samples=about["samples"],
         tokens=about["tokens"],
@@ -161,17 +155,17 @@ def _check_token_ids(source: Source, encoded: list[Encoded]) -> None:
         )
 
 
-def _given(source: Source, layers: Iterable[Linear]) -> PlannedCalibration:
-    key, checkpoint = _key(source.model), source.checkpoint
+def _given(config: PaveConfig, source: Source, layers: Iterable[Linear]) -> PlannedCalibration:
+    yaml_key, checkpoint = _yaml_key(source.model), source.checkpoint
     folder = Path(source.entry.covariance).expanduser()
     if not folder.exists():
-        folder = _download(source.entry.covariance, key)
+        folder = _download(source.entry.covariance, yaml_key)
     try:
         manifest = cache.Artefact(folder).read_manifest()
     except cache.DamagedError as error:
-        raise PaveError(f"{key}: {folder} has no covariances that can be used: {error}") from error
+        raise PaveError(f"{yaml_key}: {folder} has no covariances that can be used: {error}") from error
     if "layers" not in manifest:
-        raise PaveError(f"{key}: {folder} has no covariances, but something else of a cache")
+        raise PaveError(f"{yaml_key}: {folder} has no covariances, but something else of a cache")
     try:
         is_readable = manifest["format"] == cache.FORMATS["covariance"] and isinstance(manifest["dtype"], str)
         for data in manifest["data"]:
@@ -179,18 +173,18 @@ def _given(source: Source, layers: Iterable[Linear]) -> PlannedCalibration:
     except (KeyError, TypeError, ValueError):
         is_readable = False
     if not is_readable:
-        raise PaveError(f"{key}: these were measured by another version of mergekit-pave; use `data` instead")
+        raise PaveError(f"{yaml_key}: these were measured by another version of mergekit-pave; use `data` instead")
     if manifest["weights"] != cache.weights_fingerprint(checkpoint.folder, list(checkpoint.files.values())):
-        raise PaveError(f"{key}: these were measured on other weights, those of {manifest['model']}; use `data` instead")
+        raise PaveError(f"{yaml_key}: these were measured on other weights, those of {manifest['model']}; use `data` instead")
     if missing := sorted({linear.module for linear in layers}.difference(manifest["watched"])):
         raise PaveError(
-            f"{key}: these were measured with transformers {manifest['versions']['transformers']}, which has no layer "
+            f"{yaml_key}: these were measured with transformers {manifest['versions']['transformers']}, which has no layer "
             f"{missing[0]}; use `data` instead"
         )
     return PlannedCalibration(
         source=source,
         folder=folder,
-        key=cache.digest(manifest["files"], source.identity),
+        tails=_tails(config, source, cache.digest(manifest["files"], source.identity)),
         data=manifest["data"],
         samples=manifest["samples"],
         tokens=manifest["tokens"],
@@ -198,7 +192,17 @@ def _given(source: Source, layers: Iterable[Linear]) -> PlannedCalibration:
     )
 
 
-def _key(model: Any) -> str:
+def _tails(config: PaveConfig, source: Source, covariances: str) -> Path:
+    """
+    Args:
+        covariances: their key.
+    """
+    regularization = config.setting(source.model, "regularization")
+    lambda_ = regularization.model_dump() if isinstance(regularization, RelativeRegularization) else regularization
+    return cache.cache_root(config.cache_dir) / "subspace" / cache.key("subspace", covariances, lambda_)
+
+
+def _yaml_key(model: Any) -> str:
     return f"pave.models[{model}].covariance"
 
 
@@ -229,9 +233,9 @@ def _precision(source: Source, device: str) -> str:
     return str(inference_dtype(source.config, device)).removeprefix("torch.")
 
 
-def _download(repository: str, key: str) -> Path:
+def _download(repository: str, yaml_key: str) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(repository, allow_patterns=["*.safetensors", cache.MANIFEST]))
     except Exception as error:  # the Hub's client raises a dozen kinds, all of them about this one entry
         reason = in_a_line(error)
-        raise PaveError(f"{key}: {repository} is not a folder here, and the Hub does not have it: {reason}") from error
+        raise PaveError(f"{yaml_key}: {repository} is not a folder here, and the Hub does not have it: {reason}") from error

@@ -59,7 +59,7 @@ def make_chain(
         tail = LoadTail(
             model=model,
             tensor=weight.tensor,
-            folder=str(calibration.tails(config) / weight.tensor.replace("/", "_")),
+            folder=str(calibration.tails / weight.tensor.replace("/", "_")),
             count=most_dropped(min(weight.layer.shape), weight.drop) if moves else weight.drop,
             min_tokens=config.least_tokens(model, weight.layer.experts),
             unchanged=weight.unchanged,

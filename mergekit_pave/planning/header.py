@@ -55,5 +55,5 @@ def header_of(
 
 def _settings_of(entry: PaveModel, block: dict[str, Any]) -> dict[str, Any]:
     """The settings that hold for one model: those of its entry, and for the rest those of the block."""
-    own = json.loads(entry.model_dump_json())
-    return {key: value if own.get(key) is None else own[key] for key, value in block.items()}
+    of_entry = json.loads(entry.model_dump_json())
+    return {key: value if of_entry.get(key) is None else of_entry[key] for key, value in block.items()}

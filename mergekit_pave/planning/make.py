@@ -1,8 +1,4 @@
-"""Which tensors of a planned merge are purified, and the tasks that do it.
-
-Planning reads configurations, tokenizers, samples and the headers of weights, so that every mistake in the `pave:` block shows
-before any work. Of weights it reads only what tells whether they equal the base model's.
-"""
+"""The steps of planning."""
 
 from __future__ import annotations
 

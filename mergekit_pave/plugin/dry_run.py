@@ -56,7 +56,7 @@ def _try_dtypes(dtypes: dict[str, str | None]) -> None:
 
 def _try_chat_template(config: MergeConfiguration) -> None:
     """Refuse a chat template that is neither a template nor the name of one."""
-    from mergekit.merge import _set_chat_template  # which is not loaded before somebody merges
+    from mergekit.merge import _set_chat_template  # which is not imported before a merge
 
     try:
         _set_chat_template(SimpleNamespace(chat_template=None), config)

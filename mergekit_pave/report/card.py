@@ -111,7 +111,7 @@ def data_of(source: dict[str, Any]) -> str:
     if source["covariance"]:
         where = source["covariance"]
         data += f" (covariances from {Path(where).name if _is_local(where) else where})"
-    return data
+    return data or "not needed"
 
 
 def told(value: Any) -> str:
@@ -124,10 +124,7 @@ def told(value: Any) -> str:
 
 
 def _calibration(report: dict) -> list[str]:
-    rows = [
-        (model, data_of(source) or "not needed", source["samples"], source["tokens"])
-        for model, source in report["models"].items()
-    ]
+    rows = [(model, data_of(source), source["samples"], source["tokens"]) for model, source in report["models"].items()]
     rows += [(model, "not purified", "-", "-") for model in report["not_purified"] if model not in report["models"]]
     return ["#### Calibration", "", *_table(("model", "data", "samples", "tokens"), rows), ""]
 
