@@ -147,7 +147,7 @@ class PaveConfig(Block):
         return self
 
     def listed(self, model: ModelReference) -> PaveModel | None:
-        """The model's entry, or None when there is none."""
+        """The model's entry, or None."""
         return next((entry for entry in self.models if entry.model == model), None)
 
     def entry(self, model: ModelReference) -> PaveModel | None:

@@ -149,6 +149,18 @@ def test_the_precision_that_a_model_runs_in_is_part_of_the_key(llama, keys, cach
     assert report(tmp_path)["models"][first["model"]]["dtype"] == "float32"
 
 
+def test_another_precision_is_not_told_where_nothing_has_to_be_measured(llama, keys, cache, tmp_path, monkeypatch):
+    """All decompositions are in the cache, and covariances only in the other precision."""
+    float32 = keys(config_for(llama, {}))
+    swapped = {"cpu": torch.bfloat16, "cuda": torch.float32}
+    for place in (calibration, job, run):
+        monkeypatch.setattr(place, "inference_dtype", lambda config, device: swapped[device])
+    for key in keys(config_for(llama, {})) - float32:
+        shutil.rmtree(cache / "covariance" / key)
+    assert keys(config_for(llama, {})) == float32
+    assert not [line for line in report(tmp_path)["warnings"] if "float32" in line]
+
+
 def report(tmp_path) -> dict:
     return json.loads((tmp_path / "out" / REPORT_NAME).read_text())
 

@@ -203,10 +203,10 @@ def foreign(monkeypatch):
     method = merge_methods.merge_method(merge_methods.get("linear").implementation, name="regmean")
     monkeypatch.setitem(registry._METHODS, "regmean", method)
     monkeypatch.setattr(_methods, "others", {})
-    _methods._tell.cache_clear()
+    _methods._log_owner.cache_clear()
     _methods.add()
     yield method
-    _methods._tell.cache_clear()
+    _methods._log_owner.cache_clear()
 
 
 def test_a_method_of_mergekits_own_is_used_and_said_to_be(llama, tmp_path, foreign, caplog):

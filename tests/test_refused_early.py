@@ -87,9 +87,9 @@ def tokens_from(model: str, token: str) -> dict:
 
 
 SETTINGS = {
-    "dtype": ({"dtype": "bfloat"}, "dtype: 'bfloat' is no precision to merge in; use bfloat16"),
-    "integers": ({"dtype": "int64"}, "dtype: 'int64' is no precision to merge in"),
-    "out_dtype": ({"out_dtype": "half"}, "out_dtype: 'half' is no precision to merge in"),
+    "dtype": ({"dtype": "bfloat"}, "dtype: 'bfloat' is not a precision to merge in; use bfloat16"),
+    "integers": ({"dtype": "int64"}, "dtype: 'int64' is not a precision to merge in"),
+    "out_dtype": ({"out_dtype": "half"}, "out_dtype: 'half' is not a precision to merge in"),
     "epsilon": (
         {"merge_method": "della", "parameters": {"density": 0.05, "epsilon": 0.5}},
         "della: mergekit cannot merge .* with the parameters of the config",

@@ -29,7 +29,7 @@ def add() -> None:
 
 
 def _read(value: Any, _, info) -> Any:
-    """The block as a `PaveConfig`, checked against the merge around it; None where there is none.
+    """The block as a `PaveConfig`, checked against the rest of the config; None where there is no block.
 
     From here on mergekit honours the block, and plans what our merge methods need.
 

@@ -132,7 +132,7 @@ def problem() -> str | None:
     return (
         f"mergekit-pave {version('mergekit-pave')} cannot work with mergekit {version('mergekit')}, whose inside has changed: "
         f"{'; '.join(faults[:3])}{more}. Install another version (pip install 'mergekit==0.1.5', or a later mergekit-pave); "
-        "merges without a `pave:` block work as ever"
+        "merges without a `pave:` block are not affected"
     )
 
 

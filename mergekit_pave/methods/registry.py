@@ -55,10 +55,10 @@ def _owner(method: Any) -> str:
 def is_ours(name: str) -> bool:
     """Whether a config's merge method is one of these. Where it is another package's of the same name, the log says so."""
     if name in others:
-        _tell(name, others[name])
+        _log_owner(name, others[name])
     return name in METHODS and name not in others
 
 
 @functools.cache
-def _tell(name: str, owner: str) -> None:
+def _log_owner(name: str, owner: str) -> None:
     LOG.warning("`merge_method: %s` is that of %s here, not that of mergekit-pave, and so are its parameters", name, owner)

@@ -140,7 +140,7 @@ class RegMean(GroupMergeMethod):
         needed, and with LAPACK's workspace for them it takes about 4 d_in^2.
 
         Raises:
-            PaveError: covariances are asked for where there are none, the tensors do not fit, or memory runs out.
+            PaveError: covariances are needed where there are none, the tensors do not fit, or memory runs out.
         """
         with advising(f"regmean: merging {group.metadata.name}", group.entries[0].tensor.device):
             return self._merge(group, parameters)

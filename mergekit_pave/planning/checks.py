@@ -73,7 +73,7 @@ def check_unquantised(model: ModelReference, checkpoint: Checkpoint, architectur
     if signs:
         raise PaveError(
             f"pave.models: {model} is quantised ({signs[0]}), which cannot be calibrated; give it `purify: false`, or use a copy "
-            "with weights of 16 bits. If these are what it has, remove quantization_config from its config.json"
+            "with weights of 16 bits. If its weights have 16 bits already, remove quantization_config from its config.json"
         )
 
 

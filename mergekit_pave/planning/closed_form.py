@@ -60,7 +60,7 @@ def models_with_data(config: PaveConfig, merge: Merge) -> list[ModelReference]:
 def find_layers(merge: Merge, sources: dict[ModelReference, Source]) -> RegMeanLayers:
     """
     Args:
-        sources: the models whose covariances can be had.
+        sources: the models with data, or with a `covariance`.
 
     Raises:
         PaveError: covariances are needed, and nothing says what to measure a model with.

@@ -30,7 +30,7 @@ def sample_warnings(
         if calibration.tokens < widest:
             warnings.append(
                 f"{model}: {calibration.tokens} calibration tokens for layers that are up to {widest} wide; directions that no "
-                f"token shows are told apart by the weights alone. Several times {widest} tokens make the result steadier: raise "
+                f"token shows are ranked by the weights alone. Several times {widest} tokens make the result steadier: raise "
                 "calibration.samples or max_tokens"
             )
     for (model, calibration), (other, of_other) in itertools.combinations(calibrations.items(), 2):
@@ -39,7 +39,7 @@ def sample_warnings(
         if 2 * shared > smaller:
             warnings.append(
                 f"{model} and {other}: {shared} of {smaller} calibration samples are the same, so what one model's task needs "
-                "cannot be told from what the other's does; give each model samples of its own task"
+                "cannot be distinguished from what the other's needs; give each model samples of its own task"
             )
     return warnings
 

@@ -34,7 +34,7 @@ class Conversions:
 
 
 @contextlib.contextmanager
-def known_once() -> Iterator[None]:
+def each_checkpoint_once() -> Iterator[None]:
     """Within this, mergekit goes through each checkpoint once to infer an architecture."""
     by_checkpoint: dict[tuple[str | None, int], tuple[Collection[str], Conversions]] = {}
 

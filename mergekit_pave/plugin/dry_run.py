@@ -51,7 +51,7 @@ def _try_dtypes(dtypes: dict[str, str | None]) -> None:
         except RuntimeError:
             dtype = torch.bool
         if dtype is not None and not dtype.is_floating_point:
-            raise PaveError(f"{key}: {name!r} is no precision to merge in; use bfloat16, float16, float32 or float64")
+            raise PaveError(f"{key}: {name!r} is not a precision to merge in; use bfloat16, float16, float32 or float64")
 
 
 def _try_chat_template(config: MergeConfiguration) -> None:

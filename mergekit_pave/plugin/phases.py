@@ -19,7 +19,7 @@ from mergekit_pave.calibration import distributed
 from mergekit_pave.errors import PaveError
 from mergekit_pave.methods import registry
 from mergekit_pave.planning.plan import Plan, announce
-from mergekit_pave.plugin.conversion import known_once
+from mergekit_pave.plugin.conversion import each_checkpoint_once
 from mergekit_pave.plugin.inputs import check_inputs, check_name, planning_errors
 from mergekit_pave.progress import bar, no_bars_of_others
 from mergekit_pave.report.summary import kind
@@ -49,7 +49,7 @@ def _plan_merge(config: MergeConfiguration, options: MergeOptions, compares: boo
     check_inputs(config, options)
     _merge_adapters(config, options)
     base = config.base_model or config.referenced_models()[0]
-    with known_once(), planning_errors(Exception):
+    with each_checkpoint_once(), planning_errors(Exception):
         architecture = get_architecture_info(config, options)
     planner = MergePlanner(
         config,
