@@ -110,7 +110,7 @@ def test_section_of_a_merge(card_pictures, llama, tmp_path):
     command = re.search(r"pip install (.*)", told)[1].split()
     assert f"mergekit-pave=={mergekit_pave.__version__}" in command
     assert all(re.fullmatch(r"[a-z-]+==[\d.]+", package) for package in command)
-    assert "mergekit-yaml config.yml" in told
+    assert "mergekit-yaml config.yml" in told and "relative paths in it start there" in told
     assert "Left as they are in each model: 7 not the weight of a linear layer; 2 vocabulary." in told
 
 

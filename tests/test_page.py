@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import browser
 import numpy as np
@@ -21,7 +22,7 @@ from test_experts import family_of  # noqa: F401, a fixture
 from mergekit_pave import cli
 from mergekit_pave.planning.measured import measure
 from mergekit_pave.plugin.phases import plan_merge
-from mergekit_pave.report.page import render
+from mergekit_pave.report.page import drawing, render
 from mergekit_pave.report.stored import read_report
 
 
@@ -163,6 +164,26 @@ def test_the_page_stands_alone(whole):
     assert len(identities) == len(set(identities))
     for reference_to in re.findall(r'(?:href="|url\()#([^")]+)', page):
         assert reference_to in identities
+
+
+def test_pictures_have_the_colours_of_the_page(whole):
+    """Of what is drawn in light colours nothing is left, and every picture is well-formed and says what it is."""
+    pictures = re.findall(r"<svg.*?</svg>", (whole / "index.html").read_text(), re.DOTALL)
+    assert len(pictures) == 9
+    for picture in pictures:
+        root = ElementTree.fromstring(picture)
+        assert (
+            root.attrib["role"] == "img" and root.attrib["aria-label"] and root.attrib.keys() == {"role", "aria-label", "viewBox"}
+        )
+        assert not any(colour in picture for colour in drawing.THEMED)
+        colours = {
+            declaration.partition(": ")[2]
+            for element in root.iter()
+            for declaration in element.get("style", "").split("; ")
+            if declaration.startswith(("fill: ", "stroke: "))
+        }
+        assert {"currentColor", "var(--muted)"} <= colours
+        assert not re.search("<metadata|xmlns|ns0:", picture)
 
 
 def test_an_output_needs_nothing_but_its_json(merged, tmp_path):

@@ -77,6 +77,20 @@ def test_imported_covariances_are_found(filled, cache, llama, tmp_path, monkeypa
     assert again.exit_code == 0 and "is in the cache already" in again.output
 
 
+@pytest.mark.parametrize("number, advice", [(1, "measure them again"), (3, "pip install --upgrade")])
+def test_covariances_of_another_format_are_not_imported(filled, cache, llama, tmp_path, number, advice):
+    """Nothing would ever use them."""
+    run("cache", "export", key_of(cache, llama.tuned[0]), tmp_path / "published")
+    artefact = Artefact(tmp_path / "published")
+    manifest = artefact.manifest() | {"format": number}
+    if number == 1:
+        del manifest["dtype"]
+    artefact.complete(manifest)
+    result = run("cache", "import", tmp_path / "published", "--cache-dir", tmp_path / "elsewhere")
+    assert result.exit_code == 1 and f"in format {number}" in result.output and advice in result.output
+    assert not (tmp_path / "elsewhere").exists()
+
+
 def test_export_never_overwrites(filled, cache, llama, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")

@@ -5,6 +5,7 @@ least squares in stacked rows, which the reference solves by an SVD: no Gram mat
 """
 
 import functools
+import html
 import json
 import logging
 import weakref
@@ -535,6 +536,13 @@ def test_parameters_that_it_does_not_have_are_refused(llama, tmp_path, where):
     assert not list(tmp_path.glob("out/*.safetensors"))
 
 
+def page_of(folder) -> str:
+    """The page that `mergekit-pave report` writes for a merge."""
+    done = CliRunner().invoke(main, ["report", str(folder)])
+    assert done.exit_code == 0, done.output
+    return (folder / "pave_report" / "index.html").read_text()
+
+
 def test_report_card_and_log(llama, tmp_path, cache, caplog):
     parameters = {"covariance": [0.2, 0.6], "lambda": 1.3}
     few = {"calibration": {"max_tokens": 100}}
@@ -564,9 +572,23 @@ def test_report_card_and_log(llama, tmp_path, cache, caplog):
     for model in llama.tuned[:2]:
         assert f"| {model} |" in section and str(report["models"][str(model)]["tokens"]) in section
 
+    page = page_of(tmp_path / "out")
+    assert "21 of 30" in page and "tensors merged in closed form" in page and "No model was purified" in page
+    assert "<td>model.layers.*.mlp.up_proj.weight</td><td>3</td><td class=text>0.2 to 0.6</td><td>1.3</td><td>1</td>" in page
+    assert "<td>vocabulary</td><td>2</td>" in page and "<td>covariance</td><td class=text>0.2 to 0.6</td>" in page
+    assert "<th class=text>max_tokens</th>" in page or "<th>max_tokens</th>" in page
+    assert all(html.escape(warning) in page for warning in report["warnings"])
+    for model in llama.tuned[:2]:
+        assert f"<td>{model}</td>" in page and f"<td>{report['models'][str(model)]['tokens']}</td>" in page
+    assert "<figure>" not in page and "Left as they are" not in page and "rank_ratio:" in page
+    of_config = CliRunner().invoke(main, ["report", str(tmp_path / "out.yml"), "-o", str(tmp_path / "page"), "--quiet"])
+    assert of_config.exit_code == 1 and "give the folder of the finished merge" in of_config.output
+
     merge(regmean_config(llama, {}), tmp_path / "both")
+    page = page_of(tmp_path / "both")
+    assert "tensors merged in closed form" in page and "tensors purified" in page and "<figure>" in page
     card = (tmp_path / "both" / "README.md").read_text()
-    assert "were purified with" in card and "merged in closed form" in card
+    assert "purified the task vectors with" in card and "merged in closed form" in card
 
 
 def test_a_step_of_several(llama, tmp_path, cache):

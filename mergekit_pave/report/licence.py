@@ -1,4 +1,4 @@
-"""The licence of a merge, where the cards of all its inputs name the same one."""
+"""The licence of a merge, if the cards of all its inputs name the same one."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ _PATIENCE = 5  # seconds for the Hub to answer
 
 
 def common_licence(models: Iterable[ModelReference], cache_dir: str | None) -> dict[str, str]:
-    """The `license` metadata that all models agree on, adapters included; empty where they differ or one is not known.
+    """The `license` metadata that all models and adapters share; empty if two differ or one is unknown.
 
-    mergekit fetches no cards, so the Hub is asked for those that are not on this machine. Offline, or where it does not answer,
-    they are not known.
+    mergekit fetches no cards, so this asks the Hub for those that are not on this machine. If it does not answer, the licence is
+    unknown.
 
     Args:
-        cache_dir: of the Hub's client, if it is not the default.
+        cache_dir: that of the Hub's client, if it is not the default.
     """
     parts = {part for model in models for part in (model.model, model.lora) if part}
     common: dict[str, str] = {}
     for part in sorted(parts, key=lambda part: (not Path(part.path).exists(), str(part))):
         licence = _licence(part, cache_dir)
         if not licence or (common and licence != common):
-            return {}  # at once, so that a network that is down is tried once
+            return {}  # at once, so that only one request waits for a network that is down
         common = licence
     return common
 
@@ -37,11 +37,11 @@ def common_licence(models: Iterable[ModelReference], cache_dir: str | None) -> d
 def _licence(part: ModelPath, cache_dir: str | None) -> dict[str, str]:
     try:
         data = ModelCard(_card(part, cache_dir), ignore_metadata_errors=True).data.to_dict()
-    except Exception:  # whatever somebody has written there, or keeps us from reading it, the merge does without it
+    except Exception:  # a card that cannot be read must not fail the merge
         return {}
     licence = {key: data[key] for key in _KEYS if isinstance(data.get(key), str)}
     if licence.get("license") == "other":
-        # It says nothing without a name, and a link to a file is one to a file that is not beside the merge.
+        # It needs a name, and a link to the Web: a file that it links to is not beside the merge.
         link = licence.get("license_link", "")
         return licence if licence.get("license_name") and link.startswith("https://") else {}
     return {key: value for key, value in licence.items() if key == "license"}
@@ -51,16 +51,16 @@ def _card(part: ModelPath, cache_dir: str | None) -> str:
     """The text of a model's card.
 
     Raises:
-        Exception: there is none, or it cannot be had.
+        Exception: there is no card, or it cannot be read.
     """
     if Path(part.path).exists():
         return Path(part.path, "README.md").read_text(encoding="utf-8")
     cached = functools.partial(huggingface_hub.try_to_load_from_cache, part.path, cache_dir=cache_dir, revision=part.revision)
-    if known := cached("README.md"):
-        return Path(known).read_text(encoding="utf-8")  # it may also be known that there is none
+    if path := cached("README.md"):
+        return Path(path).read_text(encoding="utf-8")  # fails if the cache knows that there is no card
     configs = (cached(name) for name in ("config.json", "adapter_config.json"))
     commit = next((Path(config).parent.name for config in configs if isinstance(config, str)), part.revision)
-    # Not by the client's own download, which tries again for minutes where there is no network.
+    # Not by the client's own download, which retries for minutes without a network.
     url = huggingface_hub.hf_hub_url(part.path, "README.md", revision=commit)
     answer = get_session().get(url, headers=build_hf_headers(), timeout=_PATIENCE, follow_redirects=True)
     answer.raise_for_status()

@@ -1,6 +1,6 @@
 """The files that this package writes beside merged weights: their names, and their removal.
 
-It needs nothing but Python, as everybody who uses mergekit loads it.
+It needs nothing but Python, because it is loaded for every user of mergekit.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ GENERATOR = "mergekit-pave report"
 
 
 def remove(folder: Path) -> None:
-    """Remove the report of a merge, the picture in its card, and the page that was drawn of it; nothing else."""
+    """Remove the report of a merge, the picture in its card, and its page; nothing else."""
     ours = [folder / REPORT_NAME, folder / PICTURE_NAME, *_page(folder / PAGE_FOLDER)]
     for path in ours:
         path.unlink(missing_ok=True)
@@ -27,12 +27,12 @@ def remove(folder: Path) -> None:
 
 
 def is_page(path: Path) -> bool:
-    """Whether a file is a page that `mergekit-pave report` has written."""
+    """Whether `mergekit-pave report` wrote a file."""
     return path.is_file() and f'content="{GENERATOR}"' in path.read_text(encoding="utf-8", errors="replace")[:2000]
 
 
 def _page(folder: Path) -> list[Path]:
-    """The files of a page: itself, and the pictures that it links to."""
+    """The files of a page: the page itself, and the pictures that it links to."""
     page = folder / PAGE_NAME
     if not is_page(page):
         return []

@@ -1,4 +1,4 @@
-"""Where in a model a tensor lies, told by its name: its stack of layers, its layer, its projection."""
+"""Where in a model a tensor lies, read from its name: its stack of layers, its layer, its projection."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+_LAYER = re.compile(r"(?:^|\.)(\d{1,9})\.")
 _EXPERT = re.compile(r"(experts?)\.\d+(?=\.)")
 
 
@@ -17,8 +17,8 @@ class Place:
     """Where a tensor lies.
 
     Attributes:
-        stack: what is numbered: `model.layers`, `encoder.block`, `visual.blocks`; "" of a tensor outside of all layers.
-        layer: its number there.
+        stack: the name before the layer's number, such as `model.layers` or `visual.blocks`; "" outside of all layers.
+        layer: the number; 0 outside of all layers.
         projection: the rest of the name, without `.weight` and with a star for the number of an expert.
     """
 
@@ -30,14 +30,14 @@ class Place:
 def place(tensor: str) -> Place:
     """The place of a tensor."""
     name = tensor.removesuffix(".weight")
-    found = _LAYER.search(name)
-    if not found:
+    match = _LAYER.search(name)
+    if not match:
         return Place("", 0, name)
-    return Place(name[: found.start()], int(found.group(1)), _EXPERT.sub(r"\1.*", name[found.end() :]))
+    return Place(name[: match.start()], int(match.group(1)), _EXPERT.sub(r"\1.*", name[match.end() :]))
 
 
 def short(names: Iterable[str], separator: str = ".") -> dict[str, str]:
-    """Each name by as few of its last parts as tell all of them apart."""
+    """For each name as few of its last parts as are enough to distinguish all names."""
     names = list(dict.fromkeys(names))
     deepest = max((name.count(separator) for name in names), default=0) + 1
     for parts in range(1, deepest + 1):
@@ -48,7 +48,7 @@ def short(names: Iterable[str], separator: str = ".") -> dict[str, str]:
 
 
 def short_models(names: Iterable[str]) -> dict[str, str]:
-    """Models without the folders or the account before their names, where that tells them apart."""
+    """Names of models without the folders or the account before them, where they differ without."""
     names = list(dict.fromkeys(names))
     cut = short((name.rstrip("/") for name in names), "/")
     return {name: cut[name.rstrip("/")] for name in names} if len(cut) == len(names) else {name: name for name in names}
@@ -56,10 +56,10 @@ def short_models(names: Iterable[str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Grid:
-    """One number for each projection and layer of each model, of one stack.
+    """One number for each projection, layer and model of one stack.
 
     Attributes:
-        stack: its name.
+        stack: the stack's name.
         projections: the rows.
         layers: the columns.
         values: by model (projections, layers), NaN where a model has none.
@@ -72,12 +72,12 @@ class Grid:
 
 
 def grids(rows: list[dict], number: Callable[[dict], float | None]) -> list[Grid]:
-    """A number of every row of the report as a grid a stack, experts averaged; the stack with most rows first."""
+    """A number of every row of the report, as one grid for each stack; the stack with most rows first. Experts are averaged."""
     stacks: dict[str, list[tuple[Place, dict]]] = {}
     for row in rows:
         where = place(row["output"])
         stacks.setdefault(where.stack, []).append((where, row))
-    found = []
+    grids_by_size = []
     for stack, members in sorted(stacks.items(), key=lambda item: -len(item[1])):
         projections = list(dict.fromkeys(where.projection for where, _ in members))
         layers = sorted({where.layer for where, _ in members})
@@ -88,12 +88,17 @@ def grids(rows: list[dict], number: Callable[[dict], float | None]) -> list[Grid
             if (value := number(row)) is not None:
                 sums[row["model"]][:, lines[where.projection], columns[where.layer]] += value, 1
         with np.errstate(invalid="ignore"):
-            found.append(Grid(stack, projections, layers, {model: total / count for model, (total, count) in sums.items()}))
-    return found
+            means = {model: total / count for model, (total, count) in sums.items()}
+        grids_by_size.append(Grid(stack, projections, layers, means))
+    return grids_by_size
 
 
 def spread(costs: Mapping[int, float], most: int, budget: float) -> list[int]:
-    """Layers that lie evenly between the first and the last: as many as the budget allows, at most `most`."""
+    """Layers spaced evenly from the first to the last: as many as the budget allows, at most `most`.
+
+    Args:
+        costs: of each layer, in the unit of the budget.
+    """
     layers = sorted(costs)
     for count in range(min(most, len(layers)), 1, -1):
         chosen = [layers[i] for i in np.linspace(0, len(layers) - 1, count).round().astype(int)]

@@ -1,23 +1,29 @@
-"""`pave_report.json`: what was done to which tensor of which model, and the lines that sum it up."""
+"""`pave_report.json`: what was done to each tensor of each model, and the lines and warnings that sum it up."""
 
 from __future__ import annotations
 
 import copy
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from mergekit_pave.core.reasons import FEW_TOKENS, NEVER_CALLED, UNCHANGED
+from mergekit_pave.report.tables import count_reasons
 
 
 def complete(header: dict[str, Any], stats: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
-    """The report, from its header and, per purified weight, the model and what was done (see `PurificationStats`)."""
+    """The report.
+
+    Args:
+        header: the report without its rows.
+        stats: for each purified weight the model and what was done to it (see `PurificationStats`).
+    """
     report = copy.deepcopy(header)
     report["purified"] = []
-    for model, done in stats:
-        report["purified"] += done["rows"]
-        report["models"][model]["left_as_they_are"] |= done["left"]
+    for model, of_weight in stats:
+        report["purified"] += of_weight["rows"]
+        report["models"][model]["left_as_they_are"] |= of_weight["left"]
     for model, sums in by_model(report).items():
         report["models"][model]["removed_more_than_changed"] = sums["exceeding"]
     report["warnings"] += warnings(report)
@@ -29,123 +35,132 @@ def kind(tensor: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", tensor)
 
 
+def removed_over_change(removed_norm: float, change_norm: float | None) -> float | None:
+    """The norm of the removed part over the norm of the change; None where nothing changed or there is no base model."""
+    return removed_norm / change_norm if change_norm else None
+
+
+def num_purified(report: dict[str, Any]) -> int:
+    """Purified tensors of the merged model."""
+    return len({row["output"] for row in report["purified"]})
+
+
 def by_model(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Per model: tensors purified, mean shares of rank and energy, tokens seen, and the removed part beside the change.
 
     `exceeding` counts the tensors whose removed part is larger than their change.
     """
-    rows = defaultdict(list)
+    rows_of = defaultdict(list)
     for row in report["purified"]:
-        rows[row["model"]].append(row)
-    result = {}
-    for model, of_model in rows.items():
-        changes = [row["change_norm"] for row in of_model]
-        removed = sum(row["removed_norm"] ** 2 for row in of_model) ** 0.5
-        changed = None if None in changes else sum(change**2 for change in changes) ** 0.5
-        tensors: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-        for row in of_model if changed is not None else ():
-            tensors[row["output"]][0] += row["removed_norm"] ** 2
-            tensors[row["output"]][1] += row["change_norm"] ** 2
-        result[model] = {
-            "tensors": len({row["output"] for row in of_model}),
-            "mean_kept": sum(row["kept"] / row["components"] for row in of_model) / len(of_model),
-            "mean_energy": sum(row["energy_dropped"] for row in of_model) / len(of_model),
-            "mean_rank": sum(row["kept"] for row in of_model) / len(of_model),
-            "tokens": max(row["tokens"] for row in of_model),
-            "removed_norm": removed,
-            "change_norm": changed,
-            "exceeding": sum(removed > changed for removed, changed in tensors.values()),
+        rows_of[row["model"]].append(row)
+    sums = {}
+    for model, rows in rows_of.items():
+        changes = [row["change_norm"] for row in rows]
+        removed_norm = sum(row["removed_norm"] ** 2 for row in rows) ** 0.5
+        change_norm = None if None in changes else sum(change**2 for change in changes) ** 0.5
+        squares: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])  # of the two norms, by tensor
+        for row in rows if change_norm is not None else ():
+            squares[row["output"]][0] += row["removed_norm"] ** 2
+            squares[row["output"]][1] += row["change_norm"] ** 2
+        sums[model] = {
+            "tensors": len({row["output"] for row in rows}),
+            "mean_kept": sum(row["kept"] / row["components"] for row in rows) / len(rows),
+            "mean_energy": sum(row["energy_dropped"] for row in rows) / len(rows),
+            "mean_rank": sum(row["kept"] for row in rows) / len(rows),
+            "tokens": max(row["tokens"] for row in rows),
+            "removed_norm": removed_norm,
+            "change_norm": change_norm,
+            "removed_over_change": removed_over_change(removed_norm, change_norm),
+            "exceeding": sum(removed > changed for removed, changed in squares.values()),
         }
-    return result
+    return sums
 
 
 def summary(report: dict[str, Any]) -> str:
     """One line for the log."""
-    models = by_model(report)
-    outputs = len({row["output"] for row in report["purified"]})
     parts = []
-    for model, sums in models.items():
+    for model, sums in by_model(report).items():
         part = f"{model} kept {100 * sums['mean_kept']:.1f} % of its rank"
-        if sums["change_norm"]:
-            part += f", removed {sums['removed_norm'] / sums['change_norm']:.2g} x its change"
+        if (ratio := sums["removed_over_change"]) is not None:
+            part += f", removed {ratio:.2g} x its change"
             if sums["exceeding"]:
                 part += f" (more than it in {sums['exceeding']} of {sums['tensors']} tensors)"
         parts.append(part)
-    return f"PAVE purified {outputs} of {report['tensors']} tensors: {'; '.join(parts)}"
+    return f"PAVE purified {num_purified(report)} of {report['tensors']} tensors: {'; '.join(parts)}"
 
 
-def regmean_reasons(done: dict[str, Any]) -> str:
-    """How many tensors, or experts, regmean has merged as task_arithmetic does, by reason."""
-    counts = Counter(re.sub(r" \(.*", "", reason) for reason in done["as_task_arithmetic"].values())
-    return ", ".join(f"{count} {reason}" for reason, count in counts.items())
+def regmean_reasons(regmean: dict[str, Any]) -> str:
+    """How many tensors, or experts, regmean merged as task_arithmetic does, by reason."""
+    return ", ".join(f"{count} {reason}" for reason, count in count_reasons(regmean["as_task_arithmetic"]))
 
 
-def regmean_summary(done: dict[str, Any]) -> str:
+def regmean_summary(regmean: dict[str, Any]) -> str:
     """One line for the log."""
-    told = f"regmean merged {len(done['closed_form'])} tensors in closed form"
-    others = regmean_reasons(done)
-    return f"{told}; as task_arithmetic does: {others}" if others else told
+    line = f"regmean merged {len(regmean['closed_form'])} tensors in closed form"
+    reasons = regmean_reasons(regmean)
+    return f"{line}; as task_arithmetic does: {reasons}" if reasons else line
 
 
-def regmean_warnings(done: dict[str, Any]) -> list[str]:
-    """That calibration did not reach most of what could have been merged in closed form, if so."""
-    missed = sum(reason.startswith(NEVER_CALLED) for reason in done["as_task_arithmetic"].values())
-    if missed <= len(done["closed_form"]):
+def regmean_warnings(regmean: dict[str, Any]) -> list[str]:
+    """A warning where calibration did not reach most of the weights that could have been merged in closed form."""
+    num_missed = sum(reason.startswith(NEVER_CALLED) for reason in regmean["as_task_arithmetic"].values())
+    if num_missed <= len(regmean["closed_form"]):
         return []
     return [
-        f"regmean: {missed} of {missed + len(done['closed_form'])} weights of linear layers are merged as task_arithmetic does, "
-        "because they were never called during the calibration of some model. Use data that reaches them, such as images for a "
-        "vision tower, or `covariance: 0` for them"
+        f"regmean: {num_missed} of {num_missed + len(regmean['closed_form'])} weights of linear layers are merged as "
+        "task_arithmetic does, because they were never called during the calibration of some model. Use data that reaches them, "
+        "such as images for a vision tower, or `covariance: 0` for them"
     ]
 
 
 def left_experts(report: dict[str, Any]) -> list[str]:
     """A line for each model with experts that stay as they are."""
     return [
-        f"{model}: {left} of {total} expert weights stay as they are, because they saw fewer calibration tokens than "
+        f"{model}: {num_left} of {total} expert weights stay as they are, because they saw fewer calibration tokens than "
         "pave.calibration.min_tokens; more samples reach more of them"
-        for model, left, total in _experts(report)
-        if left
+        for model, num_left, total in _experts(report)
+        if num_left
     ]
 
 
 def _experts(report: dict[str, Any]) -> Iterator[tuple[str, int, int]]:
-    """Per model how many weights of experts stay as they are, and how many it has."""
+    """Per model the number of expert weights that stay as they are, and of all its expert weights."""
     for model, source in report["models"].items():
-        left = sum(reason.startswith(FEW_TOKENS) for reason in source["left_as_they_are"].values())
-        yield model, left, left + sum("expert" in row and row["model"] == model for row in report["purified"])
+        num_left = sum(reason.startswith(FEW_TOKENS) for reason in source["left_as_they_are"].values())
+        yield model, num_left, num_left + sum("expert" in row and row["model"] == model for row in report["purified"])
 
 
 def left_weights(report: dict[str, Any]) -> list[str]:
-    """A line for each model with weights that could have been purified, and why not; a star stands for any number."""
+    """A line for each model and reason with weights that could have been purified; a star stands for any number."""
     lines = []
     for model, source in report["models"].items():
-        for why in (NEVER_CALLED, UNCHANGED):
-            left = [tensor for tensor, reason in source["left_as_they_are"].items() if reason == why]
-            if left:
-                kinds = dict.fromkeys(map(kind, left))
-                lines.append(f"{model}: {len(left)} weights stay as they are, {why}: {', '.join(kinds)}")
+        for reason in (NEVER_CALLED, UNCHANGED):
+            tensors = [tensor for tensor, of_tensor in source["left_as_they_are"].items() if of_tensor == reason]
+            if tensors:
+                kinds = dict.fromkeys(map(kind, tensors))
+                lines.append(f"{model}: {len(tensors)} weights stay as they are, {reason}: {', '.join(kinds)}")
     return lines
 
 
 def _times(ratio: float) -> str:
-    shown = f"{ratio:.2g}"
-    return "about as large as" if shown == "1" else f"{shown} times as large as"
+    rounded = f"{ratio:.2g}"
+    return "about as large as" if rounded == "1" else f"{rounded} times as large as"
 
 
 def warnings(report: dict[str, Any]) -> list[str]:
-    """What should make a user look twice: a model from which more went than fine-tuning had changed, or hardly anything."""
-    found = [
-        f"{model}: most of its experts were not purified ({left} of {total} weights), for want of calibration tokens"
-        for model, left, total in _experts(report)
-        if 2 * left > total
+    """What a user should look at: most experts left as they are, or more removed than fine-tuning changed."""
+    messages = [
+        f"{model}: most of its experts were not purified ({num_left} of {total} weights), for want of calibration tokens"
+        for model, num_left, total in _experts(report)
+        if 2 * num_left > total
     ]
     for model, sums in by_model(report).items():
-        if sums["change_norm"] and sums["removed_norm"] > sums["change_norm"]:
-            found.append(
-                f"{model}: the removed part is {_times(sums['removed_norm'] / sums['change_norm'])} what "
+        ratio = sums["removed_over_change"]
+        if ratio is not None and ratio > 1:
+            messages.append(
+                f"{model}: the removed part is {_times(ratio)} what "
                 f"fine-tuning changed ({sums['exceeding']} of {sums['tensors']} tensors lost more than their change), so it is "
                 "mostly weight of the base model. Look at the quality of the merge; a larger "
                 "rank_ratio removes less, and `target: task_vector` only from the change"
             )
-    return found
+    return messages

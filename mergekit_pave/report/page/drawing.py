@@ -1,19 +1,19 @@
-"""How pictures are drawn with matplotlib: their style, and as what they are written.
+"""How pictures are drawn with matplotlib, and how a figure becomes SVG or PNG.
 
-A figure has light colours. As SVG, inside of a page, it takes on those of the page: each of `THEMED` becomes a CSS
-variable, so that it is readable on a dark page, too.
+A figure is drawn in light colours. In its SVG, which becomes part of a page, each colour of `THEMED` is replaced by a CSS
+variable of the page, so that it is readable on a dark page, too.
 """
 
 from __future__ import annotations
 
 import contextlib
-import html
 import io
 import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from xml.etree import ElementTree
 
 import matplotlib
 import numpy as np
@@ -22,16 +22,18 @@ from matplotlib.figure import Figure
 
 INK, MUTED, LINE = "#1b1f24", "#69707a", "#dfe3e8"
 THEMED = {INK: "currentColor", MUTED: "var(--muted)", LINE: "var(--line)"}
-# Of middling lightness: told apart on white and on black.
+# Of medium lightness, so that they can be distinguished on white and on black.
 COLOURS = ("#3b82f6", "#ea6a0c", "#0c9a6b", "#db2777", "#8b5cf6", "#a97f00", "#0891b2", "#8a6d5b")
 
-# Fonts with Chinese, Japanese or Korean for names of models and data: those of them that are installed.
-_WIDER = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Zen Hei", "Droid Sans Fallback", "PingFang SC")
-_WIDER += ("Hiragino Sans", "Apple SD Gothic Neo", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "SimHei", "Arial Unicode MS")
+# Fonts with Chinese, Japanese or Korean letters, for names of models and data.
+_CJK_FONTS = (
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Zen Hei", "Droid Sans Fallback", "PingFang SC"),
+    *("Hiragino Sans", "Apple SD Gothic Neo", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "SimHei", "Arial Unicode MS"),
+)
 _INSTALLED = {font.name for font in font_manager.fontManager.ttflist}
 
 STYLE = {
-    "font.family": ["DejaVu Sans", *(name for name in _WIDER if name in _INSTALLED)],
+    "font.family": ["DejaVu Sans", *(name for name in _CJK_FONTS if name in _INSTALLED)],
     "font.size": 8.5,
     "axes.titlesize": 9,
     "axes.titlelocation": "left",
@@ -58,11 +60,13 @@ STYLE = {
     "text.parse_math": False,  # a dollar in a name is a dollar
 }
 WIDTH = 10.0  # inches
+_NOT_XML = re.compile("[^\t\n\r\x20-\ufffd\U00010000-\U0010ffff]")  # characters that a name may have, but XML may not
+_NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure under the name of its file, with what its reader has to know."""
+    """A figure, the name of its file, and the texts around it."""
 
     name: str
     title: str
@@ -72,37 +76,45 @@ class Plot:
 
 def svg(plot: Plot) -> str:
     """The figure as an element of a page, in the page's colours."""
-    text = io.StringIO()
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": plot.name}), _any_letters():
-        plot.figure.savefig(text, format="svg", bbox_inches="tight", dpi=220, metadata={"Date": None})
-    drawn = text.getvalue()
-    drawn = drawn[drawn.index("<svg") :]
-    drawn = re.sub(r"<metadata>.*?</metadata>", "", drawn, flags=re.DOTALL)
-    # Several figures share one page.
-    drawn = re.sub(r'\bid="', f'id="{plot.name}-', drawn)
-    drawn = re.sub(r"url\(#", f"url(#{plot.name}-", drawn)
-    drawn = re.sub(r'href="#', f'href="#{plot.name}-', drawn)
-    # DejaVu Sans comes with matplotlib; the others are no wider, wherever the page is read.
-    drawn = drawn.replace("'DejaVu Sans'", "'DejaVu Sans', Verdana, system-ui, sans-serif")
-    for colour, variable in THEMED.items():
-        drawn = drawn.replace(colour, variable)
-    width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', drawn).groups()
-    names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-    opening = f'<svg role="img" aria-label="{html.escape(plot.title)}" viewBox="0 0 {width} {height}" {names}>'
-    return opening + drawn[drawn.index(">") + 1 :]
+    drawn = io.BytesIO()
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": plot.name}), _missing_letters_allowed():
+        plot.figure.savefig(drawn, format="svg", bbox_inches="tight", dpi=220, metadata=_NO_METADATA)
+    root = ElementTree.fromstring(_NOT_XML.sub("\ufffd", drawn.getvalue().decode()))
+    for element in root.iter():
+        element.tag = _local(element.tag)
+        element.attrib = {_local(name): _on_page(_local(name), value, plot.name) for name, value in element.attrib.items()}
+    root.attrib = {"role": "img", "aria-label": plot.title, "viewBox": root.attrib["viewBox"]}
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _local(name: str) -> str:
+    """A name without its namespace, which SVG inside of HTML does not need."""
+    return name.rpartition("}")[2]
+
+
+def _on_page(attribute: str, value: str, figure: str) -> str:
+    """The value that an attribute of a figure has on a page with other figures, in the page's colours."""
+    if attribute == "id":
+        return f"{figure}-{value}"
+    if attribute == "href" and value.startswith("#"):
+        return f"#{figure}-{value[1:]}"
+    if attribute == "style":
+        declarations = (declaration.partition(": ") for declaration in value.split("; "))
+        return "; ".join(name + colon + THEMED.get(setting, setting) for name, colon, setting in declarations)
+    return value.replace("url(#", f"url(#{figure}-")
 
 
 def png(plot: Plot) -> bytes:
     """The figure on white."""
     data = io.BytesIO()
-    with matplotlib.rc_context(STYLE), _any_letters():
+    with matplotlib.rc_context(STYLE), _missing_letters_allowed():
         plot.figure.savefig(data, format="png", bbox_inches="tight", dpi=160, facecolor="white", metadata={"Software": None})
     return data.getvalue()
 
 
 @contextlib.contextmanager
-def _any_letters() -> Iterator[None]:
-    """matplotlib warns of each letter that no font has. A page shows it all the same, a PNG a box."""
+def _missing_letters_allowed() -> Iterator[None]:
+    """Without matplotlib's warning of each letter that no font has: a page shows the letter all the same, a PNG a box."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         yield
@@ -122,19 +134,17 @@ def panels_of(columns: int, rows: int, height: float, **more: Any) -> tuple[Figu
 
 
 def legend(figure: Figure) -> None:
-    """Above the panels, with what any of them shows."""
-    found = {}
+    """One legend for all panels, above them."""
+    handles = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels()):
-            found.setdefault(label, handle)
-    figure.legend(found.values(), found.keys(), loc="outside upper left", ncols=min(len(found), 6), fontsize=8.5)
+            handles.setdefault(label, handle)
+    figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=min(len(handles), 6), fontsize=8.5)
 
 
-def title_of(stack: str, several: bool) -> str:
-    """What a title tells of the stack, where there are several."""
-    return f" · {stack or 'outside of layers'}" if several else ""
-
-
-def file_of(name: str, stack: str, several: bool) -> str:
-    """A name that only this stack's figure has."""
-    return f"{name}-{re.sub(r'[^a-z0-9]+', '-', stack.lower()) or 'other'}" if several else name
+def stack_plot(name: str, title: str, stack: str, several_stacks: bool, caption: str, figure: Figure) -> Plot:
+    """A plot whose name and title name its stack of layers, if there are several."""
+    if not several_stacks:
+        return Plot(name, title, caption, figure)
+    suffix = re.sub(r"[^a-z0-9]+", "-", stack.lower()) or "other"
+    return Plot(f"{name}-{suffix}", f"{title} · {stack or 'outside of layers'}", caption, figure)

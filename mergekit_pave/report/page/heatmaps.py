@@ -1,4 +1,4 @@
-"""Heat maps over layers and projections, a panel for each model: every row of the report at a glance."""
+"""Heat maps over layers and projections, with a panel for each model: every row of the report at a glance."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from matplotlib.colors import Colormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-from mergekit_pave.report.page.drawing import STYLE, WIDTH, Plot, file_of, panels_of, title_of
+from mergekit_pave.report.page.drawing import STYLE, WIDTH, Plot, panels_of, stack_plot
 from mergekit_pave.report.places import Grid, short, short_models
 
 
-def ranks(grid: Grid, several: bool = False) -> Plot:
-    """Kept rank by layer, projection and model; a grid of shares."""
+def ranks(grid: Grid, several_stacks: bool = False) -> Plot:
+    """Kept rank by layer, projection and model. The grid holds shares of the components."""
     lowest = min((np.nanmin(values) for values in grid.values.values() if not np.isnan(values).all()), default=1.0)
     figure = _heat_maps(
         grid,
@@ -26,11 +26,11 @@ def ranks(grid: Grid, several: bool = False) -> Plot:
         lambda share: f"{100 * share:.1f}",
         FuncFormatter(lambda share, _: f"{100 * share:.4g} %"),
     )
-    caption = "Per cent of the components that are kept of each weight. Yellow loses nothing; dark loses most."
-    return Plot(file_of("kept-rank", grid.stack, several), f"Kept rank{title_of(grid.stack, several)}", caption, figure)
+    caption = "Per cent of the components that each weight keeps. Yellow loses nothing; dark loses most."
+    return stack_plot("kept-rank", "Kept rank", grid.stack, several_stacks, caption, figure)
 
 
-def energies(grid: Grid, several: bool = False) -> Plot:
+def energies(grid: Grid, several_stacks: bool = False) -> Plot:
     """Share of activated energy dropped."""
     figure = _heat_maps(
         grid,
@@ -41,14 +41,14 @@ def energies(grid: Grid, several: bool = False) -> Plot:
         FuncFormatter(lambda share, _: f"{share:.0e}"),
     )
     caption = (
-        "Share of ‖W (C + λI)‖² in the dropped components: how much of what a layer computes on the model's own data goes. "
+        "Share of ‖W (C + λI)‖² in the dropped components: how much is lost of what a layer computes on the model's own data. "
         "Blank: nothing dropped."
     )
-    return Plot(file_of("energy", grid.stack, several), f"Energy dropped{title_of(grid.stack, several)}", caption, figure)
+    return stack_plot("energy", "Energy dropped", grid.stack, several_stacks, caption, figure)
 
 
-def removed(grid: Grid, several: bool = False) -> Plot:
-    """Length of the removed part over that of the change."""
+def removed(grid: Grid, several_stacks: bool = False) -> Plot:
+    """Norm of the removed part over the norm of the change."""
     reach = max((abs(np.log10(v[v > 0])).max() for v in grid.values.values() if (v > 0).any()), default=1.0)
     reach = min(max(reach, 0.3), 2.0)
     figure = _heat_maps(
@@ -63,8 +63,7 @@ def removed(grid: Grid, several: bool = False) -> Plot:
         "‖W' - W‖ / ‖W - W_base‖. Above 1 (red) more is removed than fine-tuning had changed, so the removed part is mostly "
         "weight of the base model, and several models may remove the same part of it. Blank: nothing dropped."
     )
-    title = f"Removed part beside the change{title_of(grid.stack, several)}"
-    return Plot(file_of("removed", grid.stack, several), title, caption, figure)
+    return stack_plot("removed", "Removed part beside the change", grid.stack, several_stacks, caption, figure)
 
 
 def _log_norm(grid: Grid) -> LogNorm:
@@ -76,7 +75,7 @@ def _log_norm(grid: Grid) -> LogNorm:
 
 
 def _heat_maps(
-    grid: Grid, colormap: Colormap, norm: Normalize, label: str, told: Callable[[float], str], ticks: FuncFormatter
+    grid: Grid, colormap: Colormap, norm: Normalize, label: str, format_value: Callable[[float], str], ticks: FuncFormatter
 ) -> Figure:
     """A panel for each model."""
     models, labels = short_models(grid.values), list(short(grid.projections).values())
@@ -84,17 +83,17 @@ def _heat_maps(
     down = -(-len(models) // across)
     with matplotlib.rc_context(STYLE | {"axes.grid": False, "axes.spines.left": False, "axes.spines.bottom": False}):
         figure, axes = panels_of(across, down, 0.75 + 0.23 * len(labels), sharey=True, sharex=True)
-        room = WIDTH / across / len(grid.layers)  # inches a cell
+        cell = WIDTH / across / len(grid.layers)  # inches
         for panel, (model, values) in zip(axes.flat, grid.values.items()):
             shown = np.where(values > 0, values, np.nan)
             image = panel.imshow(shown, cmap=colormap, norm=norm, aspect="auto", interpolation="nearest")
             panel.set_title(models[model])
             panel.set_yticks(range(len(labels)), labels)
             panel.tick_params(length=0, left=False)
-            step = max(1, round(0.3 / room))
+            step = max(1, round(0.3 / cell))
             panel.set_xticks(range(0, len(grid.layers), step), grid.layers[::step])
-            if room > 0.42:
-                write_into(panel, shown, colormap, norm, told)
+            if cell > 0.42:
+                write_values(panel, shown, colormap, norm, format_value)
         for panel in axes.flat[len(models) :]:
             panel.axis("off")
         for panel in axes.flat[max(0, len(models) - across) : len(models)]:
@@ -108,10 +107,12 @@ def _heat_maps(
     return figure
 
 
-def write_into(panel: Axes, values: np.ndarray, colormap: Colormap, norm: Normalize, told: Callable[[float], str]) -> None:
+def write_values(
+    panel: Axes, values: np.ndarray, colormap: Colormap, norm: Normalize, format_value: Callable[[float], str]
+) -> None:
     """Write its value into each cell."""
     for (i, j), value in np.ndenumerate(values):
         if np.isfinite(value):
             red, green, blue, _ = colormap(norm(value))
             dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
-            panel.text(j, i, told(value), ha="center", va="center", fontsize=7, color="#ffffff" if dark else "#000000")
+            panel.text(j, i, format_value(value), ha="center", va="center", fontsize=7, color="#ffffff" if dark else "#000000")

@@ -44,7 +44,7 @@ def condition(covariance: Covariance, shift: float) -> float:
     smallest = shift
     if covariance.tokens >= covariance.dim:  # otherwise C is singular
         moment[np.diag_indices_from(moment)] += shift
-        # C has no negative eigenvalues. Where rounding has made one, of more than the shift, zero is what is known of it.
+        # C has no negative eigenvalues. If rounding made one that the shift does not outweigh, its true value is about zero.
         with contextlib.suppress(np.linalg.LinAlgError):
             factor = scipy.linalg.cho_factor(moment, overwrite_a=True, check_finite=False)
             inverse = _largest_eigenvalue(lambda x: scipy.linalg.cho_solve(factor, x, check_finite=False), len(moment))
@@ -53,55 +53,57 @@ def condition(covariance: Covariance, shift: float) -> float:
 
 
 def _smaller_moment(covariance: Covariance) -> Tensor:
-    """X^T X or X X^T, float64, whichever is smaller: they have the same eigenvalues but for zeros."""
+    """X^T X or X X^T, float64, whichever is smaller: both have the same nonzero eigenvalues."""
     if covariance.rows is not None and covariance.tokens < covariance.dim:
         rows = in_float64(covariance.rows)
         return rows @ rows.mT
     return covariance.unscaled()
 
 
-def _largest_eigenvalue(apply, size: int) -> float:
-    """Of a positive definite (size, size) operator."""
-    if size < 3:  # too small for Lanczos
-        return float(np.linalg.eigvalsh(apply(np.eye(size)))[-1])
-    operator = LinearOperator((size, size), matvec=apply, dtype=np.float64)
-    start = np.random.default_rng(0).standard_normal(size)
+def _largest_eigenvalue(apply, dim: int) -> float:
+    """Of a positive definite (dim, dim) operator."""
+    if dim < 3:  # too small for Lanczos
+        return float(np.linalg.eigvalsh(apply(np.eye(dim)))[-1])
+    operator = LinearOperator((dim, dim), matvec=apply, dtype=np.float64)
+    start = np.random.default_rng(0).standard_normal(dim)
     return float(eigsh(operator, k=1, which="LA", v0=start, tol=1e-6, return_eigenvectors=False)[0])
 
 
 @dataclass(frozen=True)
 class Interference:
-    """How the task vectors of M models lie to each other, in one tensor or, added up, in several.
+    """How the task vectors of M models lie to each other in one tensor, or summed over several.
 
     Attributes:
         products: inner products, (M, M) float64.
         conflicts: elements in which two of them have opposite signs, (M, M).
-        size: the number of elements.
+        num_elements: elements of a task vector.
     """
 
     products: np.ndarray
     conflicts: np.ndarray
-    size: int
+    num_elements: int
 
     def __add__(self, other: Interference) -> Interference:
-        return Interference(self.products + other.products, self.conflicts + other.conflicts, self.size + other.size)
+        return Interference(
+            self.products + other.products, self.conflicts + other.conflicts, self.num_elements + other.num_elements
+        )
 
     def cosines(self) -> np.ndarray:
-        """The cosine of each two task vectors, (M, M); 0 where one of them is zero."""
+        """The cosine of every two task vectors, (M, M); 0 if one of them is zero."""
         norms = np.sqrt(self.products.diagonal())
         scale = np.outer(norms, norms)
         return np.divide(self.products, scale, out=np.zeros_like(scale), where=scale > 0)
 
     def sign_conflicts(self) -> np.ndarray:
-        """The share of elements in which each two of them have opposite signs, (M, M); about a half if they are unrelated."""
-        return self.conflicts / self.size
+        """The share of elements in which two of them have opposite signs, (M, M); about a half if they are unrelated."""
+        return self.conflicts / self.num_elements
 
 
 _BLOCK = 1 << 20  # elements: counts of so many are exact in float32
 
 
 def interference(vectors: Sequence[Tensor]) -> Interference:
-    """Of task vectors of the same shape, one a model."""
+    """Of task vectors of the same shape, one for each model."""
     flat = [vector.reshape(-1) for vector in vectors]
     products = torch.zeros(len(flat), len(flat), dtype=torch.float64)
     conflicts = torch.zeros_like(products)
@@ -125,11 +127,10 @@ class Spectrum:
     """Singular values of W C_s of one matrix.
 
     Attributes:
-        model: whose.
         output: the tensor that the weight is merged into.
-        expert: its number; of a mixture the expert that saw most tokens.
-        values: descending, over the largest; without the covariance only those in the cached tail.
-        components: how many there are.
+        expert: the number of the expert in a mixture; the one that saw most tokens is taken.
+        values: divided by the largest, descending; without the covariance only those in the cached tail.
+        components: the number of singular values that the matrix has.
     """
 
     model: str
@@ -141,12 +142,11 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The covariance of what one or several layers of a model see.
+    """The covariance of the input of one or several layers of a model.
 
     Attributes:
-        model: whose.
         outputs: the tensors that the weights of these layers are merged into.
-        tokens: seen.
+        tokens: number of tokens seen.
         width: of the input.
         effective_rank: the participation ratio of C's eigenvalues.
         condition: of C + λI.
@@ -162,7 +162,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Overlap:
-    """How the task vectors that are merged into one tensor interfere, as they were and purified."""
+    """How the task vectors that are merged into one tensor interfere, before and after purification."""
 
     output: str
     models: list[str]
@@ -172,13 +172,13 @@ class Overlap:
 
 @dataclass(frozen=True)
 class Measurements:
-    """Everything beyond the report.
+    """Everything that the page shows beyond the report.
 
     Attributes:
         spectra: of a few layers.
         inputs: of some layers; none of a model whose covariances are not in the cache.
-        overlaps: of every purified tensor; none without a base model, or of a model that is merged with no other.
-        left_out: what of which stack of layers is not there, because it would take too long: ("Spectra" or "Covariances", stack).
+        overlaps: of every purified tensor; none without a base model, or if only one model is merged.
+        left_out: what was not measured because it takes too long: ("Spectra" or "Covariances", stack of layers).
     """
 
     spectra: list[Spectrum]

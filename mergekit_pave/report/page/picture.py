@@ -1,4 +1,4 @@
-"""The one picture in the model card. matplotlib is an extra, and without it the card has none."""
+"""The one picture in the model card. It needs matplotlib, which is an extra; without it the card has no picture."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ def can_draw() -> bool:
 
 
 def require_matplotlib() -> None:
-    """Say how to install it.
-
+    """
     Raises:
-        PaveError: it is not there.
+        PaveError: matplotlib is not installed; the message says how to install it.
     """
     if not can_draw():
         raise PaveError("the report is drawn with matplotlib, which is not installed: pip install 'mergekit-pave[report]'")
@@ -33,7 +32,7 @@ def draw_ranks(report: dict[str, Any], folder: str) -> str | None:
     """Write the kept ranks of the largest stack of layers as a PNG.
 
     Returns:
-        The file's name; None where nothing was purified, or it cannot be drawn.
+        The file's name; None if nothing was purified, or if the picture cannot be drawn.
     """
     if not report["purified"] or not can_draw():
         return None
@@ -42,7 +41,7 @@ def draw_ranks(report: dict[str, Any], folder: str) -> str | None:
 
         grid = grids(report["purified"], lambda row: row["kept"] / row["components"])[0]
         Path(folder, PICTURE_NAME).write_bytes(drawing.png(heatmaps.ranks(grid)))
-    except Exception as error:  # whatever is wrong with a drawing library, the merge before it is done and good
+    except Exception as error:  # the merge is done and good, whatever fails in a drawing library
         LOG.warning("the model card gets no picture, because it could not be drawn: %s", error)
         return None
     return PICTURE_NAME

@@ -1,0 +1,136 @@
+"""The command `mergekit-pave`."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from pathlib import Path
+
+import click
+import yaml
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
+from pydantic import ValidationError
+
+from mergekit_pave.calibration import distributed
+from mergekit_pave.cli.cache import cache
+from mergekit_pave.cli.doctor import doctor, switched_off
+from mergekit_pave.errors import PaveError
+from mergekit_pave.hook import host
+from mergekit_pave.hook.refusals import tool_of
+from mergekit_pave.report.page.picture import require_matplotlib
+from mergekit_pave.report.stored import read_report
+
+if not host.missing():  # otherwise only `doctor` and `cache` work, and all others say why they do not
+    from mergekit_pave.planning.measured import measure
+    from mergekit_pave.planning.preview import as_text, preview
+    from mergekit_pave.plugin.phases import fill_caches, plan_merge, sample_removal
+
+
+@click.group()
+@click.version_option(package_name="mergekit-pave")
+@click.pass_context
+def main(context: click.Context) -> None:
+    """PAVE for mergekit: purify task vectors before they are merged."""
+    if context.invoked_subcommand not in ("doctor", "cache"):
+        host.register()
+
+
+main.add_command(cache)
+main.add_command(doctor)
+
+
+@main.command(cls=PrettyPrintHelp)
+@click.argument("config_file", type=click.Path(exists=True, dir_okay=False))
+@add_merge_options
+def calibrate(config_file: str, merge_options: MergeOptions) -> None:
+    """Fill the caches for CONFIG_FILE (a mergekit YAML with a `pave:` block) and merge nothing."""
+    merge_options.apply_global_options()
+    distributed.start()
+    config = distributed.first_alone(lambda: _read_config(config_file))
+    plan = fill_caches(config, merge_options)
+    num_new, num_weights = len(plan.decompositions), plan.decomposed
+    if _is_first_process():
+        click.echo(f"{num_weights} weights ready: {num_new} decomposed now, {num_weights - num_new} were in the cache.")
+        if num_forms := sum(bool(form.measured) for form in plan.closed_forms.values()):
+            click.echo(f"Covariances for {num_forms} tensors that regmean merges are in the cache.")
+
+
+@main.command(cls=PrettyPrintHelp)
+@click.argument("config_file", type=click.Path(exists=True, dir_okay=False))
+@click.option("--json", "as_json", is_flag=True, help="Every tensor, for scripts.")
+@add_merge_options
+def plan(config_file: str, as_json: bool, merge_options: MergeOptions) -> None:
+    """Show what merging CONFIG_FILE would purify, what not and why, and what that would cost.
+
+    No weights are read, except a few of each model once its caches are full: they show how large the removed part is. An adapter
+    (`model+lora`) is merged into its model, which is kept in --lora-merge-cache.
+    """
+    merge_options.apply_global_options()
+    planned = plan_merge(_read_config(config_file), merge_options, compares=False)
+    samples = sample_removal(planned, merge_options)
+    shown = preview(planned, merge_options.device, samples)
+    click.echo(json.dumps(shown, indent=1) if as_json else as_text(shown))
+
+
+@main.command("report", cls=PrettyPrintHelp)
+@click.argument("source", metavar="OUT_OR_CONFIG", type=click.Path(exists=True, path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Folder for index.html and its pictures. Default: pave_report, in OUT or beside CONFIG.",
+)
+@add_merge_options
+def write_report(source: Path, output: Path | None, merge_options: MergeOptions) -> None:
+    """Show what purification did, or would do, as a page with plots (needs mergekit-pave[report]).
+
+    For OUT, the folder of a finished merge, the page is drawn from its pave_report.json alone, anywhere and in seconds: ranks,
+    energy, the removed part beside the change, and what regmean merged in closed form.
+
+    For CONFIG (such as OUT/mergekit_config.yml) the page also shows spectra, covariances, and the interference between task
+    vectors before and after. It reads weights as a merge does, but merges and measures nothing: the caches must be full, as they
+    are after the merge or `mergekit-pave calibrate CONFIG`.
+    """
+    merge_options.apply_global_options()
+    require_matplotlib()
+    from mergekit_pave.report.page import render
+
+    folder = output or (source if source.is_dir() else source.parent) / "pave_report"
+    render.check(folder)
+    if source.is_dir():
+        report, measured, config = read_report(str(source)), None, source / "mergekit_config.yml"
+    else:
+        report, measured = measure(plan_merge(_read_config(str(source)), merge_options), merge_options)
+        config = source
+    name = (source if source.is_dir() else source.with_suffix("")).resolve().name
+    text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None
+    click.echo(f"written to {render.write(folder, name, report, measured, text)}")
+
+
+def _read_config(path: str) -> MergeConfiguration:
+    if (warning := switched_off()) and _is_first_process():
+        click.echo(f"Warning: {warning}", err=True)
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise PaveError(f"{path} is not a mergekit config: it holds no mapping")
+        if tool := tool_of(content):
+            raise PaveError(
+                f"{path} is a config for {tool.command}, which does not honour a `pave:` block; this takes one for "
+                f"mergekit-yaml. To purify, {tool.advice}"
+            )
+        keys = {str(key).lower(): key for key in content}
+        if "pave" not in content and (close := difflib.get_close_matches("pave", keys, n=1)):
+            raise PaveError(f"{path}: unknown key {keys[close[0]]!r}; did you mean 'pave'?")
+        return MergeConfiguration.model_validate(content)
+    except yaml.composer.ComposerError as error:
+        raise PaveError(f"{path} holds several merges, as for mergekit-multi; this takes one, in a file of its own") from error
+    except (yaml.YAMLError, ValidationError, UnicodeDecodeError) as error:
+        raise PaveError(f"{path} is not a mergekit config: {error}") from error
+
+
+def _is_first_process() -> bool:
+    """Whether this process is the one of several that writes to the terminal."""
+    return os.environ.get("RANK", "0") == "0"

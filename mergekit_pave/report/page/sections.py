@@ -1,0 +1,136 @@
+"""The sections of the page: what they say, plot and list."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mergekit_pave.report import tables
+from mergekit_pave.report.page import curves, heatmaps, overlaps
+from mergekit_pave.report.page.drawing import Plot
+from mergekit_pave.report.page.measure import Interference, Measurements, Overlap
+from mergekit_pave.report.places import grids, short_models
+from mergekit_pave.report.summary import kind, removed_over_change
+
+_TOP = 8  # rows of the table of the weights that lost most
+
+Table = tuple[Sequence[str], list[Sequence[Any]]]  # head, rows
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading with an anchor, and what is below it: a text, plots, tables."""
+
+    key: str
+    heading: str
+    text: str
+    plots: list[Plot] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+
+
+def sections_of(report: dict[str, Any], measured: Measurements | None) -> list[Section]:
+    sections = []
+    if "closed_form" in report.get("regmean", {}):
+        sections.append(_closed_form(report))
+    if report["purified"]:
+        sections += _purified(report)
+    if report["purified"] and measured is not None:
+        sections += _measured(report, measured)
+    return sections
+
+
+def _closed_form(report: dict[str, Any]) -> Section:
+    """What `merge_method: regmean` did."""
+    regmean = report["regmean"]
+    kinds = defaultdict(list)
+    for row in regmean["closed_form"]:
+        kinds[kind(row["tensor"])].append(row)
+    rows = [(name, len(members), *tables.regmean_parameters(members).values()) for name, members in kinds.items()]
+    merged = [(("tensor", "tensors", "covariance (α)", "lambda (λ)", "reduce_off_diagonal"), rows)] if rows else []
+    reasons = tables.count_reasons(regmean["as_task_arithmetic"])
+    others = [(("merged as task_arithmetic does, because it is", "tensors"), reasons)] if reasons else []
+    text = (
+        f"regmean merged {len(regmean['closed_form'])} of {report['tensors']} tensors in closed form. A star stands for the "
+        "number of a layer or an expert."
+    )
+    return Section("closed-form", "Closed form", text, tables=merged + others)
+
+
+def _purified(report: dict[str, Any]) -> list[Section]:
+    rows = report["purified"]
+
+    def plot_stacks(draw, number) -> list[Plot]:
+        stacks = grids(rows, number)
+        return [draw(grid, len(stacks) > 1) for grid in stacks]
+
+    ranks = plot_stacks(heatmaps.ranks, lambda row: row["kept"] / row["components"])
+    energies = plot_stacks(heatmaps.energies, lambda row: row["energy_dropped"])
+    sections = [Section("kept", "Kept rank", _allocation(report), ranks), Section("energy", "Energy dropped", "", energies)]
+    if any(row["change_norm"] for row in rows):
+        removed = plot_stacks(heatmaps.removed, _ratio)
+        sections.append(Section("removed", "Removed part beside the change", "", removed, [_most_removed(rows)]))
+    return sections
+
+
+def _measured(report: dict[str, Any], measured: Measurements) -> list[Section]:
+    rows, models, sections = report["purified"], list(report["models"]), []
+    if measured.overlaps:
+        plots = overlaps.plot_overlaps(measured.overlaps)
+        sections.append(Section("interference", "Interference", _interference(measured.overlaps), plots))
+    if measured.spectra:
+        kept = {(row["model"], row["output"], row.get("expert")): row["kept"] for row in rows}
+        plots = curves.plot_spectra(measured.spectra, kept, models)
+        sections.append(Section("spectra", "Spectra", plots[0].caption, plots))
+    if measured.inputs:
+        text = "Of experts, the one that saw most tokens is shown." if any("expert" in row for row in rows) else ""
+        plots = curves.plot_covariances(measured.inputs, models)
+        sections.append(Section("covariances", "Covariances", text, plots))
+    return sections
+
+
+def _interference(measured: list[Overlap]) -> str:
+    cosines = [overlaps.mean(measured, when, Interference.cosines) for when in ("before", "after")]
+    conflicts = [100 * overlaps.mean(measured, when, Interference.sign_conflicts) for when in ("before", "after")]
+    return (
+        "Over all purified weights, the mean cosine between the task vectors of two models goes from {:.3f} to {:.3f}, and the "
+        "share of elements with opposite signs from {:.1f} % to {:.1f} %.".format(*cosines, *conflicts)
+    )
+
+
+def _allocation(report: dict[str, Any]) -> str:
+    if len(report["models"]) == 1:
+        return "The smallest components of each weight are dropped, as many as the rank ratio says."
+    if report["settings"]["allocation"] == "uniform":
+        return "Each model drops the same share of components."
+    return (
+        "The components with the smallest singular values, each divided by its model's largest, are dropped over all models "
+        "together, so models differ. No model loses more than 1.5 times its fair share."
+    )
+
+
+def scientific(share: float) -> str:
+    """A small share, such as 3.2e-5."""
+    return f"{share:.1e}".replace("e-0", "e-")
+
+
+def _ratio(row: dict[str, Any]) -> float | None:
+    return removed_over_change(row["removed_norm"], row["change_norm"])
+
+
+def _most_removed(rows: list[dict[str, Any]]) -> Table:
+    """The weights that lost most, compared with their change."""
+    most = sorted((row for row in rows if row["change_norm"]), key=_ratio, reverse=True)[:_TOP]
+    names = short_models(row["model"] for row in rows)
+    head = ("most removed", "model", "kept", "energy dropped", "removed / change")
+    return head, [
+        (
+            row["tensor"] + (f" [{row['expert']}]" if "expert" in row else ""),
+            names[row["model"]],
+            f"{row['kept']} of {row['components']}",
+            scientific(row["energy_dropped"]),
+            f"{_ratio(row):.2g}",
+        )
+        for row in most
+    ]

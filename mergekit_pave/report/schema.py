@@ -1,0 +1,104 @@
+"""What `pave_report.json` has to hold, and its one check, so that the card and the page can rely on it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Optional
+
+from pydantic import BaseModel, Field, ValidationError
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+PositiveCount = Annotated[int, Field(gt=0, lt=2**63)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Norm = Annotated[float, Field(ge=0, lt=1e150)]  # its square is finite
+Paths = str | list[str]
+
+
+class _Strict(BaseModel, strict=True):
+    """No value is converted: a text is no number. Keys that are not listed may hold anything."""
+
+
+class _Row(_Strict):
+    """What was done to one matrix of one model."""
+
+    tensor: str
+    output: str
+    model: str
+    expert: Optional[Count] = None
+    components: PositiveCount
+    kept: Count
+    energy_dropped: Norm
+    removed_norm: Norm
+    change_norm: Optional[Norm]
+    tokens: Count
+
+
+class _Data(_Strict):
+    path: str
+    name: Optional[str] = None
+    split: Optional[str] = None
+    data_files: Paths | dict[str, Paths] | None = None
+
+
+class _ModelSettings(_Strict):
+    target: Literal["weights", "task_vector"]
+
+
+class _Settings(_ModelSettings):
+    allocation: Literal["spectral", "uniform"]
+
+
+class _Model(_Strict):
+    data: list[_Data]
+    covariance: Optional[str]
+    settings: _ModelSettings
+    calibration: Optional[dict[str, Any]]
+    samples: Count
+    tokens: Count
+    left_as_they_are: dict[str, str]
+
+
+class _ClosedForm(_Strict):
+    tensor: str
+    covariance: Number
+    lambda_: Number = Field(alias="lambda")
+    reduce_off_diagonal: Number
+
+
+class _RegMean(_Strict):
+    closed_form: list[_ClosedForm]
+    as_task_arithmetic: dict[str, str]
+
+
+class _Versions(_Strict, extra="allow"):
+    __pydantic_extra__: dict[str, str]
+
+    ours: str = Field(alias="mergekit-pave")
+
+
+class _Report(_Strict):
+    versions: _Versions
+    settings: _Settings
+    models: dict[str, _Model]
+    not_purified: list[str]
+    warnings: list[str]
+    tensors: Count
+    purified: list[_Row]
+    regmean: _RegMean = None  # not there without regmean, but never null
+    weights: Optional[dict[str, Optional[str]]] = None
+
+
+def validate(report: Any) -> None:
+    """Check the content of a report, whatever it is.
+
+    Raises:
+        ValueError: it is damaged, or no report; the message names the first place where something is wrong.
+    """
+    try:
+        _Report.model_validate(report)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{place}: {first['msg']}" if place else first["msg"]) from None
+    for i, row in enumerate(report["purified"]):
+        if row["model"] not in report["models"]:
+            raise ValueError(f"purified.{i}.model: {row['model']} is not among the models")

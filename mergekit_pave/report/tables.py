@@ -1,0 +1,90 @@
+"""What the model card and the page both show of a report: settings, data, and reasons, as texts for people."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+_LOADERS = ("json", "csv", "parquet", "text", "imagefolder")  # of `datasets`, which read data_files
+_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zst", ".bz2", ".xz")
+
+
+def common_settings(report: dict[str, Any]) -> dict[str, str]:
+    """The settings of the block, without lists that are empty."""
+    return {key: _as_text(value) for key, value in report["settings"].items() if value != []}
+
+
+def model_settings(report: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """For each model the settings in which it differs from the block."""
+    common = report["settings"]
+    return {
+        model: {key: _as_text(value) for key, value in source["settings"].items() if value != common.get(key)}
+        for model, source in report["models"].items()
+    }
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {number}" for key, number in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_as_text, value))
+    return str(value)
+
+
+def regmean_parameters(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """The parameters of tensors that regmean merged in closed form, as ranges over these tensors."""
+    ranges = {}
+    for parameter in ("covariance", "lambda", "reduce_off_diagonal"):
+        values = [row[parameter] for row in rows]
+        ends = dict.fromkeys((min(values), max(values))) if values else ()
+        ranges[parameter] = " to ".join(f"{value:g}" for value in ends) or "-"
+    return ranges
+
+
+def count_reasons(reasons: dict[str, str]) -> list[tuple[str, int]]:
+    """Tensors by the reason why they stay as they are, most frequent reason first.
+
+    Args:
+        reasons: by tensor. Details of a reason stand in brackets at its end and are left out.
+    """
+    return Counter(reason.split(" (")[0] for reason in reasons.values()).most_common()
+
+
+def calibration_data(source: dict[str, Any]) -> str:
+    """The data that a model of the report was calibrated with, without the folders of this machine."""
+    names = ", ".join(map(_data_name, source["data"]))
+    covariance = source["covariance"]
+    if not covariance:
+        return names or "not needed"
+    return f"{names} (covariances from {Path(covariance).name if is_local(covariance) else covariance})"
+
+
+def _data_name(data: dict[str, Any]) -> str:
+    path, files = data["path"], data.get("data_files")
+    if path in _LOADERS and files:
+        groups = files.values() if isinstance(files, dict) else [files]
+        paths = [path for group in groups for path in (group if isinstance(group, list) else [group])]
+        path = ", ".join(Path(path).name for path in paths)
+    elif is_local(path):
+        path = Path(path).name
+    return " / ".join(part for part in (path, data.get("name"), data.get("split")) if part)
+
+
+def is_local(path: str) -> bool:
+    """Whether the path of a data set or of covariances means files on this machine."""
+    if path in _LOADERS or path.endswith(_SUFFIXES):
+        return True
+    return os.path.exists(os.path.expanduser(path)) or not is_repository(path)
+
+
+def is_repository(name: str) -> bool:
+    """Whether the Hub could have a repository of this name."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
