@@ -204,7 +204,7 @@ def foreign(monkeypatch):
     monkeypatch.setitem(registry._METHODS, "regmean", method)
     monkeypatch.setattr(_methods, "others", {})
     _methods._log_owner.cache_clear()
-    _methods.add()
+    _methods.add(merge_methods)
     yield method
     _methods._log_owner.cache_clear()
 

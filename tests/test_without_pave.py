@@ -174,14 +174,14 @@ def test_a_method_of_the_same_name_stays():
     code = """
 import sys
 sys.modules['mergekit_pave.methods.registry'] = type(sys)('held back')
-sys.modules['mergekit_pave.methods.registry'].add = lambda: None
+sys.modules['mergekit_pave.methods.registry'].add = lambda module: None
 from mergekit import merge_methods
 other = merge_methods.merge_method(merge_methods.get('linear').implementation, name='regmean')
 merge_methods.register(other)
 del sys.modules['mergekit_pave.methods.registry']
 import mergekit_pave.methods.registry
-mergekit_pave.methods.registry.add()
-mergekit_pave.methods.registry.add()
+mergekit_pave.methods.registry.add(merge_methods)
+mergekit_pave.methods.registry.add(merge_methods)
 print(merge_methods.get('regmean') is other, [m.spec.name for m in merge_methods.registered_methods()].count('tsv'))
 """
     done = python(code)
@@ -191,7 +191,7 @@ print(merge_methods.get('regmean') is other, [m.spec.name for m in merge_methods
 BREAK = """
 import sys, types
 broken = types.ModuleType('broken')
-broken.add = lambda: 1 / 0
+broken.add = lambda module: 1 / 0
 for name in ('hook.field', 'methods.registry', 'hook.outputs', 'hook.refusals'):
     sys.modules['mergekit_pave.' + name] = broken
 """

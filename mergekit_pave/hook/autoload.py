@@ -38,28 +38,23 @@ def install() -> None:
     for target, (last, _) in _TARGETS.items():
         module = sys.modules.get(target)
         if hasattr(module, last):
-            _add_to(target)
+            _add_to(module)
         elif module is not None:
             module.__class__ = _HalfLoaded
 
 
-def _add_to(target: str) -> None:
-    # Nothing that goes wrong here may stop a merge without a block.
+def _add_to(module: types.ModuleType) -> None:
+    """Add to a module of mergekit, whose import is complete. Nothing that goes wrong here may stop a merge without a block."""
     try:
-        importlib.import_module(_TARGETS[target][1]).add()
+        importlib.import_module(_TARGETS[module.__name__][1]).add(module)
     except Exception as error:
         LOG.warning(
             "mergekit-pave could not extend %s (%s: %s). Merges without a `pave:` block are not affected; see `mergekit-pave "
             "doctor` before you use one",
-            target,
+            module.__name__,
             type(error).__name__,
             error,
         )
-
-
-def is_complete(target: str) -> bool:
-    """Whether a module of mergekit is imported, to its end."""
-    return hasattr(sys.modules.get(target), _TARGETS[target][0])
 
 
 class _HalfLoaded(types.ModuleType):
@@ -68,7 +63,7 @@ class _HalfLoaded(types.ModuleType):
     def __getattribute__(self, name: str):
         if not name.startswith("__") and _TARGETS[self.__name__][0] in self.__dict__:
             self.__class__ = types.ModuleType
-            _add_to(self.__name__)
+            _add_to(self)
         return types.ModuleType.__getattribute__(self, name)
 
 
@@ -103,4 +98,4 @@ class _Loader(importlib.abc.Loader):
     def exec_module(self, module):
         module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
-        _add_to(module.__name__)
+        _add_to(module)

@@ -6,7 +6,7 @@ nothing. The rest of this package is loaded when a config with a block, or with 
 
 from __future__ import annotations
 
-import sys
+from types import ModuleType
 from typing import Annotated, Any
 
 from pydantic import WrapValidator
@@ -16,10 +16,9 @@ from mergekit_pave import versions
 from mergekit_pave.errors import PaveError
 
 
-def add() -> None:
-    """Add the field. Idempotent, and does nothing while mergekit's configuration is still being loaded."""
-    module = sys.modules.get("mergekit.config")
-    if not hasattr(module, "ConfigReader") or "pave" in module.MergeConfiguration.model_fields:
+def add(module: ModuleType) -> None:
+    """Add the field to `mergekit.config`. Idempotent."""
+    if "pave" in module.MergeConfiguration.model_fields:
         return
     field = FieldInfo.from_annotated_attribute(Annotated[Any, WrapValidator(_read)], None)
     field.validate_default = True  # so that `_read` also sees configs without a block, which may use a merge method of ours

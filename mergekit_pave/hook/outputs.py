@@ -11,19 +11,18 @@ from __future__ import annotations
 
 import functools
 import logging
-import sys
 from pathlib import Path
+from types import ModuleType
 
 from mergekit_pave.report.outputs import REPORT_NAME, remove
 
 LOG = logging.getLogger(__name__)
 
 
-def add() -> None:
-    """Let mergekit's writer of weights remove the report of an earlier merge. Idempotent."""
-    writer = getattr(sys.modules.get("mergekit.io.tensor_writer"), "TensorWriter", None)
-    finalize = getattr(writer, "finalize", None)
-    if finalize is None or hasattr(finalize, "removes_evidence"):
+def add(module: ModuleType) -> None:
+    """Let the writer of weights in `mergekit.io.tensor_writer` remove the report of an earlier merge. Idempotent."""
+    finalize = module.TensorWriter.finalize
+    if hasattr(finalize, "removes_evidence"):
         return
 
     @functools.wraps(finalize)
@@ -37,4 +36,4 @@ def add() -> None:
         return done
 
     wrapper.removes_evidence = True
-    writer.finalize = wrapper
+    module.TensorWriter.finalize = wrapper

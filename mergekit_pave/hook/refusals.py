@@ -6,15 +6,14 @@ Like `field`, this is there for everybody who uses mergekit: without a block the
 from __future__ import annotations
 
 import importlib
-import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import BeforeValidator, Field
 from pydantic.fields import FieldInfo
 
 from mergekit_pave.errors import PaveError
-from mergekit_pave.hook.autoload import is_complete
 
 
 class Tool(NamedTuple):
@@ -54,14 +53,14 @@ _CONFIGS = {
 _FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
-def add() -> None:
-    """Let each config that is loaded refuse the block. Idempotent."""
-    for module, (name, tool) in _CONFIGS.items():
-        config = getattr(sys.modules.get(module), name, None) if is_complete(module) else None
-        if config is not None and "pave" not in config.__pydantic_fields__:
-            annotation = Annotated[Any, BeforeValidator(_refusal(tool)), Field(exclude=True, repr=False)]
-            config.__pydantic_fields__["pave"] = FieldInfo.from_annotated_attribute(annotation, None)
-            config.model_rebuild(force=True)
+def add(module: ModuleType) -> None:
+    """Let the config in one of these modules refuse the block. Idempotent."""
+    name, tool = _CONFIGS[module.__name__]
+    config = getattr(module, name)
+    if "pave" not in config.__pydantic_fields__:
+        annotation = Annotated[Any, BeforeValidator(_refusal(tool)), Field(exclude=True, repr=False)]
+        config.__pydantic_fields__["pave"] = FieldInfo.from_annotated_attribute(annotation, None)
+        config.model_rebuild(force=True)
 
 
 def unguarded() -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-import sys
+from types import ModuleType
 from typing import Any
 
 from mergekit_pave import versions
@@ -19,17 +19,14 @@ problem: str | None = None
 others: dict[str, str] = {}
 
 
-def add() -> None:
-    """Register them. Idempotent, and does nothing while mergekit's merge methods are still being loaded.
+def add(module: ModuleType) -> None:
+    """Register them in `mergekit.merge_methods`. Idempotent.
 
     Whatever is wrong with this installation must not break mergekit for those who use its own methods. So a method that cannot be
     registered is one that mergekit does not know, and `mergekit-pave doctor` says why. If there is a method of the same name
     already, it stays: users who merge without a block have never asked for ours.
     """
     global problem
-    module = sys.modules.get("mergekit.merge_methods")
-    if not hasattr(module, "__all__"):
-        return
     try:
         from mergekit_pave.methods.regmean import RegMean
         from mergekit_pave.methods.tsv import Tsv
