@@ -1,9 +1,9 @@
 """PAVE from end to end on a laptop: train a small model, fine-tune it three ways, merge with and without `pave:`.
 
-Everything is made here: the texts come from Python and the installed packages, the models from the texts. The two
-merges are then what a user would run, `mergekit-yaml plain.yml plain` and `mergekit-yaml purified.yml purified`, and
-differ by the `pave:` block alone. What they score on held-out text is printed as it was measured, whichever way it
-falls. Run it with `make demo`; the configs, texts, models and caches stay in `demo-out/` to look at and to run again.
+Everything is made here: the texts come from Python and the installed packages, the models from the texts. The merges
+are what a user would run, such as `mergekit-yaml plain.yml ./plain` and `mergekit-yaml purified.yml ./purified`, and
+differ only in the `pave:` block. Their scores on held-out text are printed, good or bad. Run it with `make demo`, which
+takes about four minutes; the configs, texts, models and caches stay in `demo-out/`, where you can run them again.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> torch.Tensor:
 def train(model: LlamaForCausalLM, streams: list[torch.Tensor], steps: int, rate: float) -> None:
     """Next-token training on random windows, each drawn from one of the streams in turn."""
     generator = torch.Generator().manual_seed(SEED)
-    # Muon for the hidden matrices reaches in two minutes of CPU time what AdamW alone needs far longer for.
+    # With Muon for the hidden matrices, two minutes of CPU time are enough; AdamW alone needs far longer.
     hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     optimizers = [
@@ -224,7 +224,7 @@ def scored_windows(tokens: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 def score(folder: Path, windows: torch.Tensor, token_bytes: torch.Tensor) -> Score:
-    """Score a model as it lies on the disk."""
+    """Score a model that was saved."""
     model = load(folder)
     bits, correct = [], []
     for batch in windows.split(32):
@@ -282,7 +282,7 @@ def write_configs(domains: list[Domain]) -> None:
         "models": [{"model": f"./{name}", "parameters": {"weight": WEIGHT}} for name in names],
         "dtype": "float32",
     }
-    # Which data belong to which model is all that has to be said. By default 0.984 of the components are kept, so 4 of the
+    # Nothing is set but which data belongs to which model. By default 0.984 of the components are kept, so 4 of the
     # 256 in each matrix go: few, as they would be in a large model.
     data = [{"model": f"./{name}", "data": {"path": f"./calibration/{name}.jsonl"}} for name in names]
     purified = {"cache_dir": "./pave-cache", "models": data}
@@ -297,13 +297,13 @@ def write_config(name: str, config: dict) -> None:
 
 def merge(name: str) -> None:
     print("".join(f"    {line}" for line in (OUT / f"{name}.yml").read_text().splitlines(keepends=True)))
-    command = ["mergekit-yaml", f"{name}.yml", name]
+    command = ["mergekit-yaml", f"{name}.yml", f"./{name}"]
     print(f"  demo-out$ {' '.join(command)}", flush=True)
     subprocess.run(command, cwd=OUT, check=True)
 
 
 def show_purification(name: str) -> None:
-    """What a purified merge says about itself. Without the plugin mergekit would have skipped `pave:` in silence."""
+    """What a purified merge says about itself. Without the plugin, mergekit silently ignores `pave:`."""
     card, report = OUT / name / "README.md", OUT / name / "pave_report.json"
     section = card.read_text().partition("### PAVE")
     rows = json.loads(report.read_text())["purified"] if report.exists() else []
@@ -323,7 +323,7 @@ def report(tuned: list[str], other: str, scores: dict[str, list[Score]]) -> None
 
     Args:
         tuned: the kinds of text that have a fine-tune. Only these are compared.
-        other: the kind that the base knows best, to show what the others forget of it.
+        other: the kind that the base knows best, to show what the fine-tunes forget of it.
         scores: by model, on each of `tuned` and then on `other`.
     """
     labels = {"base": "base"} | {name: f"fine-tune on {name}" for name in tuned} | {name: f"merge: {name}" for name in MERGES}
@@ -393,7 +393,7 @@ def main() -> None:
             sizes = "train {:,}, calibration {:,}, held out {:,} characters".format(*map(len, parts))
             print(f"  {domain.name:7} {sizes}; {len(stream):,} tokens to train on")
 
-    # The base has seen something of everything, but mostly Python: the fine-tunes have something left to learn.
+    # The base has seen some of everything, but mostly Python, so the fine-tunes have something left to learn.
     mixture = [streams[0]] * 5 + streams[1:]
     tuned = domains[1:]
     with stage("Base model, pre-trained on a mixture that is mostly Python"):

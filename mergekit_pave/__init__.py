@@ -3,18 +3,18 @@
 The rooms, from the top. Each imports only what is below it, and `lint-imports` checks that (see pyproject.toml):
 
     cli           the command `mergekit-pave`
-    hook          how mergekit comes to know us: the field `pave`, and what is added to its modules as they are imported
-    plugin        the only room that touches mergekit's inside: the planner is wrapped, and the phases before a merge are run
-    planning      what is to be done to which weight of which model: everything is checked here, and no weight is read
-    tasks         what is done: tasks of mergekit's graph (`in_memory` does the same to a model in memory)
+    hook          makes mergekit know us: the field `pave`, and what is added to its modules when they are imported
+    plugin        the only room that touches mergekit's inside: wraps the planner, and runs the phases before a merge
+    planning      decides what to do to which weight of which model, and checks everything first
+    tasks         does it, as tasks of mergekit's graph (`in_memory` does the same to a model in memory)
     calibration   data -> samples -> batches -> model -> covariances
     report        pave_report.json, the model card, and the page with plots
     methods       the merge methods `regmean` and `tsv`
-    cache         everything that is kept on the disk
+    cache         everything that is kept on the disk between two runs
     core          the mathematics: tensors in, tensors out
 
-Importing this package is cheap: PyTorch imports it whenever it is imported itself (see `hook.autoload`), so everything that
-needs torch or mergekit is loaded on first use.
+PyTorch imports this package whenever it is imported itself (see `hook.autoload`). So importing it is cheap: everything that needs
+torch or mergekit is loaded on first use.
 """
 
 from importlib import import_module

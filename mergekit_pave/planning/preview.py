@@ -80,7 +80,7 @@ def _removed(rows: list[dict[str, Any]]) -> dict[str, float] | None:
     for sums in by_model({"purified": rows}).values():
         if sums["change_norm"]:
             weights = len({row["tensor"] for row in rows})
-            return {"share_of_change": sums["removed_norm"] / sums["change_norm"], "weights": weights}
+            return {"share_of_change": sums["removed_over_change"], "weights": weights}
     return None
 
 

@@ -172,7 +172,7 @@ class Laboratory:
                 out = self._merge(arm, setting, seed, group)
                 scores |= self.family.score(out, seed, part, group)
                 if arm.pave is not None and arm.purify:
-                    removed += [row["removed_norm"] / row["change_norm"] for row in by_model(read_report(str(out))).values()]
+                    removed += [sums["removed_over_change"] for sums in by_model(read_report(str(out))).values()]
             return {"scores": scores, "removed": sum(removed) / len(removed) if removed else None}
 
         return self._once(what, measure)
