@@ -211,7 +211,7 @@ def test_an_ending_that_nobody_knows(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     Path(name).write_bytes(LINES)
     with pytest.raises(
-        PaveError, match=r"data\.path: the ending of rows.* does not tell what is in it; known are \.jsonl .*\.gz"
+        PaveError, match=r"data\.path: the ending of rows.* is not that of a known format: \.jsonl .*\.gz"
     ):
         drawn(name)
 
@@ -226,7 +226,7 @@ def test_patterns(tmp_path, monkeypatch):
         assert texts(tmp_path / "b" / "c" / "t*", streaming=streaming) == ["row 2"]
     with pytest.raises(PaveError, match=r"there is no file that matches a/\*\.csv"):
         drawn("a/*.csv")
-    with pytest.raises(PaveError, match=r"notes/\* matches notes/x\.md, which is of another kind"):
+    with pytest.raises(PaveError, match=r"notes/\* matches notes/x\.md, whose format is unknown or differs from that of other files"):
         drawn("notes/*")
     with pytest.raises(PaveError, match=r"data_files goes with"):
         drawn("a/*.jsonl", data_files="x")
@@ -258,7 +258,7 @@ def test_urls(url, tmp_path, streaming):
     assert sorted(texts(f"file://{tmp_path}/served/*.jsonl.gz", streaming=streaming)) == ["one", "two"]
     with pytest.raises(PaveError, match=r"cannot load .*none\.jsonl"):
         drawn(f"{url}/none.jsonl", streaming=streaming)
-    with pytest.raises(PaveError, match=r"the ending of .*/rows does not tell what is in it"):
+    with pytest.raises(PaveError, match=r"the ending of .*/rows is not that of a known format"):
         drawn(f"{url}/rows", streaming=streaming)
 
 

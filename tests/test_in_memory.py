@@ -152,7 +152,7 @@ def test_encoder_decoder_of_equal_lengths(tmp_path):
     for tensor, count in tokens.items():
         of_encoder = ".encoder." in tensor or "encoder_attn.k" in tensor or "encoder_attn.v" in tensor
         assert count == (14 if of_encoder else 18), tensor
-    with pytest.raises(ValueError, match="decoder_input_ids, what its decoder is shown"):
+    with pytest.raises(ValueError, match="decoder_input_ids, the input of its decoder"):
         purify_model(model, {"input_ids": ids["input_ids"], "attention_mask": mask}, rank_ratio=0.75)
 
 

@@ -1,1 +1,1 @@
-"""From a data set to one covariance per layer: data -> samples -> batches -> model -> second moments."""
+"""From a data set to one covariance per layer: data -> samples -> batches -> model -> covariances."""

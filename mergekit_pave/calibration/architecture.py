@@ -1,4 +1,4 @@
-"""What is known of a model from its configuration alone, found on a model without weights."""
+"""What a model's configuration alone tells about it, found on a model without weights."""
 
 from __future__ import annotations
 
@@ -21,31 +21,33 @@ from mergekit_pave.core.failures import is_out_of_memory
 from mergekit_pave.core.linear import Linear
 from mergekit_pave.errors import PaveError, in_a_line
 
+NO_BLOCK = ""  # in the place of a block's path
+
 
 @dataclass(frozen=True)
 class Architecture:
-    """What is known of a model from its configuration alone.
+    """What a model's configuration alone tells about it.
 
     Attributes:
         cls: the model's class.
         computation: a digest of what the backbone computes, apart from weights.
-        linears: backbone layers by the name of their weight.
-        heads: names of the weights of linear layers outside the backbone, and of those that something else uses, too.
+        linears: the linear layers of the backbone, by the name of their weight.
+        heads: names of the weights of linear layers outside the backbone, and of weights that something else uses, too.
         routers: names of the weights that choose among experts.
-        weights: the shape of every parameter by its name.
-        tensors: what a complete checkpoint has: every parameter under the first of its names, and persistent buffers.
-        prefix: what a checkpoint of the bare backbone leaves out of each name, with its dot.
-        renamed: what transformers calls a tensor that goes by this name in a checkpoint.
-        vocabulary: the number of token ids it knows, or None.
-        positions: the longest sequence it can take, or None; of an image model the number of patches.
+        weights: the shape of every parameter, by its name.
+        tensors: the names in a complete checkpoint: every parameter under the first of its names, and persistent buffers.
+        prefix: the start of each name, with its dot, that a checkpoint of the bare backbone leaves out.
+        renamed: gives the name in transformers of a tensor with this name in a checkpoint.
+        vocabulary: the number of token ids, or None.
+        positions: the longest sequence that the model can take, or None; of an image model the number of patches.
         hidden_size: width of the hidden states between blocks.
-        scored_heads: how many heads' scores of all pairs of tokens are in memory at once, which for most models is none.
-        is_windowed: attention is limited to a window, so that it needs a mask also where there is no padding.
-        experts_a_token: how many experts a token is routed to, at most.
-        blocks: number of parameters of each block by its path, and under "" of all that is in no block.
+        scored_heads: the number of heads whose scores of all pairs of tokens are in memory at once; 0 for most models.
+        is_windowed: attention is limited to a window, so that it needs a mask even without padding.
+        experts_a_token: the largest number of experts that a token is routed to.
+        blocks: the number of weights of each block by its path, and of all that is in no block by `NO_BLOCK`.
         conversions: how transformers makes parameters of the tensors of a checkpoint that has them in another form.
         inputs: the names of the backbone's arguments.
-        shift: what an encoder-decoder model's decoder is given where these token ids are its target; None of other models.
+        shift: gives the input of an encoder-decoder model's decoder for the token ids of its target; None for other models.
     """
 
     cls: Any
@@ -69,27 +71,27 @@ class Architecture:
     shift: Callable[[list[int]], list[int]] | None
 
     def block_of(self, module: str) -> str:
-        """The path of the block that a module is part of, or ""."""
-        return next((path for path in self.blocks if path and f"{module}.".startswith(f"{path}.")), "")
+        """The path of the block that a module is part of, or `NO_BLOCK`."""
+        return next((path for path in self.blocks if path and f"{module}.".startswith(f"{path}.")), NO_BLOCK)
 
     def weight_name(self, names: list[str]) -> str | None:
-        """The parameter that goes by one of these names in a checkpoint."""
+        """The parameter that has one of these names in a checkpoint."""
         return next(filter(None, (self._find(name, self.weights) for name in names)), None)
 
     def loaded_as(self, stored: str) -> str | None:
-        """Which of `tensors` transformers makes of one in a checkpoint; of several the first."""
+        """The first of `tensors` that transformers makes of a tensor with this name in a checkpoint."""
         converters = [change for change in self.conversions if isinstance(change, WeightConverter)]
         return self._find(stored, self.tensors) or self._find(apply_converters(self.renamed(stored), converters)[0], self.tensors)
 
-    def _find(self, stored: str, known: Container[str]) -> str | None:
+    def _find(self, stored: str, names: Container[str]) -> str | None:
         for name in (stored, self.renamed(stored)):
             for candidate in (name, self.prefix + name, name.removeprefix(self.prefix)):
-                if candidate in known:
+                if candidate in names:
                     return candidate
         return None
 
     def linear(self, names: list[str]) -> Linear | None:
-        """The linear layer whose weight goes by one of these names in a checkpoint, be it one expert of a parameter of many."""
+        """The linear layer whose weight has one of these names in a checkpoint. The weight may be that of a single expert."""
         if name := self.weight_name(names):
             return self.linears.get(name)
         for name in names:
@@ -104,7 +106,7 @@ class Architecture:
 def describe(
     config: transformers.PretrainedConfig, path: str, trust_remote_code: bool, revision: str | None = None
 ) -> Architecture:
-    """Find the linear layers of a model without reading its weights.
+    """Describe a model without reading its weights.
 
     Args, Raises:
         See `model_class`.
@@ -112,7 +114,7 @@ def describe(
     cls = model_class(config, path, trust_remote_code, revision)
     try:
         model = empty_model(cls, config)
-    except Exception as error:  # whatever a class trips over in a configuration that is not meant for it
+    except Exception as error:  # a class may fail in any way on a configuration that was made for another
         if is_out_of_memory(error):
             raise
         reason = in_a_line(error)
@@ -123,7 +125,7 @@ def describe(
     model.tie_weights()
     linears, heads, routers = find_linears(model)
     weights = {name: tuple(value.shape) for name, value in model.named_parameters(remove_duplicate=False)}
-    most = max((len(linear.experts) for linear in linears.values()), default=0)
+    num_experts = max((len(linear.experts) for linear in linears.values()), default=0)
     return Architecture(
         cls=cls,
         computation=computation(backbone(model), config),
@@ -139,8 +141,8 @@ def describe(
         hidden_size=getattr(config.get_text_config(), "hidden_size", 0),
         scored_heads=_scored_heads(model),
         is_windowed=getattr(config.get_text_config(), "sliding_window", None) is not None,
-        experts_a_token=getattr(config.get_text_config(), "num_experts_per_tok", None) or most,
-        blocks=_sizes(model),
+        experts_a_token=getattr(config.get_text_config(), "num_experts_per_tok", None) or num_experts,
+        blocks=_num_weights(model),
         conversions=get_model_conversion_mapping(model, add_legacy=False),
         inputs=frozenset(inspect.signature(backbone(model).forward).parameters),
         shift=_target_shift(model, path),
@@ -148,24 +150,24 @@ def describe(
 
 
 def _scored_heads(model: nn.Module) -> int:
-    """The heads of a model that uses no attention of PyTorch's, or adds biases by distance, as T5 does."""
+    """The number of heads of a model that computes attention itself, or that adds biases by distance, as T5 does."""
     config = model.config.get_text_config()
     biased = any(path.endswith("relative_attention_bias") for path, _ in model.named_modules())
     eager = getattr(config, "_attn_implementation", None) == "eager"
     return getattr(config, "num_attention_heads", 0) if eager or biased else 0
 
 
-def _sizes(model: nn.Module) -> dict[str, int]:
+def _num_weights(model: nn.Module) -> dict[str, int]:
     base, prefix = backbone(model), backbone_prefix(model)
-    sizes = {prefix + path: sum(p.numel() for p in block.parameters()) for block, path in find_blocks(base).items()}
-    return sizes | {"": sum(p.numel() for p in base.parameters()) - sum(sizes.values())}
+    blocks = {prefix + path: sum(p.numel() for p in block.parameters()) for block, path in find_blocks(base).items()}
+    return blocks | {NO_BLOCK: sum(p.numel() for p in base.parameters()) - sum(blocks.values())}
 
 
 def _target_shift(model: nn.Module, path: str) -> Callable[[list[int]], list[int]] | None:
-    """The shift to the right that the model itself makes of labels.
+    """The shift to the right that the model itself applies to labels.
 
     Raises:
-        PaveError: the encoder reads no text, or the configuration does not say what a decoder's input starts with.
+        PaveError: the encoder reads no text, or the configuration does not say how a decoder's input starts.
     """
     if "decoder_input_ids" not in inspect.signature(backbone(model).forward).parameters:
         return None
@@ -193,7 +195,7 @@ def _longest_sequence(model: nn.Module) -> int | None:
     if positions is None and getattr(config, "patch_size", None) and isinstance(config.image_size, int):
         positions = (config.image_size // config.patch_size) ** 2
     for path, module in model.named_modules():
-        # RoBERTa counts positions from its padding index on.
+        # RoBERTa counts positions from its padding index.
         if path.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             positions = module.num_embeddings - module.padding_idx - 1
     return positions

@@ -26,12 +26,12 @@ class Encoded:
     """One sample as a model takes it.
 
     Attributes:
-        origin: where it comes from, for messages.
-        inputs: the model's inputs by name: lists of the sample's length, or a tensor for an image. Those of an
-            encoder-decoder model include `decoder_input_ids`, which have a length of their own; those of an image with a text
-            are a list of `input_ids` and tensors of one sample.
-        counted: ascending positions whose layer inputs enter C; of an image all do.
-        counted_target: the same of `decoder_input_ids`.
+        origin: the row that it comes from, for messages.
+        inputs: the model's inputs by name: lists of the sample's length, or a tensor for an image. An encoder-decoder model has
+            `decoder_input_ids`, too, which have a length of their own. An image with a text has a list of `input_ids`, and
+            tensors of one sample.
+        counted: ascending positions whose layer inputs enter C. Of an image all do.
+        counted_target: the same positions of `decoder_input_ids`.
     """
 
     origin: str
@@ -41,26 +41,26 @@ class Encoded:
 
     @property
     def length(self) -> int:
-        """Tokens, or patches of an image, that the model has to run over."""
+        """The number of tokens, or of patches of an image, that the model runs over."""
         if "input_ids" not in self.inputs:
             return len(self.counted)
         return len(self.inputs["input_ids"]) + len(self.inputs.get("decoder_input_ids", ()))
 
     @property
     def longest(self) -> int:
-        """Tokens, or patches, of the longest sequence that attention sees."""
+        """The number of tokens, or of patches, in the longest sequence that attention sees."""
         if "input_ids" not in self.inputs:
             return len(self.counted)
         return max(len(self.inputs["input_ids"]), len(self.inputs.get("decoder_input_ids", ())))
 
     @property
     def is_pictured(self) -> bool:
-        """Whether it is an image with a text, and no model says how such samples make a batch."""
+        """Whether it is an image with a text. Such samples run one by one, because every model batches them in its own way."""
         return "input_ids" in self.inputs and any(isinstance(values, Tensor) for values in self.inputs.values())
 
     @property
     def tokens(self) -> int:
-        """Positions that enter a covariance."""
+        """The number of positions that enter a covariance."""
         return len(self.counted) + len(self.counted_target)
 
 
@@ -72,13 +72,13 @@ def encode(
     model: str,
     shift: Callable[[list[int]], list[int]] | None = None,
 ) -> list[Encoded]:
-    """Tokenise samples and draw the token positions that count. Rows that cannot be used are skipped and told.
+    """Tokenise samples and draw the token positions that count. Rows that cannot be used are skipped, with a warning.
 
     Args:
-        processor: the model's tokenizer, or its image processor, or for images with texts what holds both.
+        processor: the model's tokenizer, or its image processor, or for images with texts the processor that has both.
         positions: the longest sequence that the model can take, or None; of images the number of patches.
         model: the model's name, for messages.
-        shift: makes a decoder's inputs of the token ids of its target; samples have a target where this is given.
+        shift: gives a decoder's inputs for the token ids of its target. If it is given, samples have a target.
 
     Raises:
         PaveError: most rows cannot be used, or the tokenizer lacks a chat template that is needed.
@@ -102,7 +102,7 @@ def encode(
                 pictured = sample.image is not None and sample.text is not None
                 inputs = _prepare_pictured(sample, processor) if pictured else _prepare(sample, tokenizer, longest, parts)
                 if inputs and shift is not None:
-                    # One fewer than the model can take: see `make_batches`.
+                    # One token fewer than the model can take: see `make_batches`.
                     limit = min(longest, positions - 1) if positions else longest
                     labels = _tokenised(processor, limit, text_target=sample.target)["input_ids"]
                     inputs["decoder_input_ids"] = shift(labels)
@@ -116,13 +116,13 @@ def encode(
         else:
             problems[problem] += 1
     if problems:
-        told = ", ".join(f"{count} {problem}" for problem, count in problems.most_common(3))
+        counts = ", ".join(f"{count} {problem}" for problem, count in problems.most_common(3))
         if 2 * problems.total() > len(samples) and len(encoded) < calibration.samples:
             raise PaveError(
-                f"{where}: {problems.total()} of {len(samples)} rows cannot be used: {told}. Texts go under `text`, "
+                f"{where}: {problems.total()} of {len(samples)} rows cannot be used: {counts}. Texts go under `text`, "
                 "chats under `messages`, images under `image`"
             )
-        LOG.warning("%s: skipped %d of %d rows: %s", where, problems.total(), len(samples), told)
+        LOG.warning("%s: skipped %d of %d rows: %s", where, problems.total(), len(samples), counts)
     if "input_ids" not in encoded[0][1]:
         return [Encoded(origin, inputs, list(range(positions or 1))) for origin, inputs in encoded]
 
@@ -130,11 +130,11 @@ def encode(
         return draw_positions([len(inputs.get(name, ())) for _, inputs in encoded], calibration.max_tokens, calibration.seed)
 
     drawn = zip(encoded, draw("input_ids"), draw("decoder_input_ids"))
-    return [Encoded(origin, inputs, places, targets) for (origin, inputs), places, targets in drawn]
+    return [Encoded(origin, inputs, counted, of_target) for (origin, inputs), counted, of_target in drawn]
 
 
 def _prepare(sample: Sample, processor: Any, longest: int, parts: bool) -> dict[str, Any]:
-    """The model's inputs by name, or nothing where there is no text."""
+    """The model's inputs by name; empty if there is no text."""
     if sample.image is not None:
         return {name: values[0] for name, values in processor(images=sample.image, return_tensors="pt").items()}
     if sample.messages is None:
@@ -145,50 +145,50 @@ def _prepare(sample: Sample, processor: Any, longest: int, parts: bool) -> dict[
 
 
 def _tokenised(tokenizer: Any, longest: int, **texts: str | None) -> dict[str, list[int]]:
-    """Token ids and what goes with them. A special token that a text begins or ends with itself is not added once more."""
+    """Token ids and what goes with them. If the text itself begins or ends with a special token, no second one is added."""
     inputs = tokenizer(**texts, truncation=True, max_length=longest)
     special = set(tokenizer.all_special_ids)
-    if not any(one == other and one in special for one, other in pairwise(inputs["input_ids"])):
+    if not any(token == following and token in special for token, following in pairwise(inputs["input_ids"])):
         return inputs
-    short, twice = _added_twice(tokenizer, truncation=True, max_length=longest, **texts)
-    inputs, still = _added_twice(tokenizer, truncation=True, max_length=longest + len(twice), **texts)
-    if len(inputs["input_ids"]) - len(still) > longest:  # the text's own token at its end was cut off before
-        inputs, still = short, twice
-    return {name: [value for i, value in enumerate(values) if i not in still] for name, values in inputs.items()}
+    short, doubled_in_short = _find_doubled(tokenizer, truncation=True, max_length=longest, **texts)
+    inputs, doubled = _find_doubled(tokenizer, truncation=True, max_length=longest + len(doubled_in_short), **texts)
+    if len(inputs["input_ids"]) - len(doubled) > longest:  # in `short` the special token at the end of the text was cut off
+        inputs, doubled = short, doubled_in_short
+    return {name: [value for i, value in enumerate(values) if i not in doubled] for name, values in inputs.items()}
 
 
-def _added_twice(tokenizer: Any, **texts: Any) -> tuple[dict[str, list[int]], set[int]]:
-    """What a tokenizer makes of texts, and the places where it added a special token beside the same one of the text."""
+def _find_doubled(tokenizer: Any, **texts: Any) -> tuple[dict[str, list[int]], set[int]]:
+    """The tokenizer's output for texts, and the positions at which it added a special token beside the same one in the text."""
     inputs = tokenizer(**texts, return_special_tokens_mask=True)
     pairs = list(zip(inputs["input_ids"], inputs["special_tokens_mask"]))
-    beside = {(i, j) for i in range(len(pairs)) for j in (i - 1, i + 1) if 0 <= j < len(pairs)}
-    return inputs, {i for i, j in beside if pairs[i] == (pairs[j][0], 1) and not pairs[j][1]}
+    neighbours = {(i, j) for i in range(len(pairs)) for j in (i - 1, i + 1) if 0 <= j < len(pairs)}
+    return inputs, {i for i, j in neighbours if pairs[i] == (pairs[j][0], 1) and not pairs[j][1]}
 
 
 def _prepare_pictured(sample: Sample, processor: Any) -> dict[str, Any]:
-    """The model's inputs by name for an image with a text, or nothing where there is no text.
+    """The model's inputs by name for an image with a text; empty if there is no text.
 
-    A text that shows with the processor's placeholder where the image stands is taken as it is; any other becomes a user's
-    turn that begins with the image.
+    A text with the processor's placeholder for an image is taken as it is. Any other text becomes a user's turn that begins with
+    the image.
     """
     text, placeholder = sample.text, getattr(processor, "image_token", None)
     if not text:
         return {}
-    chat = placeholder is None or placeholder not in text
-    if chat and processor.chat_template is None:
-        raise ValueError(f"without a chat template the text has to have {placeholder!r} where the image stands")
-    if chat:
+    as_chat = placeholder is None or placeholder not in text
+    if as_chat and processor.chat_template is None:
+        raise ValueError(f"the model has no chat template, so the text has to have {placeholder!r} in the place of the image")
+    if as_chat:
         turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
         text = render(processor, [turn])
-    complete = chat or _added_twice(getattr(processor, "tokenizer", processor), text=text)[1]
+    complete = as_chat or _find_doubled(getattr(processor, "tokenizer", processor), text=text)[1]
     inputs = dict(processor(text=[text], images=[sample.image], return_tensors="pt", add_special_tokens=not complete))
     return inputs | {"input_ids": inputs["input_ids"][0].tolist()}
 
 
 def draw_positions(lengths: list[int], budget: int, seed: int) -> list[list[int]]:
-    """Which positions of each sample count, at most `budget` in all, drawn evenly over the samples.
+    """The positions of each sample that count, at most `budget` together, drawn evenly over the samples.
 
-    A sample shorter than an even share gives all of its tokens, and the rest is shared among the others.
+    Of a sample that is shorter than an even share all positions count, and the others share the rest.
     """
     quotas = share_evenly(lengths, budget)
     generator = torch.Generator().manual_seed(seed)
@@ -203,11 +203,11 @@ class Batch:
     """Samples of similar length, padded on the right, or images of one size.
 
     Attributes:
-        inputs: keyword arguments of the model, each (samples, length) or (samples, channels, height, width); of an image with
-            a text what the processor makes of it.
-        counted: bool (samples, length), the positions that enter C; never padding. One for each sequence that a model
-            reads, an encoder-decoder model two of different lengths; none where all rows enter.
-        origins: where each sample comes from, for messages.
+        inputs: keyword arguments of the model, each (samples, length) or (samples, channels, height, width). For an image with
+            a text they are what the processor returns.
+        counted: bool (samples, length), the positions that enter C; never padding. There is one tensor for each sequence that
+            the model reads. An encoder-decoder model reads two, of different lengths. It is empty if all rows enter C.
+        origins: the row that each sample comes from, for messages.
     """
 
     inputs: dict[str, Tensor]
@@ -221,10 +221,10 @@ class Batch:
 
 
 def make_batches(encoded: list[Encoded], batch_size: int) -> list[Batch]:
-    """Group samples by length, so that little is spent on padding, and pad them. Images with texts go one by one.
+    """Group samples by length, so that there is little padding, and pad them. Images with texts go one by one.
 
-    What stands at a padded position never matters: attention ignores it and it is not counted. Decoder inputs get one more of
-    them where encoder and decoder would have one length, so that each layer's input shows which of the two it belongs to.
+    The values at padded positions never matter: attention ignores them and they are not counted. If encoder and decoder would
+    have the same length, decoder inputs get one more of them. So each layer's input shows which of the two it belongs to.
     """
     batches = []
     ordered = sorted(encoded, key=lambda sample: sample.length)
@@ -234,7 +234,7 @@ def make_batches(encoded: list[Encoded], batch_size: int) -> list[Batch]:
         if any(sample.is_pictured for sample in group):
             (sample,) = group
             inputs = sample.inputs | {"input_ids": torch.tensor([sample.inputs["input_ids"]])}
-            batches.append(Batch(inputs, (_marked([sample.counted], sample.length),), origins))
+            batches.append(Batch(inputs, (_mask([sample.counted], sample.length),), origins))
             continue
         if "input_ids" not in group[0].inputs:
             images = {name: torch.stack([sample.inputs[name] for sample in group]) for name in group[0].inputs}
@@ -242,19 +242,19 @@ def make_batches(encoded: list[Encoded], batch_size: int) -> list[Batch]:
             continue
         padded = [sample.inputs | {"attention_mask": [1] * len(sample.inputs["input_ids"])} for sample in group]
         width = max(len(inputs["input_ids"]) for inputs in padded)
-        places, widths = [[sample.counted for sample in group]], [width]
+        counted, widths = [[sample.counted for sample in group]], [width]
         if "decoder_input_ids" in padded[0]:
             for inputs in padded:
                 inputs["decoder_attention_mask"] = [1] * len(inputs["decoder_input_ids"])
             width = max(len(inputs["decoder_input_ids"]) for inputs in padded)
-            places.append([sample.counted_target for sample in group])
+            counted.append([sample.counted_target for sample in group])
             widths.append(width + (width == widths[0]))
         inputs = {
             name: _stack([torch.tensor(inputs[name]) for inputs in padded], widths[name.startswith("decoder_")])
             for name in padded[0]
         }
-        counted = tuple(_marked(rows, width) for rows, width in zip(places, widths))
-        batches.append(Batch(inputs, counted, origins))
+        masks = tuple(_mask(positions, width) for positions, width in zip(counted, widths))
+        batches.append(Batch(inputs, masks, origins))
     return batches
 
 
@@ -266,9 +266,9 @@ def _stack(rows: list[Tensor], width: int) -> Tensor:
     return stacked
 
 
-def _marked(places: list[list[int]], width: int) -> Tensor:
-    """bool (rows, width), true at each row's places."""
-    marked = torch.zeros(len(places), width, dtype=torch.bool)
-    for i, row in enumerate(places):
-        marked[i, row] = True
-    return marked
+def _mask(positions: list[list[int]], width: int) -> Tensor:
+    """bool (rows, width), true at the positions of each row."""
+    mask = torch.zeros(len(positions), width, dtype=torch.bool)
+    for i, of_row in enumerate(positions):
+        mask[i, of_row] = True
+    return mask

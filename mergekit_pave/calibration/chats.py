@@ -1,4 +1,4 @@
-"""Chats: from what a data set keeps in a cell to turns, and from turns to the text that a model reads."""
+"""Chats: from a cell of a data set to turns, and from turns to the text that a model reads."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-# ShareGPT's names of who speaks. Turns of {role, content} have the names of the model's own template.
+# ShareGPT's names of roles. Turns of {role, content} have the names of the model's own template.
 _ROLES = {name: name for name in ("system", "user", "assistant", "tool")}
 _ROLES |= {"human": "user", "observation": "tool", "function_response": "tool", "function_call": "assistant"}
 _ROLES |= dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "bot", "model"), "assistant")
-_DAY = datetime(2024, 7, 26)  # that Llama's templates fall back on
-_SHOWN = {f"%{letter}": _DAY.strftime(f"%{letter}") for letter in "aAbBcdDeFGhHIjmMprRSTuUVwWxXyYzZ"}
-_SHOWN |= {f"%-{key[1]}": shown.lstrip("0 ") or "0" for key, shown in _SHOWN.items()} | {"%f": "000000", "%%": "%"}
-# Shadows the function by which templates get today's date. (As a keyword transformers passes no function on.)
+_DAY = datetime(2024, 7, 26)  # the default of Llama's templates
+_DIRECTIVES = {f"%{letter}": _DAY.strftime(f"%{letter}") for letter in "aAbBcdDeFGhHIjmMprRSTuUVwWxXyYzZ"}
+_DIRECTIVES |= {f"%-{key[1]}": shown.lstrip("0 ") or "0" for key, shown in _DIRECTIVES.items()} | {"%f": "000000", "%%": "%"}
+# Takes the place of the function that gives templates today's date. (transformers passes no function on as a keyword.)
 _FIXED_DATE = (
     "{% macro strftime_now(format) %}{% set date = namespace(text=format) %}"
-    f"{{% for directive, shown in {list(_SHOWN.items())} %}}"
+    f"{{% for directive, shown in {list(_DIRECTIVES.items())} %}}"
     "{% set date.text = date.text | replace(directive, shown) %}"
     "{% endfor %}{{ date.text }}{% endmacro %}\n"
 )
@@ -26,12 +26,12 @@ _NO_CHAT = "(no list of {role, content} or {from, value}, nor such a list as JSO
 
 
 def read_chat(cell: Any) -> list[dict[str, Any]]:
-    """The turns of a chat, each with a `role` and, where it says something, a text as `content`. An empty cell has none.
+    """The turns of a chat, each with a `role` and, if it has a text, `content`. An empty cell has no turns.
 
-    Turns may be `{role, content}` or ShareGPT's `{from, value}`, the list of them written as JSON, and content a list of parts.
+    Turns may be `{role, content}` or ShareGPT's `{from, value}`, the list may be written as JSON, and content may be in parts.
 
     Raises:
-        ValueError: it is no chat, or a turn has content that is no text.
+        ValueError: the cell is no chat, or a turn has content that is not text.
     """
     turns = _parsed(cell, _NO_CHAT)
     if not all(isinstance(turn, dict) for turn in turns):
@@ -40,23 +40,23 @@ def read_chat(cell: Any) -> list[dict[str, Any]]:
 
 
 def read_tools(cell: Any) -> list[Any] | None:
-    """The tools that go with a chat, given as a list or written as JSON.
+    """The tools of a chat, from a list or from JSON.
 
     Raises:
-        ValueError: they are written as something else.
+        ValueError: the cell is something else.
     """
-    refusal = "(tools that are no list, nor a list as JSON)"
-    tools = [_from_json(tool, refusal) if isinstance(tool, str) else tool for tool in _parsed(cell, refusal)]
+    problem = "(tools that are no list, nor a list as JSON)"
+    tools = [_from_json(tool, problem) if isinstance(tool, str) else tool for tool in _parsed(cell, problem)]
     return tools or None
 
 
 def says_something(chat: list[dict[str, Any]]) -> bool:
-    """Whether any turn of a chat has more to it than its role."""
+    """Whether any turn of a chat has more than its role."""
     return any(value is not None and str(value).strip() for turn in chat for key, value in turn.items() if key != "role")
 
 
 def render(processor: Any, chat: list[dict[str, Any]]) -> str:
-    """The text that the chat template of a tokenizer or a processor makes of turns. It is the same on every day.
+    """The text of turns by the chat template of a tokenizer or a processor. It is the same on every day.
 
     Raises:
         TemplateError, TypeError, ValueError, KeyError: the template refuses the chat.
@@ -82,7 +82,7 @@ def tokenize(tokenizer: Any, chat: list[dict[str, Any]], tools: list[Any] | None
 
 
 def _template(processor: Any, with_tools: bool = False) -> str | None:
-    """The chat template that transformers would choose where there are several, printing the same date every day."""
+    """The chat template that transformers would choose, changed so that it shows the same date every day."""
     template = processor.chat_template
     if isinstance(template, dict):
         template = (with_tools and template.get("tool_use")) or template.get("default")
@@ -90,7 +90,7 @@ def _template(processor: Any, with_tools: bool = False) -> str | None:
 
 
 def in_form(chat: list[dict[str, Any]], parts: bool) -> list[dict[str, Any]]:
-    """The same turns, with texts as lists of one part where a template reads only such."""
+    """The same turns, with texts as lists of one part for a template that reads only parts."""
     if not parts:
         return chat
     return [
@@ -100,7 +100,7 @@ def in_form(chat: list[dict[str, Any]], parts: bool) -> list[dict[str, Any]]:
 
 
 def takes_only_parts(tokenizer: Any) -> bool:
-    """Whether a chat template passes over content that is a string and shows the same text as a part, as LLaVA's does."""
+    """Whether a chat template ignores content that is a string and shows the same text as a part, as LLaVA's does."""
     probe = [{"role": "user", "content": "calibration"}]
 
     def shows(parts: bool) -> bool:
@@ -112,31 +112,31 @@ def takes_only_parts(tokenizer: Any) -> bool:
     return not shows(False) and shows(True)
 
 
-def _parsed(cell: Any, refusal: str) -> list[Any]:
-    """A list that may be written as JSON; an empty cell is an empty list."""
-    cell = _from_json(cell.strip() or "null", refusal) if isinstance(cell, str) else _without_padding(cell)
+def _parsed(cell: Any, problem: str) -> list[Any]:
+    """A list, which may be written as JSON. An empty cell is an empty list."""
+    cell = _from_json(cell.strip() or "null", problem) if isinstance(cell, str) else _without_padding(cell)
     if cell is None:
         return []
     if not isinstance(cell, list):
-        raise ValueError(refusal)
+        raise ValueError(problem)
     return cell
 
 
 def _without_padding(value: Any) -> Any:
-    """What a table holds, without the keys that are null, however deep.
+    """A value of a table without the keys that are null, at any depth.
 
-    A table gives every dict of a column the keys of all of them, and a template takes a key that is there for one that is meant.
+    A table gives every dict of a column the keys of all of them. A template would show them.
     """
     if isinstance(value, dict):
         return {key: _without_padding(inner) for key, inner in value.items() if inner is not None}
     return [_without_padding(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _from_json(text: str, refusal: str) -> Any:
+def _from_json(text: str, problem: str) -> Any:
     try:
         return json.loads(text)
     except ValueError:
-        raise ValueError(refusal) from None
+        raise ValueError(problem) from None
 
 
 def _read_turn(turn: dict[str, Any]) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def _read_turn(turn: dict[str, Any]) -> dict[str, Any]:
 
 
 def _joined(content: list[Any] | dict[str, Any]) -> str:
-    """The text of content that is given in parts."""
+    """The text of content in parts."""
     texts = []
     for part in content if isinstance(content, list) else [content]:
         text = part.get("text") if isinstance(part, dict) and str(part.get("type", "text")).endswith("text") else part

@@ -1,9 +1,9 @@
 """Whether two versions of transformers, or of a model's own code, compute the same with the same weights.
 
-That is told by the source of what is run, compared as syntax, so that comments, docstrings, annotations and decorators do not
-matter; and by those settings that this source reads, so that a setting which a release gives to every model changes nothing.
-Only a model's own definition counts. What all models share in transformers (attention, masks) is reworked in
-every release and held to the same results: with it, every release would make all measurements useless.
+The source of the code that is run decides, and the settings that this source reads. The source is compared as syntax, so that
+comments, docstrings, annotations and decorators do not matter. A setting that a release adds to every model changes nothing.
+Only a model's own definition counts. The code that all models share in transformers (attention, masks) changes in every release,
+but has to give the same results. If it counted, every release would make all measurements useless.
 """
 
 from __future__ import annotations
@@ -22,37 +22,37 @@ from torch import nn
 
 from mergekit_pave.cache import digest
 
-# Whose code is not a model's own, and which part of it is.
+# Packages whose code is not a model's own, and the parts of them that are.
 _SHARED = {"torch", "transformers", "builtins", *sys.stdlib_module_names}
 _OWN = ("transformers.models.", "transformers.activations")
 _PLAIN = (bool, int, float, str, tuple)
-# Settings that shared code reads to make masks, and those that say nothing of what is computed here.
+# Settings that shared code reads to make masks, and settings that do not matter for what is computed here.
 _OF_MASKS = frozenset({"attention_chunk_size", "is_causal", "sliding_window"})
-_ELSEWHERE = frozenset({"dtype", "initializer_range", "transformers_version", "use_cache"})
+_IGNORED = frozenset({"dtype", "initializer_range", "transformers_version", "use_cache"})
 
 
 def computation(model: nn.Module, config: transformers.PretrainedConfig) -> str:
     """A digest of what a model computes, apart from its weights.
 
     Args:
-        model: the part of it that is run; it needs no weights.
+        model: the part of the model that is run. It needs no weights.
         config: the whole model's configuration.
     """
     code, names = _definitions({type(module) for module in model.modules()})
-    return digest(code, repr(_read(config.to_dict(), (names | _OF_MASKS) - _ELSEWHERE)))
+    return digest(code, repr(_read(config.to_dict(), (names | _OF_MASKS) - _IGNORED)))
 
 
 def _read(settings: dict[Any, Any], names: frozenset[str]) -> list[tuple[str, Any]]:
-    """The settings of these names, also within those that are the settings of a part."""
-    read = []
+    """The settings of these names, also within the settings of a part of the model."""
+    values = []
     for name in sorted(names.intersection(settings)):
         value = settings[name]
-        read.append((name, _read(value, names) if isinstance(value, dict) and "model_type" in value else value))
-    return read
+        values.append((name, _read(value, names) if isinstance(value, dict) and "model_type" in value else value))
+    return values
 
 
 def _definitions(classes: set[type]) -> tuple[str, frozenset[str]]:
-    """A digest of the source of classes and of all own code that it uses, and every name in it."""
+    """A digest of the source of classes and of all code of the model that it uses, and every name in it."""
     bodies: dict[str, list[Any]] = {}
     names: set[str] = set()
     waiting: list[Any] = list(classes)
@@ -65,12 +65,12 @@ def _definitions(classes: set[type]) -> tuple[str, frozenset[str]]:
         bodies[name] = []
         for leaf, function in _functions(definition):
             syntax, used = _syntax(function)
-            known = {name: function.__globals__.get(name) for name in sorted(used)}
-            plain = [(name, repr(value)) for name, value in known.items() if isinstance(value, _PLAIN)]
-            waiting += [value for value in known.values() if isinstance(value, (type, types.FunctionType))]
+            values = {name: function.__globals__.get(name) for name in sorted(used)}
+            plain = [(name, repr(value)) for name, value in values.items() if isinstance(value, _PLAIN)]
+            waiting += [value for value in values.values() if isinstance(value, (type, types.FunctionType))]
             bodies[name].append([leaf, syntax, plain])
             names |= used
-    # The module of remote code is named by its revision, too.
+    # The name of a module of remote code has the revision in it, so it is left out.
     return digest(sorted([name.rpartition(".")[2], body] for name, body in bodies.items())), frozenset(names)
 
 
@@ -79,7 +79,7 @@ def _is_own(module: str) -> bool:
 
 
 def _functions(definition: Any) -> Iterator[tuple[str, types.FunctionType]]:
-    """A function, or those of a class, by name."""
+    """A function, or the functions of a class, by name."""
     members = sorted(vars(definition).items()) if isinstance(definition, type) else [("", definition)]
     for name, member in members:
         function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
@@ -93,7 +93,7 @@ def _syntax(function: types.FunctionType) -> tuple[str, set[str]]:
     """A digest of a function's source, and every name and string in it."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, SyntaxError, TypeError):  # made while running
+    except (OSError, SyntaxError, TypeError):  # a function without source, made at run time
         code = function.__code__
         return digest(code.co_code, repr(code.co_consts)), set(code.co_names)
     names = set()
@@ -111,7 +111,7 @@ def _syntax(function: types.FunctionType) -> tuple[str, set[str]]:
 
 
 def _shape(node: Any) -> Any:
-    """A syntax tree as JSON. What is not there has no place, so that it is the same in all versions of Python."""
+    """A syntax tree as JSON. Absent parts are left out, so that it is the same in all versions of Python."""
     if isinstance(node, list):
         return [_shape(part) for part in node]
     if isinstance(node, ast.AST):

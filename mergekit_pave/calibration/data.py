@@ -1,4 +1,4 @@
-"""Calibration samples: from the `data` entry of a model to what its tokenizer takes."""
+"""Calibration samples: from the `data` entry of a model to the inputs of its tokenizer."""
 
 from __future__ import annotations
 
@@ -21,10 +21,13 @@ from mergekit_pave.settings import Calibration, Data
 
 @dataclass(frozen=True)
 class Sample:
-    """One row: a text, a pair of texts, the messages of a chat, an image, an image with a text, or why it is none of these.
+    """One row: a text, a pair of texts, the messages of a chat, an image, or an image with a text.
 
-    `origin` says where it comes from, for messages; `target` is the answer to a text or a chat, for an encoder-decoder model;
-    `blank` that there is nothing in the row.
+    Attributes:
+        origin: the row and its data set, for messages.
+        target: the answer to the text or the chat, for an encoder-decoder model.
+        problem: why the row is none of these.
+        blank: the row is empty.
     """
 
     origin: str
@@ -39,7 +42,7 @@ class Sample:
 
     @property
     def content(self) -> int:
-        """A hash that samples with the same content share, wherever they come from."""
+        """A hash of the content, whichever row it comes from."""
         shown = (self.text, self.text_pair, self.target, self.messages, self.tools)
         return hash((json.dumps(shown, default=str), self.image and self.image.tobytes()))
 
@@ -47,36 +50,36 @@ class Sample:
 def load_samples(sources: list[Data], calibration: Calibration, model: str) -> list[Sample]:
     """Read the data sets of a model and pick samples from them, evenly.
 
-    All rows are taken when there are no more than `calibration.samples`, otherwise as many by a seeded shuffle. A data
-    set too small for an even share gives all of its rows, and the rest comes from the others. Others take the place of blank
-    rows, which are returned, too; for these no more than twice as many rows are looked at, or a few dozen.
+    If there are no more than `calibration.samples` rows, all are taken, otherwise as many by a seeded shuffle. If a data set is
+    too small for an even share, all of its rows are taken, and the rest comes from the other data sets. Further rows take the
+    place of blank rows, which are returned, too. For that, at most twice as many rows are read, or a few dozen.
 
     Args:
-        sources: which data sets, and which of their columns.
-        calibration: settings, every one of them set.
+        sources: the data sets and their columns.
+        calibration: settings, all of which are set.
         model: the model's name, for messages.
 
     Raises:
         PaveError: a data set cannot be loaded, has no rows or lacks a column that is asked for.
     """
     loaded = [_Rows(data, calibration, model) for data in sources]
-    sizes, short = [len(rows) for rows in loaded], True
-    while short:
-        shares = share_evenly(sizes, calibration.samples)
-        found = [rows.draw(share) for rows, share in zip(loaded, shares)]
-        short = any(had < share for had, share in zip(found, shares))
-        sizes = [had if had < share else size for had, share, size in zip(found, shares, sizes)]
+    available, is_short = [len(rows) for rows in loaded], True
+    while is_short:
+        shares = share_evenly(available, calibration.samples)
+        drawn = [rows.draw(share) for rows, share in zip(loaded, shares)]
+        is_short = any(count < share for count, share in zip(drawn, shares))
+        available = [count if count < share else most for count, share, most in zip(drawn, shares, available)]
     samples = [sample for rows in loaded for sample in rows.drawn()]
     if len({sample.text is None and sample.messages is None for sample in samples if sample.problem is None}) > 1:
         raise PaveError(f"pave.models[{model}].data: a model cannot be calibrated with both texts and images without a text")
     return samples
 
 
-def share_evenly(sizes: list[int], budget: int) -> list[int]:
-    """Share a budget among parts, none more than its size: what small parts leave goes to the larger ones."""
-    shares = [0] * len(sizes)
-    for remaining, i in zip(range(len(sizes), 0, -1), sorted(range(len(sizes)), key=sizes.__getitem__)):
-        shares[i] = min(sizes[i], -(-budget // remaining))
+def share_evenly(limits: list[int], budget: int) -> list[int]:
+    """Share a budget evenly, but nobody gets more than a limit of its own: what is left goes to those with larger limits."""
+    shares = [0] * len(limits)
+    for remaining, i in zip(range(len(limits), 0, -1), sorted(range(len(limits)), key=limits.__getitem__)):
+        shares[i] = min(limits[i], -(-budget // remaining))
         budget -= shares[i]
     return shares
 
@@ -87,7 +90,7 @@ class _Rows:
     def __init__(self, data: Data, calibration: Calibration, model: str):
         where = f"pave.models[{model}].data"
         rows = load_rows(data, f"{where}.path")
-        # Of a text file a blank line is no row.
+        # A blank line of a text file is not a row.
         lines = rows.info.builder_name == "text" and "text" in (rows.column_names or ["text"])
         ahead: Iterator[dict[str, Any]] = iter(())
         if isinstance(rows, datasets.IterableDataset):
@@ -95,22 +98,22 @@ class _Rows:
             ahead = (row for row in shuffled if not lines or row["text"].strip())
             rows = list(islice(ahead, calibration.samples))
         self._rows: datasets.Dataset | list[dict[str, Any]] = rows
-        places = _written_lines(rows) if lines and isinstance(rows, datasets.Dataset) else np.arange(len(rows))
-        if not len(places):
+        numbers = _lines_with_text(rows) if lines and isinstance(rows, datasets.Dataset) else np.arange(len(rows))
+        if not len(numbers):
             raise PaveError(f"{where}: {data.path} (split {data.split!r}) has no rows")
         columns = list(rows[0]) if isinstance(rows, list) else rows.column_names
         self._read = _Reader(data, columns, where)
         if isinstance(rows, list):
             self._follow(ahead, calibration.samples)
-            places = np.arange(len(rows))
-        self._order = np.random.default_rng(calibration.seed).permutation(places).tolist()
+            numbers = np.arange(len(rows))
+        self._order = np.random.default_rng(calibration.seed).permutation(numbers).tolist()
         self._drawn: dict[int, Sample] = {}
 
     def __len__(self) -> int:
         return len(self._order)
 
     def draw(self, count: int) -> int:
-        """Draw on until `count` rows are not blank, or twice as many are drawn, or all. Returns how many are not blank."""
+        """Draw further rows until `count` are not blank, or `_most` or all rows are drawn. Returns how many are not blank."""
         while missing := max(0, count - sum(not sample.blank for sample in self._drawn.values())):
             so_far = len(self._drawn)
             chosen = sorted(self._order[so_far : min(so_far + missing, _most(count))])
@@ -121,11 +124,11 @@ class _Rows:
         return count - missing
 
     def drawn(self) -> list[Sample]:
-        """All that were drawn, blank ones too, in the order of the data set."""
+        """All rows that were drawn, also blank ones, in the order of the data set."""
         return [self._drawn[i] for i in sorted(self._drawn)]
 
     def _follow(self, ahead: Iterator[dict[str, Any]], count: int) -> None:
-        """Read on in a stream, in the place of its blank rows."""
+        """Read further rows of a stream, in the place of its blank rows."""
         more = self._rows
         while (blank := sum(self._read(0, row).blank for row in more)) and len(self._rows) < _most(count):
             more = list(islice(ahead, min(blank, _most(count) - len(self._rows))))
@@ -133,22 +136,22 @@ class _Rows:
 
 
 def _most(count: int) -> int:
-    """How many rows are looked at where so many are wanted and some are blank."""
+    """The most rows that are read to get so many that are not blank."""
     return max(2 * count, 32)
 
 
-def _written_lines(rows: datasets.Dataset) -> np.ndarray:
-    """Which lines of a text are not blank."""
+def _lines_with_text(rows: datasets.Dataset) -> np.ndarray:
+    """The numbers of the lines of a text file that are not blank."""
     column = rows.with_format("arrow")[:]["text"]
     return np.flatnonzero(pyarrow.compute.not_equal(pyarrow.compute.utf8_trim_whitespace(column), "").to_numpy())
 
 
 class _Blank(Exception):
-    """There is nothing in a row."""
+    """A row is empty."""
 
 
 class _Reader:
-    """How a row becomes a sample."""
+    """Makes samples of rows."""
 
     def __init__(self, data: Data, columns: list[str], where: str):
         self._path, self._messages, self._image, text = data.path, data.messages, data.image, data.text
@@ -175,8 +178,8 @@ class _Reader:
         self._text, self._pair = template("text", text), template("text_pair", data.text_pair)
         self._target = template("target", data.target)
 
-    def __call__(self, place: int, row: dict[str, Any]) -> Sample:
-        origin = f"row {place} of {self._path}"
+    def __call__(self, number: int, row: dict[str, Any]) -> Sample:
+        origin = f"row {number} of {self._path}"
         try:
             return Sample(origin, **self._parts(row))
         except _Blank as blank:
@@ -185,44 +188,44 @@ class _Reader:
             return Sample(origin, problem=str(error))
 
     def _parts(self, row: dict[str, Any]) -> dict[str, Any]:
-        """What a sample is made of, by name.
+        """The parts of a sample, by name.
 
         Raises:
-            _Blank: there is nothing in the row.
-            ValueError: it cannot be used.
+            _Blank: the row is empty.
+            ValueError: the row cannot be used.
         """
         parts = {}
         if self._target:
-            parts["target"] = _written(self._target.fill(row), "with an empty target")
+            parts["target"] = _required(self._target.fill(row), "with an empty target")
         if self._messages is not None:
             chat = read_chat(row[self._messages])
-            return parts | {"messages": _written(says_something(chat) and chat), "tools": read_tools(row.get("tools"))}
+            return parts | {"messages": _required(says_something(chat) and chat), "tools": read_tools(row.get("tools"))}
         if self._turns:
-            return parts | _written(_prompted([row[column] for column in self._turns])) | {"tools": read_tools(row.get("tools"))}
+            return parts | _required(_prompted([row[column] for column in self._turns])) | {"tools": read_tools(row.get("tools"))}
         if self._image is not None:
             if self._text:
-                parts["text"] = _written(self._text.fill(row))
-            return parts | {"image": _picture(_written(row[self._image]), self._image)}
+                parts["text"] = _required(self._text.fill(row))
+            return parts | {"image": _picture(_required(row[self._image]), self._image)}
         parts["text"] = self._text.fill(row)
         if self._pair:
             parts["text_pair"] = self._pair.fill(row)
-        _written(parts["text"] or parts.get("text_pair"))
+        _required(parts["text"] or parts.get("text_pair"))
         return parts
 
 
-def _written(part: Any, otherwise: str = "empty") -> Any:
+def _required(part: Any, otherwise: str = "empty") -> Any:
     if not part:
         raise _Blank(otherwise)
     return part
 
 
 def _prompted(cells: list[Any]) -> dict[str, Any]:
-    """A prompt and what completes it: texts make one text, lists of turns one chat."""
+    """A prompt and its completion: texts make one text, lists of turns make one chat."""
     if all(cell is None or isinstance(cell, str) for cell in cells):
         text = "".join(cell or "" for cell in cells)
         return {"text": text} if text.strip() else {}
     if any(isinstance(cell, str) for cell in cells):
-        raise ValueError("(of prompt and completion one is a text, the other is none)")
+        raise ValueError("(of prompt and completion one is a text, the other is not)")
     chat = [turn for cell in cells for turn in read_chat(cell)]
     return {"messages": chat} if says_something(chat) else {}
 

@@ -1,7 +1,7 @@
-"""Calibration over several processes: each takes a share of the batches, and the sums are added up.
+"""Calibration over several processes: each runs a share of the batches, and then their sums are added up.
 
-Second moments are sums, so the result is that of one process up to the order of addition. Processes are started by
-`accelerate launch` or `torchrun`, which tell each of them its place in the environment.
+Second moments are sums, so the result is that of one process, up to the order of addition. `accelerate launch` or `torchrun`
+starts the processes, and numbers them in environment variables.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ T = TypeVar("T")
 
 
 def start() -> None:
-    """Join the other processes, where there are any."""
+    """Join the other processes, if there are any."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        # Sums travel through main memory: they are on their way to the disk anyway.
-        # The others wait while one merges adapters or fetches models, which takes as long as it takes.
+        # Sums travel through main memory, as they are written to the disk next.
+        # The timeout is long because the others wait while one process merges adapters or downloads models.
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
 
 
@@ -37,17 +37,17 @@ def stop() -> None:
 
 
 def rank() -> int:
-    """This process's number; 0 writes the cache."""
+    """The number of this process. Process 0 writes the cache."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes there are."""
+    """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def local_device(device: str) -> str:
-    """The device of this process: with several on one machine, each takes an accelerator of its own, whatever its type."""
+    """The device of this process. Of several processes on one machine, each takes an accelerator of its own, of any type."""
     kind = torch.device(device)
     if world_size() == 1 or kind.type == "cpu" or kind.index is not None:
         return device
@@ -64,9 +64,9 @@ def agree(value: bool) -> bool:
 
 
 def first_alone(work: Callable[[], T]) -> T:
-    """Do a piece of work in process 0, and then in the others, which find what it has left on the disk.
+    """Do a piece of work in process 0, and then in the others, which find its results on the disk.
 
-    Where it fails in process 0, that one says why, and the others just end.
+    If it fails in process 0, that process reports why, and the others just end.
     """
     result, done = None, False
     if rank() == 0:
@@ -81,7 +81,7 @@ def first_alone(work: Callable[[], T]) -> T:
 
 
 def together(work: Callable[[], T]) -> T:
-    """Do a piece of work in every process; where it fails in one, it fails in all, so that none waits for another in vain."""
+    """Do a piece of work in every process. If it fails in one, it fails in all, so that no process waits for a dead one."""
     if world_size() == 1:
         return work()
     result, failure = None, None
@@ -107,7 +107,7 @@ def lowest(value: int) -> int:
 
 
 def share(encoded: list[Encoded], batch_size: int) -> list[Batch]:
-    """This process's batches: every so many-th, so that long and short ones are spread evenly.
+    """The batches of this process. Long and short ones are spread evenly over the processes.
 
     Raises:
         PaveError: there are more processes than samples.
@@ -119,7 +119,7 @@ def share(encoded: list[Encoded], batch_size: int) -> list[Batch]:
 
 
 def add_up(measurements: list[Measurement]) -> list[Measurement]:
-    """The covariances of all processes' rows, in process 0; what the others get is of no use.
+    """The covariances of the rows of all processes, in process 0. The result in the other processes is of no use.
 
     Args:
         measurements: those of this process. Another process may have seen other layers, such as an expert that no token of
@@ -136,7 +136,7 @@ def add_up(measurements: list[Measurement]) -> list[Measurement]:
     for layers, dim in dims.items():
         part = covariances.get(layers, Covariance(0, rows=torch.zeros(0, dim))).to(torch.device("cpu"))
         if any(of_process.get(layers, (dim, False))[1] for of_process in forms):
-            # Where one process has a sum already, the rows of the others are summed, too.
+            # If one process has summed its rows, those of the others are summed, too.
             gram = part.unscaled()
             tokens = torch.tensor(part.tokens)
             dist.reduce(gram, dst=0)

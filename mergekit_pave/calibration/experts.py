@@ -1,8 +1,8 @@
-"""The experts of a mixture: one 3-D parameter holds a matrix for each, and each sees only the tokens routed to it.
+"""The experts of a mixture: one 3-D parameter holds a matrix for each, and each sees only the tokens that are routed to it.
 
-transformers marks every such module with its decorator `use_experts_implementation`, and any of the implementations that
-this chooses from has to compute what `run_experts` computes. The marks say how the weights are laid out, so nothing
-here depends on the architecture.
+transformers marks every such module with its decorator `use_experts_implementation`. All implementations that this decorator
+chooses from have to compute what `run_experts` computes. The marks give the layout of the weights, so nothing here depends on
+the architecture.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def find_experts(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def projections(experts: nn.Module) -> tuple[str, str]:
-    """The names of the parameters that each token meets, in this order; each (E, d_out, d_in), or (E, d_in, d_out)."""
+    """The names of the parameters that multiply each token, in this order; each (E, d_out, d_in), or (E, d_in, d_out)."""
     return ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj")
 
 
@@ -48,12 +48,12 @@ def run_experts(
         hidden: (tokens, width).
         top_k_index: (tokens, k), the experts that each token is routed to.
         top_k_weights: (tokens, k).
-        see: is told of a projection's name, the expert, its input rows (n, d_in), and which tokens these are (n,).
+        see: is called with a projection's name, the expert, its input rows (n, d_in), and the numbers of their tokens (n,).
     """
     first, last = projections(experts)
     result = torch.zeros_like(hidden)
     for expert in range(getattr(experts, first).shape[0]):
-        tokens, places = torch.where(top_k_index == expert)
+        tokens, choices = torch.where(top_k_index == expert)  # the expert is one of the k choices of these tokens
         if not len(tokens):
             continue
         rows = hidden[tokens]
@@ -64,7 +64,7 @@ def run_experts(
         rows = _project(experts, last, expert, rows)
         if getattr(experts, "has_post_expert_norm", False):
             rows = experts.post_expert_norm(rows)
-        rows = rows * top_k_weights[tokens, places, None]
+        rows = rows * top_k_weights[tokens, choices, None]
         result.index_add_(0, tokens, rows.to(result.dtype))
     return result
 
@@ -76,9 +76,10 @@ def _project(experts: nn.Module, name: str, expert: int, rows: Tensor) -> Tensor
 
 
 def find_routers(model: nn.Module, experts: dict[str, nn.Module]) -> set[str]:
-    """The names of the weights that choose among experts: beside them, and the only matrix of their module, a row an expert.
+    """The names of the weights that choose among experts.
 
-    A shared expert may have as many rows, but it has several matrices.
+    Such a weight is the only matrix of a module beside the experts, and has one row for each. A shared expert may have as many
+    rows, but it has several matrices.
     """
     routers = set()
     for path, module in experts.items():
@@ -93,11 +94,11 @@ def find_routers(model: nn.Module, experts: dict[str, nn.Module]) -> set[str]:
 
 @dataclass(frozen=True)
 class Part:
-    """What a tensor of a checkpoint that stores each expert by itself is of transformers' parameter of all experts.
+    """Where transformers puts a tensor of one expert in its parameter of all experts.
 
     Attributes:
-        parameter: its name.
-        expert: which expert.
+        parameter: the name of the parameter.
+        expert: the number of the expert.
         parts: how many such tensors make up the expert's matrix, joined along `dim` of the parameter.
     """
 
@@ -108,7 +109,7 @@ class Part:
 
 
 def part_of_experts(conversions: list[WeightTransform], name: str) -> Part | None:
-    """Where transformers would put a tensor of this name, if it stacks such tensors and does nothing else to them."""
+    """The place of a tensor of this name, if transformers stacks such tensors and does nothing else to them."""
     renamings = [transform for transform in conversions if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in conversions if isinstance(transform, WeightConverter)]
     renamed = apply_renamings(name, renamings)

@@ -1,4 +1,4 @@
-"""Batches from what a user's own code gives a model."""
+"""Batches from the inputs that a user's own code gives to a model."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def as_batch(model: transformers.PreTrainedModel, inputs: Tensors) -> Batch:
     counted = [_mask(inputs, "")]
     if "decoder_input_ids" in inspect.signature(backbone(model).forward).parameters:
         if "decoder_input_ids" not in inputs:
-            raise ValueError("a batch for an encoder-decoder model must have decoder_input_ids, what its decoder is shown")
+            raise ValueError("a batch for an encoder-decoder model must have decoder_input_ids, the input of its decoder")
         mask = _mask(inputs, "decoder_")
-        if mask.shape == counted[0].shape:  # a layer's input has to show which of the two it belongs to
+        if mask.shape == counted[0].shape:  # the two must differ in length: see `make_batches`
             mask = nn.functional.pad(mask, (0, 1))
             inputs["decoder_input_ids"] = nn.functional.pad(inputs["decoder_input_ids"], (0, 1))
             inputs["decoder_attention_mask"] = mask.long()
@@ -47,7 +47,7 @@ def as_batch(model: transformers.PreTrainedModel, inputs: Tensors) -> Batch:
 
 
 def _mask(inputs: Tensors, side: str) -> Tensor:
-    """Which of the tokens are no padding, bool (samples, length)."""
+    """Which tokens are not padding, bool (samples, length)."""
     tokens, mask = inputs[f"{side}input_ids"], inputs.get(f"{side}attention_mask")
     if mask is None and len(tokens) > 1:
         raise ValueError(f"a batch of several samples must have {side}attention_mask: padding must not count")

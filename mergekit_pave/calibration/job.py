@@ -1,4 +1,4 @@
-"""What one model's calibration needs, and the key of what it makes."""
+"""The inputs of one model's calibration, and the key of its result."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from mergekit_pave.calibration.models import inference_dtype
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that one model's calibration needs.
+    """The inputs of one model's calibration.
 
     Attributes:
         name: the model's name, for messages.
-        folder: where its checkpoint lies.
+        folder: of its checkpoint.
         config: its configuration.
         architecture: its linear layers, all of which are watched.
         encoded: its tokenised samples.
         batch_size: samples in one forward pass.
-        about: what the manifest says about the data, JSON-serialisable.
+        about: the part of the manifest that describes model and data, JSON-serialisable.
     """
 
     name: str
@@ -38,17 +38,17 @@ class Job:
 
     @property
     def layers(self) -> list[str]:
-        """The modules to watch; experts are not among them."""
+        """The modules to watch, without experts."""
         return [linear.module for linear in self.architecture.linears.values() if not linear.experts]
 
     def estimate(self, device: str) -> Estimate:
-        """What the calibration will cost on a device."""
+        """The cost of the calibration on a device."""
         return estimate(self.architecture, self.encoded, self.batch_size, inference_dtype(self.config, device).itemsize)
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and how calibration runs: mergekit's options of these names."""
+    """Where and how calibration runs. These are options of mergekit."""
 
     device: str
     trust_remote_code: bool
@@ -56,9 +56,9 @@ class Runtime:
 
 
 def covariance_key(model: str, encoded: list[Encoded]) -> str:
-    """Key of the covariances: the model with all that it computes, and exactly the tokens that the model sees and that count.
+    """Key of the covariances: the model, with what it computes, and exactly the tokens that it sees and that count.
 
-    The tokens stand for the data set, its columns, the tokenizer, the chat template, the seed and all limits at once.
+    The tokens stand for the data set, its columns, the tokenizer, the chat template, the seed and all limits.
     """
     parts: list[Any] = []
     for sample in encoded:

@@ -45,14 +45,14 @@ def find_linears(model: nn.Module) -> tuple[dict[str, Linear], frozenset[str], f
         for name, layer in layers.items():
             others = tuple(other.module for other in layers.values() if other is not layer)
             linears[name] = replace(layer, shared=others)
-        if len(layers) < len(names):  # what an embedding or a head does with the weight is not measured
+        if len(layers) < len(names):  # an embedding or a head uses the weight, too, and its inputs are not measured
             heads.update(layers)
             linears = {name: layer for name, layer in linears.items() if name not in layers}
     return linears, frozenset(heads), frozenset(routers)
 
 
 def _shared_parameters(model: nn.Module) -> list[list[str]]:
-    """The names of each parameter that several modules have. (One module may go by several names, too.)"""
+    """The names of each parameter that several modules share. (One module may have several names, too.)"""
     names: dict[int, list[str]] = {}
     for path, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
@@ -61,5 +61,5 @@ def _shared_parameters(model: nn.Module) -> list[list[str]]:
 
 
 def backbone_prefix(model: nn.Module) -> str:
-    """What the names of the backbone's parts begin with in the whole model."""
+    """The start of the names of the backbone's parts in the whole model."""
     return "" if backbone(model) is model else f"{model.base_model_prefix}."

@@ -1,12 +1,14 @@
 """All batches through a model block by block, so that each block's weights are in memory once and briefly.
 
-Every batch runs the model's ordinary `forward` in a greenlet of its own. A hook on each block (the children of the
-model's outermost `ModuleList`s) hands control back before the block runs. When every batch waits before a
-block, the block is loaded, each batch runs through it, and the block is let go. Nothing needs to be known about the
-architecture, and what a batch computes is what it would compute alone.
+1. Every batch runs the model's ordinary `forward` in a greenlet of its own, and stops before its first block. Blocks are the
+   children of the model's outermost `ModuleList`s. A hook before each block switches back to the scheduler.
+2. When all batches have stopped, the first block that one of them waits for is loaded. Each of these batches runs through it and
+   stops before its next block.
+3. The block is released, and the caller takes its covariances. Steps 2 and 3 repeat until no batch waits.
 
-Memory: one block's weights and covariances, and the hidden states of all samples, whatever the depth. Attention masks, which the
-suspended passes keep as well, are packed.
+Nothing here depends on the architecture, and a batch computes what it would compute alone. In memory are one block's weights and
+covariances, and the hidden states of all samples, whatever the depth. The suspended passes keep attention masks, too, in packed
+form.
 """
 
 from __future__ import annotations
@@ -23,22 +25,22 @@ from mergekit_pave.calibration.masks import pack, packed_masks
 from mergekit_pave.calibration.models import find_blocks
 from mergekit_pave.calibration.weights import StreamedModel
 
-Waiting = list[tuple[greenlet, Batch, nn.Module]]  # each batch, and the block that it waits before
+Waiting = list[tuple[greenlet, Batch, nn.Module]]  # each batch, and the block that it waits for
 
 
 def run_in_lockstep(
     streamed: StreamedModel, batches: list[Batch], run: Callable[[Batch], None], begin: Callable[[Batch], None]
 ) -> Iterator[str | None]:
-    """Run all batches, and yield each block's path when the last of them has left it; None before the first block.
+    """Run all batches, and yield each block's path when all batches have left it; None before the first block.
 
     Args:
-        streamed: the model, nothing of it loaded.
+        streamed: the model, with no weight loaded.
         batches: at least one.
         run: runs the model on a batch.
-        begin: is told of a batch whenever it starts or goes on.
+        begin: is called with a batch whenever it starts or continues.
 
     Raises:
-        UnknownWeightError: the model needs a weight that cannot be found, or where we do not see it.
+        UnknownWeightError: the model needs a weight that cannot be found, or uses one that is not loaded.
     """
     scheduler = getcurrent()
 
@@ -49,9 +51,9 @@ def run_in_lockstep(
         if getcurrent() is not scheduler:
             scheduler.switch(module)
 
-    # Outside the blocks weights come one module at a time: embeddings before the first block, norms after the last.
-    within = {module for block in blocks for module in block.modules()}
-    outside = [module for module in streamed.model.modules() if module._parameters and module not in within]
+    # Modules outside the blocks load their weights when they run: embeddings before the first block, norms after the last.
+    in_blocks = {module for block in blocks for module in block.modules()}
+    outside = [module for module in streamed.model.modules() if module._parameters and module not in in_blocks]
     handles = [block.register_forward_pre_hook(pause, prepend=True) for block in blocks]
     handles += [block.register_forward_hook(lambda m, args, output: pack(output)) for block in blocks]
     for module in outside:
@@ -68,7 +70,7 @@ def run_in_lockstep(
         return waiting
 
     def through(current: nn.Module, waiting: Waiting) -> Waiting:
-        later = []
+        still_waiting = []
         if any(block is current for _, _, block in waiting):
             streamed.load(current)
         for runner, batch, block in waiting:
@@ -76,19 +78,19 @@ def run_in_lockstep(
                 begin(batch)
                 block = runner.switch()
             if block is not None:
-                later.append((runner, batch, block))
+                still_waiting.append((runner, batch, block))
         streamed.release()
-        return later
+        return still_waiting
 
     masks = contextlib.ExitStack()
     masks.enter_context(packed_masks())
     try:
         waiting = distributed.together(start)
         yield None
-        # Where batches differ in the blocks that they call (not each has an image), those that lag behind come first, and
-        # where processes differ they still go through all blocks side by side.
-        while (place := distributed.lowest(min((order[block] for _, _, block in waiting), default=len(order)))) < len(order):
-            current = list(blocks)[place]
+        # Batches may call different blocks, as not each has an image: those that are furthest behind come first. Processes may
+        # differ in the same way, but all of them go through all blocks side by side.
+        while (number := distributed.lowest(min((order[block] for _, _, block in waiting), default=len(order)))) < len(order):
+            current = list(blocks)[number]
             waiting = distributed.together(lambda: through(current, waiting))  # noqa: B023
             yield blocks[current]
     finally:

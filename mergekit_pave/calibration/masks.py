@@ -1,8 +1,8 @@
 """Attention masks that take little memory while a batch waits between two blocks.
 
-A mask has a number for each pair of tokens, and a suspended forward pass keeps it: for long samples that is more than all of
-its hidden states. Along its rows such a mask changes a few times at most, as do the biases of T5 by distance. So its runs
-are kept, and it is made anew, bit for bit, by whatever computes with it.
+A mask has a number for each pair of tokens, and a suspended forward pass keeps it. For long samples this is more than all of the
+hidden states. Along a row a mask changes a few times at most, and so do T5's biases by distance. So only runs of equal numbers
+are kept. Each function that computes with the mask gets it in full, the same bit for bit.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-_SMALL = 1 << 14  # numbers for a head and a sample: shorter samples' masks are no burden
+_SMALL = 1 << 14  # numbers of one head and one sample: smaller masks are not worth packing
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ABOUT = {Tensor.dim, Tensor.size, Tensor.numel, Tensor.is_floating_point} | {
     getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_meta")
@@ -25,14 +25,14 @@ _ABOUT = {Tensor.dim, Tensor.size, Tensor.numel, Tensor.is_floating_point} | {
 
 
 class PackedMask(Tensor):
-    """A tensor (samples, heads, queries, keys) kept as runs of equal numbers. Any function is given the tensor itself."""
+    """A tensor (samples, heads, queries, keys) that is kept as runs of equal numbers. Functions get the tensor in full."""
 
-    _runs: list[tuple[Tensor, Tensor]]  # of each head of each sample, in main memory: the numbers as bits, how often each stands
+    _runs: list[tuple[Tensor, Tensor]]  # for each head of each sample, in main memory: the numbers as bits, and their counts
     _changed: Tensor | None
 
     @staticmethod
     def of(mask: Tensor) -> Tensor:
-        """The mask packed, or as it is where that would save little."""
+        """The mask packed, or as it is if packing would save little."""
         if isinstance(mask, PackedMask) or mask.dim() != 4 or mask.shape[-1] * mask.shape[-2] < _SMALL:
             return mask
         runs = []
@@ -50,14 +50,14 @@ class PackedMask(Tensor):
         return packed
 
     def full(self) -> Tensor:
-        """The tensor itself."""
+        """The tensor in full."""
         if self._changed is not None:
             return self._changed
         with torch._C.DisableTorchFunctionSubclass():
             shape, dtype, device = self.shape, self.dtype, self.device
         full = torch.empty(shape, dtype=dtype, device=device)
         for head, (bits, lengths) in zip(full.flatten(0, 1), self._runs):
-            # NumPy does this fifty times faster.
+            # NumPy does this fifty times as fast as torch.
             repeated = torch.from_numpy(np.repeat(bits.numpy(), lengths.numpy()))
             head.copy_(repeated.view(dtype).view(shape[2:]))
         return full
@@ -73,24 +73,24 @@ class PackedMask(Tensor):
         args, kwargs = tree_map_only(cls, lambda packed: full[id(packed)][1], (args, kwargs))
         result = func(*args, **kwargs)
         for key, (packed, tensor) in full.items():
-            if tensor._version != versions[key]:  # it has been written to
+            if tensor._version != versions[key]:  # the function has written to it
                 packed._changed = tensor
         return result
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        """What is called below the functions that people see."""
+        """For operations that reach the tensor below the level of `__torch_function__`."""
         return func(*tree_map_only(cls, cls.full, args), **tree_map_only(cls, cls.full, kwargs or {}))
 
 
 def pack(values: Any) -> Any:
-    """What a block gives, with the masks among it packed."""
+    """The outputs of a block, with the masks among them packed."""
     return tree_map_only(Tensor, PackedMask.of, values)
 
 
 @contextlib.contextmanager
 def packed_masks() -> Iterator[None]:
-    """Have transformers make packed masks while the context lasts."""
+    """Within this context transformers makes packed masks."""
 
     def packing(make: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args, **kwargs: pack(make(*args, **kwargs))

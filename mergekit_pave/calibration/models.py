@@ -1,4 +1,4 @@
-"""transformers' models: made without weights, loaded whole, and taken apart into backbone and blocks."""
+"""transformers' models: made without weights, loaded whole, and divided into backbone and blocks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def model_class(config: transformers.PretrainedConfig, path: str, trust_remote_c
     """The model's own architecture class.
 
     Args:
-        path: the model's folder or its name on the Hub, where remote code is.
+        path: the model's folder or its name on the Hub, which may have remote code.
 
     Raises:
         PaveError: transformers does not have it, and remote code is absent, not trusted or cannot be loaded.
@@ -48,7 +48,7 @@ def model_class(config: transformers.PretrainedConfig, path: str, trust_remote_c
 
 
 def empty_model(cls: Any, config: transformers.PretrainedConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A model with its buffers but without its parameters, which are on the meta device."""
+    """A model with real buffers, and with its parameters on the meta device."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     hook = register_module_parameter_registration_hook(_on_meta)
@@ -68,10 +68,10 @@ def _on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn
 
 
 class _LargeOnMeta(TorchFunctionMode):
-    """Makes what is too large for a buffer on the meta device at once.
+    """Makes tensors that are too large for buffers on the meta device from the start.
 
-    Parameters get there only after they were made. That costs nothing while nobody writes to them, but a system need not even
-    promise the memory for all experts of a layer of a large mixture.
+    Other parameters are made with real memory and moved. This costs nothing, as nobody writes to that memory. But a system may
+    refuse the memory for all experts of a layer of a large mixture.
     """
 
     LIMIT = 1 << 30  # bytes
@@ -88,12 +88,12 @@ class _LargeOnMeta(TorchFunctionMode):
 def backbone(model: transformers.PreTrainedModel) -> nn.Module:
     """The model without its heads."""
     base = model.base_model
-    # What DINOv3 declares as such is its encoder, which cannot be run on images.
+    # DINOv3 declares its encoder as the base model, which cannot be run on images.
     return base if model.main_input_name in inspect.signature(base.forward).parameters else model
 
 
 def renaming(model: nn.Module) -> Callable[[str], str]:
-    """What transformers calls a checkpoint's tensors once they are loaded: it has moved modules of some models since."""
+    """Gives the name in transformers of a tensor of a checkpoint. They differ where transformers has moved modules since."""
     renamings = [change for change in get_model_conversion_mapping(model) if isinstance(change, WeightRenaming)]
 
     @functools.cache
@@ -119,12 +119,12 @@ def find_blocks(model: nn.Module) -> dict[nn.Module, str]:
 def inference_dtype(config: transformers.PretrainedConfig, device: str) -> torch.dtype:
     """The precision to run a model in: its own, but float32 on a CPU, which is both faster there and more exact.
 
-    Elsewhere bfloat16 stands for float16, whose range ends at 65504: models that were trained in bfloat16 exceed it.
+    On other devices bfloat16 replaces float16, whose range ends at 65504. Models that were trained in bfloat16 exceed it.
     """
-    own = getattr(config, "dtype", None)
-    if torch.device(device).type == "cpu" or own is None:
+    stored = getattr(config, "dtype", None)
+    if torch.device(device).type == "cpu" or stored is None:
         return torch.float32
-    return torch.bfloat16 if own == torch.float16 else own
+    return torch.bfloat16 if stored == torch.float16 else stored
 
 
 def load_model(cls: Any, config: transformers.PretrainedConfig, folder: str, device: str) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Watching the inputs of linear layers, and of experts, during a forward pass."""
+"""Covariances of the inputs of linear layers, and of experts, during a forward pass."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from mergekit_pave.errors import PaveError
 
 @dataclass
 class _Group:
-    """Layers that are called with one and the same tensor, measured once."""
+    """Layers that are called with the same tensor, which is measured once."""
 
     moment: SecondMoment
-    members: list[str]
+    layers: list[str]
     calls: Counter[str] = field(default_factory=Counter)
 
     def check(self) -> None:
         """
         Raises:
-            DivergedError: a layer has missed one of the inputs that it is thought to share.
+            DivergedError: a layer was not called with one of the inputs of this group.
         """
-        if missing := [layer for layer in self.members if self.calls[layer] != self.calls[self.members[0]]]:
+        if missing := [layer for layer in self.layers if self.calls[layer] != self.calls[self.layers[0]]]:
             raise DivergedError(missing[0])
 
 
@@ -40,9 +40,10 @@ class _Failure:
     """A layer's input that was not finite.
 
     Attributes:
-        batch: the last one that it was so in.
-        rows: samples that it was so for, or might have been where that is not exactly known.
-        spares: some sample was without it.
+        batch: the last batch with such an input.
+        rows: samples for which it was, or may have been, not finite.
+        exact: all of `rows` are known to be such samples.
+        some_are_finite: for some sample it was finite.
     """
 
     layer: str
@@ -50,7 +51,7 @@ class _Failure:
     batch: Batch | None = None
     rows: list[str] = field(default_factory=list)
     exact: bool = True
-    spares: bool = False
+    some_are_finite: bool = False
 
 
 class ReenteredError(Exception):
@@ -58,7 +59,11 @@ class ReenteredError(Exception):
 
 
 class DivergedError(Exception):
-    """A layer shared its input with others on its first call, but not always. Its `role` is the last part of its name."""
+    """A layer shared its input with others on its first call, but not on a later one.
+
+    Attributes:
+        role: the last part of the layer's name.
+    """
 
     def __init__(self, layer: str):
         super().__init__(layer)
@@ -70,21 +75,21 @@ def _role(layer: str) -> str:
 
 
 class UnalignedInputError(Exception):
-    """The rows of a layer's input are not the tokens of the batch, so padding among them cannot be told."""
+    """The rows of a layer's input are not the tokens of the batch, so padding among them cannot be recognised."""
 
 
 class Observer:
-    """Accumulates the second moment of the input of every layer it watches.
+    """Accumulates the second moment of the input of every layer that it watches.
 
-    Layers that see the same tensor (query, key and value; gate and up) are found on their first call and share one
-    accumulation from then on. An expert sees only the tokens that are routed to it, and has an accumulation of its own for
-    each projection, named by the parameter's path and the expert's number.
+    Layers with the same input tensor (query, key and value; gate and up) are recognised on their first call. From then on they
+    share one second moment. An expert sees only the tokens that are routed to it. It has a second moment of its own for each
+    projection, named by the parameter's path and the expert's number.
 
     Args:
-        layers: paths of the modules to watch, beside all experts.
+        layers: paths of the modules to watch, in addition to all experts.
         name: the model's name, for messages.
-        apart: roles of layers that are not to share an accumulation.
-        unpadded: batches have one sample each, so that every row of an input that is not aligned with tokens counts.
+        apart: roles of layers that must not share a second moment.
+        unpadded: batches have one sample each, so that all rows of an input that is not aligned with tokens count.
     """
 
     def __init__(self, model: nn.Module, layers: list[str], name: str, apart: frozenset[str], unpadded: bool):
@@ -104,7 +109,7 @@ class Observer:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[Callable[[Batch], None]]:
-        """Watch while the context lasts, however it ends. Yields what is to be told of each batch before it runs."""
+        """Watch within this context. Yields a function that has to be called with each batch before it runs."""
         modules = dict(self._model.named_modules())
         handles = [
             modules[layer].register_forward_pre_hook(
@@ -116,8 +121,8 @@ class Observer:
         for module in modules.values():
             if isinstance(module, nn.Embedding) and module.num_embeddings == vocabulary:
                 handles.append(module.register_forward_pre_hook(self._see_tokens))
-        # Of a model on several devices a module's `forward` has been replaced before.
-        own = {experts: vars(experts).get("forward") for experts in self._experts.values()}
+        # In a model on several devices the `forward` of a module has been replaced already.
+        replaced = {experts: vars(experts).get("forward") for experts in self._experts.values()}
         for path, experts in self._experts.items():
             experts.forward = functools.partial(self._see_experts, path)
         try:
@@ -125,7 +130,7 @@ class Observer:
         finally:
             for handle in handles:
                 handle.remove()
-            for experts, forward in own.items():
+            for experts, forward in replaced.items():
                 del experts.forward
                 if forward is not None:
                     experts.forward = forward
@@ -137,10 +142,10 @@ class Observer:
         self._last = None
 
     def _see_tokens(self, module: nn.Module, args: tuple) -> None:
-        """A model that pads its inputs itself (Longformer, to whole windows) would have that padding counted.
+        """Refuse a model that pads its inputs itself (as Longformer does, to whole windows): that padding would count.
 
         Raises:
-            PaveError: it looks up more tokens than it was given.
+            PaveError: the model looks up more tokens than it was given.
         """
         if args and self._batch.counted and args[0].numel() > max(counted.numel() for counted in self._batch.counted):
             raise PaveError(
@@ -154,17 +159,17 @@ class Observer:
         group = self._groups.get(layer)
         last = self._last
         same = last is not None and last[0]() is x and last[1] == _version(x)
-        if same and group is last[2] and layer != group.members[0]:
+        if same and group is last[2] and layer != group.layers[0]:
             group.calls[layer] += 1
             return
-        if same and group is None and last[2].calls[last[2].members[0]] == 1 and _role(layer) not in self._apart:
-            last[2].members.append(layer)
+        if same and group is None and last[2].calls[last[2].layers[0]] == 1 and _role(layer) not in self._apart:
+            last[2].layers.append(layer)
             last[2].calls[layer] += 1
             self._groups[layer] = last[2]
             return
         if group is None:
             group = self._groups[layer] = _Group(SecondMoment(x.shape[-1]), [layer])
-        elif layer != group.members[0]:
+        elif layer != group.layers[0]:
             raise DivergedError(layer)
         else:
             group.check()
@@ -174,10 +179,10 @@ class Observer:
         self._last = (weakref.ref(x), _version(x), group)
 
     def _see_experts(self, path: str, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Takes the place of the forward pass of a module of experts, and computes the same.
+        """Replaces the forward pass of a module of experts.
 
         Raises:
-            PaveError: it does not compute the same.
+            PaveError: the original forward pass does not compute the same.
         """
         if path in self._taken:
             raise ReenteredError(path)
@@ -194,10 +199,10 @@ class Observer:
         result = run_experts(experts, hidden_states, top_k_index, top_k_weights, see)
         if path not in self._checked and (counted is None or counted.any()):
             self._checked.add(path)
-            own = type(experts).forward(experts, hidden_states, top_k_index, top_k_weights)
-            known = slice(None) if counted is None else counted  # padding may be anything, also no number
-            # Another layout or activation would be off by as much as the result itself, rounding by a hundredth at most.
-            if result[known].isfinite().all() and not (own - result)[known].norm() <= 0.05 * own[known].norm():
+            original = type(experts).forward(experts, hidden_states, top_k_index, top_k_weights)
+            rows = slice(None) if counted is None else counted  # padding may have any values, also NaN
+            # With another layout or activation the error is as large as the result. Rounding is a hundredth of it at most.
+            if result[rows].isfinite().all() and not (original - result)[rows].norm() <= 0.05 * original[rows].norm():
                 raise PaveError(
                     f"{self._name}: the experts of {path} ({type(experts).__name__}) compute otherwise than the interface of "
                     "transformers promises, so what each of them sees is not known; give the model `purify: false`"
@@ -205,7 +210,7 @@ class Observer:
         return result
 
     def _add(self, group: _Group, layer: str, rows: Tensor, x: Tensor) -> None:
-        """Add the counted rows of a layer's input x, which must not change afterwards."""
+        """Add the counted rows of a layer's input x. They must not change afterwards."""
         if rows.shape[0]:
             try:
                 group.moment.add(rows)
@@ -213,33 +218,33 @@ class Observer:
                 self._note_failure(group, layer, x)
 
     def _note_failure(self, group: _Group, layer: str, x: Tensor) -> None:
-        """Only when other samples have gone the same way is it known whether they fail as well."""
+        """Remember the failure. Whether it is one of all samples shows only when the others have gone the same way."""
         failure = self._failure = self._failure or _Failure(layer, group)
         if failure.batch is not self._batch:
             failure.batch = self._batch
             rows = self._culprits(x)
             failure.rows += rows or self._batch.origins
             failure.exact &= bool(rows) or len(self._batch.origins) == 1
-            failure.spares |= bool(rows) and len(rows) < len(self._batch.origins)
+            failure.some_are_finite |= bool(rows) and len(rows) < len(self._batch.origins)
 
     def _stop_at_failure(self, finished: bool) -> None:
         """
         Raises:
-            NotFiniteError: a layer's input was not finite, and either all samples have gone by or one is known to be without it.
+            NotFiniteError: a layer's input was not finite, and either all samples have run or it is known to be finite for one.
         """
         failure = self._failure
-        spares = failure is not None and (failure.spares or failure.group.moment.tokens > 0)
-        if spares or (failure and finished):
-            everywhere = not spares and self._begun <= set(failure.rows)
+        some_are_finite = failure is not None and (failure.some_are_finite or failure.group.moment.tokens > 0)
+        if some_are_finite or (failure and finished):
+            everywhere = not some_are_finite and self._begun <= set(failure.rows)
             raise NotFiniteError(failure.layer, failure.rows, failure.exact, everywhere)
 
     def _counted(self, layer: str, x: Tensor) -> Tensor | None:
-        """Which rows of x belong to counted tokens, bool (rows,); None where all count, as x is not aligned with the tokens.
+        """Which rows of x belong to counted tokens, bool (rows,); None if x is not aligned with the tokens and all rows count.
 
-        Which of an encoder-decoder model's two sequences x belongs to is told by its length: no batch has two of one length.
+        The length of x tells which of an encoder-decoder model's two sequences it belongs to: in a batch their lengths differ.
 
         Raises:
-            UnalignedInputError: x is not aligned, and the batch may have padding.
+            UnalignedInputError: x is not aligned with the tokens, and the batch may have padding.
         """
         for counted in self._batch.counted:
             aligned = [n for n in x.shape[:-1] if n > 1] == [n for n in counted.shape if n > 1]
@@ -248,20 +253,20 @@ class Observer:
         pooled = x.dim() == 2 and x.shape[0] == len(self._batch.origins)
         if self._batch.counted and not pooled and not self._unpadded:
             raise UnalignedInputError(layer)
-        return None  # images, and what is pooled to one row a sample
+        return None  # images, and inputs that are pooled to one row per sample
 
     def _culprits(self, x: Tensor) -> list[str]:
-        """The samples that a layer's input is not finite for; none where x does not tell them apart."""
+        """The samples for which a layer's input is not finite; empty if x does not tell samples apart."""
         for counted in self._batch.counted:
             if x.shape[:-1] == counted.shape:
-                bad = (~x.isfinite().all(dim=-1) & counted.to(x.device)).any(dim=1)
-                return [origin for origin, is_bad in zip(self._batch.origins, bad.tolist()) if is_bad]
+                not_finite = (~x.isfinite().all(dim=-1) & counted.to(x.device)).any(dim=1)
+                return [origin for origin, failed in zip(self._batch.origins, not_finite.tolist()) if failed]
         return []
 
-    def take(self, block: str = "") -> list[Measurement]:
-        """Each covariance under one module's path with the layers that it belongs to; it is not kept.
+    def take(self, block: str | None = None) -> list[Measurement]:
+        """The covariances of the layers of one block, or of all that remain. The observer does not keep them.
 
-        Layers that saw nothing have none.
+        Layers that saw no counted token have none.
 
         Raises:
             DivergedError: see `_Group.check`.
@@ -273,19 +278,19 @@ class Observer:
         groups = {id(group): group for layer, group in self._groups.items() if f"{layer}.".startswith(prefix)}
         for group in groups.values():
             group.check()
-            for layer in group.members:
+            for layer in group.layers:
                 del self._groups[layer]
-            self._taken.update(group.members)
+            self._taken.update(group.layers)
         self._taken.update(path for path in self._experts if path.startswith(prefix))
-        return [Measurement(group.members, self._result(group)) for group in groups.values() if group.moment.tokens]
+        return [Measurement(group.layers, self._result(group)) for group in groups.values() if group.moment.tokens]
 
     def _result(self, group: _Group) -> Covariance:
         try:
             return group.moment.result()
         except ValueError as error:
-            raise PaveError(f"{self._name}: the inputs of {group.members[0]} are too large to be squared in float64") from error
+            raise PaveError(f"{self._name}: the inputs of {group.layers[0]} are too large to be squared in float64") from error
 
 
 def _version(x: Tensor) -> int:
-    """How often a tensor has been written to. One that was made in inference mode cannot be outside of it, where models run."""
+    """How often a tensor has been written to. One from inference mode cannot be written to here, outside of that mode."""
     return 0 if x.is_inference() else x._version

@@ -1,4 +1,4 @@
-"""The calibration pass: run a model over its samples and store what each linear layer saw."""
+"""The calibration pass: run a model over its samples, and store the covariance of each linear layer's inputs."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ LOG = logging.getLogger(__name__)
 def calibrate(job: Job, artefact: cache.Artefact, runtime: Runtime) -> None:
     """Make sure that the covariances of a model are in the cache, intact.
 
-    Whatever interrupts it leaves nothing behind but, after a kill, files that the next run replaces.
+    An interruption leaves nothing behind. Only a kill leaves files, which the next run replaces.
 
     Raises:
         PaveError: an activation is not finite, memory runs out, or the cache cannot be written.
     """
-    if distributed.agree(artefact.is_intact()):  # needs no lock, and so works in a cache that is read-only
+    if distributed.agree(artefact.is_intact()):  # without a lock, so that it works in a read-only cache
         LOG.info("%s: covariances are in the cache", job.name)
         return
     if distributed.rank() > 0:
@@ -47,7 +47,7 @@ def calibrate(job: Job, artefact: cache.Artefact, runtime: Runtime) -> None:
         return
     with artefact.lock():
         if distributed.world_size() == 1 and artefact.is_intact():
-            return  # another process has just made them
+            return  # another process has made them meanwhile
         if artefact.manifest():
             LOG.warning("%s: the covariances in the cache are damaged; making them anew", job.name)
         try:
@@ -87,7 +87,7 @@ def _out_of_memory(job: Job, device: str) -> str:
 
 
 def _measure(job: Job, runtime: Runtime) -> Iterator[Measurement]:
-    """Block by block and in batches where that is possible. What comes later replaces what came before for a layer."""
+    """Covariances of all layers, block by block and in batches if possible. Later ones replace earlier ones of the same layer."""
     measure, batch_size, apart = measure_in_lockstep, job.batch_size, frozenset()
     if any(sample.is_pictured for sample in job.encoded):
         batch_size = 1
@@ -96,11 +96,11 @@ def _measure(job: Job, runtime: Runtime) -> Iterator[Measurement]:
             yield from measure(job, runtime, batch_size, apart)
             return
         except DivergedError as error:
-            # DeBERTa's queries and keys are taken of relative positions, too, its values are not.
-            LOG.info("%s: measuring the inputs of %s and the like apart", job.name, error)
+            # DeBERTa also computes queries and keys, but not values, of relative positions.
+            LOG.info("%s: measuring the inputs of %s, and of layers with the same role, apart", job.name, error)
             apart |= {error.role}
         except (ReenteredError, UnknownWeightError) as error:
-            # ALBERT calls one block over and over; some checkpoints need transformers' own loader.
+            # ALBERT calls one block many times; some checkpoints need transformers' own loader.
             LOG.info("%s: cannot be run block by block (%s), loading it whole", job.name, error)
             measure = measure_whole
         except NotFiniteError as error:
@@ -119,8 +119,8 @@ def measure_in_lockstep(
     Raises:
         ReenteredError: the model calls a block again after all batches have left it.
         UnknownWeightError: a weight cannot be found in the checkpoint.
-        UnalignedInputError: only batches without padding will do.
-        DivergedError: a layer's role has to be among those that are measured `apart`.
+        UnalignedInputError: batches must have no padding.
+        DivergedError: the role of a layer has to be added to `apart`.
         NotFiniteError: a layer's input is not finite.
     """
     dtype = inference_dtype(job.config, runtime.device)
@@ -131,7 +131,7 @@ def measure_in_lockstep(
     tokens = sum(sample.length for sample in job.encoded) / distributed.world_size()
     blocks = len(find_blocks(streamed.model))
     with (
-        torch.inference_mode(False),  # there, what writes to a tensor leaves no trace
+        torch.inference_mode(False),  # in that mode tensors do not count how often they are written to
         torch.no_grad(),
         observer.watching() as begin,
         bar(blocks, f"Calibrating {job.name}", "blocks", runtime.quiet) as progress,
@@ -147,11 +147,11 @@ def measure_in_lockstep(
 
 
 def measure_whole(job: Job, runtime: Runtime, batch_size: int, apart: frozenset[str] = frozenset()) -> Iterator[Measurement]:
-    """The same with the whole model, and all of its covariances, in memory.
+    """The same, with the whole model and all of its covariances in memory.
 
     Raises:
-        UnalignedInputError: only batches without padding will do.
-        DivergedError, NotFiniteError: as above.
+        UnalignedInputError: batches must have no padding.
+        DivergedError, NotFiniteError: see `measure_in_lockstep`.
     """
     model = load_model(job.architecture.cls, job.config, job.folder, runtime.device)
     batches = distributed.share(job.encoded, batch_size)
@@ -176,14 +176,14 @@ def measure_model(
         layers, name, apart, unpadded: see `Observer`.
 
     Raises:
-        UnalignedInputError: only batches without padding will do.
-        DivergedError: a layer's role has to be among those that are measured `apart`.
+        UnalignedInputError: batches must have no padding.
+        DivergedError: the role of a layer has to be added to `apart`.
         NotFiniteError: a layer's input is not finite.
     """
     run = _runner(model, unpadded)
     observer = Observer(model, layers, name, apart, unpadded)
     with (
-        torch.inference_mode(False),  # as above
+        torch.inference_mode(False),  # see `measure_in_lockstep`
         torch.no_grad(),
         observer.watching() as begin,
         bar(len(batches), f"Calibrating {name}", "batches", quiet) as progress,
@@ -199,7 +199,7 @@ def measure_model(
 def _runner(model: nn.Module, unpadded: bool) -> Callable[[Batch], None]:
     """A function that runs the model on a batch.
 
-    Heads are not measured, and a language model's is often the costliest layer: only the backbone is run.
+    Only the backbone is run. Heads are not measured, and that of a language model is often the most expensive layer.
 
     Raises:
         UnalignedInputError: the model takes no attention mask, so padding would be read as text.

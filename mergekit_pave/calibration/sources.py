@@ -30,22 +30,22 @@ def load_rows(data: Data, where: str) -> datasets.Dataset | datasets.IterableDat
     """The rows of one `data` entry.
 
     Args:
-        where: the key of the YAML that it stands at, for messages.
+        where: its key in the YAML, for messages.
 
     Raises:
-        PaveError: there is no such data set, or it cannot be read.
+        PaveError: the data set does not exist, or cannot be read.
     """
     path = Path(data.path).expanduser()
     loader = None if path.is_dir() else _loader(data.path)
     remote = "://" in data.path
     here = not remote and path.exists()
-    pattern = not remote and not here and glob.has_magic(data.path)
+    is_pattern = not remote and not here and glob.has_magic(data.path)
     if not loader and (path.is_file() or (remote and not data.path.startswith("hf://"))):
         raise PaveError(
-            f"{where}: the ending of {data.path} does not tell what is in it; known are {' '.join(_LOADERS)}, "
-            f"also with {' '.join(_COMPRESSED)} after them"
+            f"{where}: the ending of {data.path} is not that of a known format: {' '.join(_LOADERS)}, "
+            f"also compressed ({' '.join(_COMPRESSED)})"
         )
-    if pattern:
+    if is_pattern:
         loader = _loader_of_all(data.path, str(path), where)
     elif not here and not remote and (loader or looks_local(data.path)):
         raise PaveError(f"{where}: there is no file {'' if loader else 'or folder '}{data.path} (looked in {Path.cwd()})")
@@ -64,7 +64,7 @@ def load_rows(data: Data, where: str) -> datasets.Dataset | datasets.IterableDat
             return datasets.load_dataset(kind, data_files=files, **options, **more)
         options |= {"name": data.name, "revision": data.revision, "data_files": data.data_files}
         return datasets.load_dataset(str(path) if here else data.path, **options)
-    except Exception as error:  # the library raises a dozen kinds, all of them about this one entry
+    except Exception as error:  # the library raises many kinds of errors, all of which are about this entry
         cause = error.__cause__ or error
         reason = in_a_line(cause)
         if isinstance(cause, UnicodeDecodeError):
@@ -73,7 +73,7 @@ def load_rows(data: Data, where: str) -> datasets.Dataset | datasets.IterableDat
 
 
 def _loader(name: str) -> tuple[str, dict[str, str]] | None:
-    """Which loader reads a file, by its ending, and with which options."""
+    """The loader for a file, by its ending, and the options of the loader."""
     if "://" in name:
         name = name.split("?")[0].split("#")[0]
     stem, ending = os.path.splitext(name.lower())
@@ -81,14 +81,18 @@ def _loader(name: str) -> tuple[str, dict[str, str]] | None:
 
 
 def _loader_of_all(shown: str, pattern: str, where: str) -> tuple[str, dict[str, str]]:
-    """The one loader of all files that a pattern matches."""
+    """The loader for all files that a pattern matches, which has to be the same.
+
+    Args:
+        shown: the pattern in the YAML, for messages.
+    """
     files = [file for file in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(file)]
     if not files:
         raise PaveError(f"{where}: there is no file that matches {shown} (looked in {Path.cwd()})")
     loaders = {file: _loader(file) for file in files}
     other = next((file for file in files if loaders[file] is None or loaders[file] != loaders[files[0]]), None)
     if other:
-        raise PaveError(f"{where}: {shown} matches {other}, which is of another kind than the rest or of none that is known")
+        raise PaveError(f"{where}: {shown} matches {other}, whose format is unknown or differs from that of other files")
     return loaders[files[0]]
 
 
@@ -100,7 +104,7 @@ def _is_saved(folder: Path) -> bool:
 
 
 def _saved(folder: Path, split: str) -> datasets.Dataset:
-    """Rows of a data set, or of one with several splits, that `save_to_disk` wrote. A single one is the split `train`."""
+    """The rows that `save_to_disk` wrote, of a data set or of one with several splits. A single one counts as `train`."""
     saved = datasets.load_from_disk(str(folder))
     splits = saved if isinstance(saved, dict) else {"train": saved, str(saved.split or "train"): saved}
     ranges = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in splits.items()})

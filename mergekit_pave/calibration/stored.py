@@ -10,7 +10,7 @@ from mergekit_pave.core.covariance import Covariance, Covariances
 
 
 def stored_covariances(folder: str) -> StoredCovariances:
-    """The covariances in a folder. Its manifest is read once, for it names every expert of a large model."""
+    """The covariances in a folder. Its manifest is read once, because it may name every expert of a large model."""
     stat = Path(folder, cache.MANIFEST).stat()
     return _stored_covariances(folder, stat.st_mtime_ns, stat.st_ino)
 
@@ -28,7 +28,7 @@ class StoredCovariances(Covariances):
         self._manifest = artefact.read_manifest()
 
     def files(self, layers: tuple[str, ...]) -> tuple[str, ...]:
-        """The files of layers that share a weight; other layers that see the same input have the same."""
+        """The files of layers that share a weight. Layers with the same input have the same files."""
         return tuple(self._manifest["layers"][layer]["file"] for layer in layers if self._tokens(layer))
 
     def _tokens(self, layer: str) -> int:

@@ -1,4 +1,4 @@
-"""Templates over the columns of a data set: `str.format`'s, but only what looks into rows, never at attributes."""
+"""Templates over the columns of a data set: like `str.format`, but they only look up keys and places, never attributes."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _NESTED = re.compile(r"([^.\[\]]+)((?:\[[^\[\]]+\])+)")
 
 @dataclass(frozen=True)
 class Template:
-    """A checked template. Each part is a literal text with a field after it, or None.
+    """A checked template. Each part is a literal text and the field after it, or None.
 
-    A field is a path (the column, then keys or places within its cell), a conversion and a format, as `str.format` knows them.
+    A field is a path (the column, then keys or places within its cell), a conversion and a format, as in `str.format`.
     """
 
     parts: tuple[tuple[str, tuple[tuple[str, ...], str | None, str] | None], ...]
 
     def fill(self, row: Mapping[str, Any]) -> str:
-        """A row's text. An empty cell is an empty text, and a row of empty cells alone makes none.
+        """The text of a row. An empty cell is an empty text. If all cells are empty, so is the text.
 
         Raises:
-            ValueError: the row does not make a text: a cell is none, or has no such key or place.
+            ValueError: a cell is not text, lacks a key or a place, or does not fit the format.
         """
         filled, shown = "", False
         for literal, field in self.parts:
@@ -47,11 +47,11 @@ def read_template(text: str, columns: list[str], where: str, path: str) -> Templ
     """A column's name or a template over columns, such as `"{question}\\n{answers[text][0]}"`.
 
     Args:
-        where: the key of the YAML that it stands at, for messages.
+        where: its key in the YAML, for messages.
         path: the data set, for messages.
 
     Raises:
-        PaveError: it is neither, or a column is not there.
+        PaveError: it is neither, or a column does not exist.
     """
     if text in columns:
         return Template((("", ((text,), None, "")),))
@@ -91,12 +91,12 @@ def read_template(text: str, columns: list[str], where: str, path: str) -> Templ
 
 
 def no_column(where: str, name: str, path: str, columns: list[str]) -> str:
-    """What to tell of a column that is not there."""
+    """The message about a column that does not exist."""
     return f"{where}: {path} has no column {name!r}; its columns are: {', '.join(columns)}"
 
 
 def _look_up(row: Mapping[str, Any], path: tuple[str, ...]) -> str | int | float:
-    """What a path leads to; an empty text where something on the way is empty."""
+    """The value at a path; an empty text if something on the way is empty."""
     cell = row[path[0]]
     for depth, step in enumerate(path[1:], 1):
         if cell is None:
@@ -114,5 +114,5 @@ def _look_up(row: Mapping[str, Any], path: tuple[str, ...]) -> str | int | float
 
 
 def _shown(path: tuple[str, ...]) -> str:
-    """A path as a template has it."""
+    """A path as it is written in a template."""
     return path[0] + "".join(f"[{step}]" for step in path[1:])

@@ -16,42 +16,43 @@ from mergekit_pave.calibration.models import empty_model, renaming
 
 
 class UnknownWeightError(Exception):
-    """A weight that the checkpoint has under no name known to us, or that is used where it is not loaded."""
+    """A weight that is not found in the checkpoint, or that is used while it is not loaded."""
 
 
 class _Unloaded(nn.Parameter):
-    """A parameter without values, which can be asked about but not computed with.
+    """A parameter without values. It has a shape, a type and a device, but nothing can be computed with it.
 
-    PyTorch alone does not see to that: a matrix product with a weight on the meta device may be memory that nobody has written.
+    PyTorch alone does not prevent this: the result of a matrix product with a weight on the meta device may be memory that
+    nobody has written.
 
     Attributes:
-        known_as: its name in the model.
-        place: the device that it will be loaded on.
+        path: its name in the model.
+        target: the device that it will be loaded on.
     """
 
-    known_as: str
-    place: torch.device
+    path: str
+    target: torch.device
 
     @classmethod
     def of(cls, parameter: nn.Parameter, name: str, device: str) -> _Unloaded:
         unloaded = Tensor._make_subclass(cls, parameter.data, False)
-        unloaded.known_as, unloaded.place = name, torch.device(device)
+        unloaded.path, unloaded.target = name, torch.device(device)
         return unloaded
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         """
         Raises:
-            UnknownWeightError: anything is to be made of its values.
+            UnknownWeightError: the function would use its values.
         """
         unloaded = next(value for value in tree_leaves((args, kwargs)) if isinstance(value, cls))
         if func == Tensor.device.__get__:
-            return unloaded.place
-        asks = getattr(func, "__name__", "") == "__get__"
+            return unloaded.target
+        is_attribute = getattr(func, "__name__", "") == "__get__"
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs or {})
-        if any(isinstance(value, Tensor) for value in tree_leaves(result)) or (result is None and not asks):
-            raise UnknownWeightError(f"{unloaded.known_as} is used by another module than its own")
+        if any(isinstance(value, Tensor) for value in tree_leaves(result)) or (result is None and not is_attribute):
+            raise UnknownWeightError(f"{unloaded.path} is used by another module than its own")
         return result
 
 
@@ -59,7 +60,7 @@ class StreamedModel:
     """A transformers model on the meta device, with weights that are loaded module by module.
 
     Attributes:
-        model: the model. Its buffers are real, its parameters are not unless loaded.
+        model: the model. Its buffers are real. Its parameters have values only while they are loaded.
 
     Raises:
         UnknownWeightError: the checkpoint cannot be read in parts.
@@ -73,12 +74,12 @@ class StreamedModel:
         self.model = empty_model(cls, config, dtype)
         self.model.tie_weights()
         self.model.eval().requires_grad_(False)
-        # A tied weight is in the checkpoint under one of its names.
+        # The checkpoint has a tied weight under one of its names.
         names: dict[nn.Parameter, list[str]] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             names.setdefault(parameter, []).append(name)
-        unloaded = {parameter: _Unloaded.of(parameter, known[0], device) for parameter, known in names.items()}
-        self._names = {id(unloaded[parameter]): known for parameter, known in names.items()}
+        unloaded = {parameter: _Unloaded.of(parameter, same[0], device) for parameter, same in names.items()}
+        self._names = {id(unloaded[parameter]): same for parameter, same in names.items()}
         for module in self.model.modules():
             module._parameters.update({leaf: unloaded[p] for leaf, p in module._parameters.items() if p is not None})
         renamed = renaming(self.model)
@@ -87,7 +88,7 @@ class StreamedModel:
         self._load_buffers()
 
     def load(self, module: nn.Module, recurse: bool = True) -> None:
-        """Load the parameters of a module, and of all below it, unless they are there.
+        """Load the parameters of a module, and of all modules in it, unless they are loaded already.
 
         Raises:
             UnknownWeightError: one of them cannot be found.
@@ -102,11 +103,11 @@ class StreamedModel:
                     owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
                     self._loaded.append((owner, leaf, parameter))
         if len(self._loaded) > before:
-            # Open files are mapped memory, which counts until they are closed.
+            # Open files are mapped to memory, which counts as ours until they are closed.
             LoaderCache().get(self._reference).flush()
 
     def release(self) -> None:
-        """Let go of every parameter that is loaded."""
+        """Drop the values of all parameters that are loaded."""
         for owner, leaf, parameter in self._loaded:
             owner._parameters[leaf] = parameter
         self._loaded.clear()
@@ -126,19 +127,19 @@ class StreamedModel:
 
     def _read(self, names: list[str]) -> Tensor | None:
         prefix = f"{self.model.base_model_prefix}."
-        # A checkpoint of the bare backbone lacks the prefix, one of a model with a head may have it in addition.
+        # A checkpoint of the bare backbone lacks the prefix, and one of a model with a head may have an additional prefix.
         aliases = [variant for name in names for variant in (name, prefix + name, name.removeprefix(prefix))]
         aliases += [self._stored[variant] for variant in aliases if variant in self._stored]
         task = LoadTensor(model=self._reference, tensor=aliases[0], aliases=tuple(aliases[1:]), optional=True)
         value = task.execute()
         if value is None:
             return None
-        # A copy also where nothing changes: the original is mapped from the file and would keep it open.
+        # Always a copy: the original is mapped from the file and would keep it open.
         return value.to(self._device, self._dtype if value.is_floating_point() else value.dtype, copy=True)
 
 
 def stored_weights(folder: str) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a checkpoint with their names, one after the other."""
+    """The names and tensors of a checkpoint, one after the other."""
     loader = LoaderCache().get(ModelReference(model=ModelPath(path=folder)))
     for name in sorted(loader.index.tensor_paths, key=lambda name: (loader.index.tensor_paths[name], name)):
         yield name, loader.get_tensor(name)

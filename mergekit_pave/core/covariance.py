@@ -1,10 +1,10 @@
 """The second moment of a layer's inputs, C = X^T X / N, in whichever form is smaller.
 
-Few rows are kept as they are, in the model's own precision: exact, and the cheaper thing to multiply by too. Of more,
-products of a thousand rows at a time are summed in float64. The products of the first two thousand are float64 as well;
-later ones are float32, twice as fast, because over many their rounding averages out to that of the model's own
-forward pass; unless their squares would be out of its range. (A sum in float32 would move the directions that PAVE drops,
-which belong to the smallest eigenvalues, about ten times further.)
+Few rows are kept as they are, in the model's own precision. This is exact, and cheaper to multiply by. Many rows are summed:
+products of a thousand rows at a time are added up in float64. The products of the first two thousand rows are float64, too.
+Later products are float32, which is twice as fast. Over many products their rounding averages out to that of the model's own
+forward pass. They stay float64 where squares of the values would be out of range of float32. (A sum in float32 would move the
+directions that PAVE drops, which belong to the smallest eigenvalues, about ten times further.)
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Covariance:
     """Uncentred second moment of N inputs of width d. Exactly one of `rows` and `gram` is set.
 
     Attributes:
-        tokens: N, the number of rows that were seen.
+        tokens: N, the number of rows.
         rows: X, (N, d), in the precision in which the model produced it.
         gram: X^T X (not divided by N), (d, d), float64.
     """
@@ -40,7 +40,7 @@ class Covariance:
         """Covariance of the rows of one (N, d) tensor.
 
         Raises:
-            ValueError: it is no float matrix, has no rows, or it or its second moment is not finite.
+            ValueError: it is not a float matrix, has no rows, or it or its second moment is not finite.
         """
         if rows.dim() != 2 or not len(rows) or not rows.is_floating_point():
             raise ValueError(f"rows must be a float matrix (tokens, width), not {rows.dtype} of shape {tuple(rows.shape)}")
@@ -50,7 +50,7 @@ class Covariance:
 
     @classmethod
     def joined(cls, parts: Sequence[Covariance]) -> Covariance:
-        """The covariance of the rows of several together: second moments are sums. It may be one of them."""
+        """The covariance of all rows of several covariances. Of one it is that covariance itself, not a copy."""
         if len(parts) == 1:
             return parts[0]
         moment = SecondMoment(parts[0].dim)
@@ -65,7 +65,7 @@ class Covariance:
 
     @property
     def device(self) -> torch.device:
-        """Where it is."""
+        """The device of its tensor."""
         return (self.gram if self.rows is None else self.rows).device
 
     def to(self, device: torch.device) -> Covariance:
@@ -75,7 +75,7 @@ class Covariance:
         return Covariance(self.tokens, rows, gram)
 
     def mean_diagonal(self) -> float:
-        """Mean of C's diagonal, i.e. the mean square of an input element."""
+        """Mean of C's diagonal, which is the mean square of an input element."""
         total = self.gram.diagonal().sum() if self.rows is None else in_float64(self.rows).square().sum()
         return total.item() / (self.tokens * self.dim)
 
@@ -85,7 +85,7 @@ class Covariance:
         if self.rows is not None:
             rows = self.rows.to(weight.dtype)
             m, (n, d) = weight.shape[0], rows.shape
-            if 4 * m * n <= n * d + 2 * m * d:  # operations, over d: (W X^T) X against W (X^T X)
+            if 4 * m * n <= n * d + 2 * m * d:  # the operations of (W X^T) X and of W (X^T X), over d
                 product = (weight @ rows.mT) @ rows
                 return product.div_(self.tokens).add_(weight, alpha=shift)
             gram = mirror_upper(upper_gram(rows))
@@ -101,7 +101,7 @@ class Covariance:
         return self.unscaled() / self.tokens
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """What has to be stored: the rows, or the packed upper triangle of the sum."""
+        """What is stored: the rows, or the packed upper triangle of the sum."""
         if self.rows is not None:
             return {"rows": self.rows.contiguous()}
         return {"triangle": torch.cat([self.gram[i, i:] for i in range(self.dim)])}
@@ -131,16 +131,16 @@ class Covariance:
 class SecondMoment:
     """Accumulates a `Covariance` batch by batch, in memory of at most one float64 (d, d) matrix and a few batches."""
 
-    _CHUNK = 1024  # rows in one product: fewer would spend their time on reading the sum, more would lose precision
+    CHUNK = 1024  # rows in one product: fewer would spend their time on reading the sum, more would lose precision
     _EXACT = 2048  # rows that are multiplied in float64
-    _RANGE = 1e-12, 1e15  # of the largest magnitude in a product in float32: what matters beside its square has to be there, too
+    _RANGE = 1e-12, 1e15  # of the largest magnitude in a product in float32, so that squares of much smaller values are in range
 
     def __init__(self, dim: int):
         self.tokens = 0
         self._dim = dim
         self._rows: list[Tensor] = []
-        self._pending = 0
-        self._largest = 0.0  # magnitude among them
+        self._pending = 0  # rows that are not in the sum
+        self._largest = 0.0  # magnitude among the pending rows
         self._gram: Tensor | None = None
 
     def add(self, rows: Tensor) -> None:
@@ -162,11 +162,11 @@ class SecondMoment:
         triangle_bytes = 8 * self._dim * (self._dim + 1) // 2
         if self._gram is None and self._pending * self._dim * rows.element_size() > triangle_bytes:
             self._gram = torch.zeros(self._dim, self._dim, dtype=torch.float64, device=rows.device)
-        if self._gram is not None and self._pending >= self._CHUNK:
+        if self._gram is not None and self._pending >= self.CHUNK:
             self._sum_pending()
 
     def add_all(self, other: Covariance) -> None:
-        """Add all rows that another covariance is of, on the same device."""
+        """Add the rows of another covariance on the same device."""
         if other.rows is not None:
             self.add(other.rows)
             return
@@ -177,12 +177,12 @@ class SecondMoment:
 
     def _sum_pending(self) -> None:
         summed = self.tokens - self._pending
-        pending = self._rows[0] if len(self._rows) == 1 else torch.cat(self._rows)  # which copies even a single one
+        pending = self._rows[0] if len(self._rows) == 1 else torch.cat(self._rows)  # `cat` copies even a single tensor
         fits = self._RANGE[0] < self._largest < self._RANGE[1]
-        for rows in pending.split(self._CHUNK):
-            least = torch.float32 if fits and summed >= self._EXACT else torch.float64
+        for rows in pending.split(self.CHUNK):
+            precision = torch.float32 if fits and summed >= self._EXACT else torch.float64
             with float32_products(rows.device):
-                add_upper_gram(self._gram, rows.to(torch.promote_types(rows.dtype, least)))
+                add_upper_gram(self._gram, rows.to(torch.promote_types(rows.dtype, precision)))
             summed += rows.shape[0]
         self._rows.clear()
         self._pending = 0
@@ -195,15 +195,15 @@ class SecondMoment:
             ValueError: the values are so large that their squares are not finite, even in float64.
         """
         if self._gram is None:
-            self._rows = [torch.cat(self._rows)]  # not both: those of a block may be all that fits into memory
+            self._rows = [torch.cat(self._rows)]  # the parts are let go: there may be no room for both
             result = Covariance(self.tokens, rows=self._rows[0])
         else:
             if self._pending:
                 self._sum_pending()
             result = Covariance(self.tokens, gram=mirror_upper(self._gram))
-        # Squares of all other types are far from the end of float64. No element of C is larger than the largest on its diagonal.
+        # Squares of all other types are well within float64. No element of C is larger than the largest on its diagonal.
         if (self._gram is not None or result.rows.dtype == torch.float64) and not math.isfinite(result.mean_diagonal()):
-            raise ValueError("rows have values so large that their second moment is not finite")
+            raise ValueError("rows have values that are too large: their second moment is not finite")
         return result
 
 
@@ -217,7 +217,7 @@ class Measurement(NamedTuple):
 class Covariances(ABC):
     """The covariances of a model's layers, by the layers' names.
 
-    Where several layers share a weight, all of their inputs meet it: their names are given together.
+    Layers that share a weight are named together, because the inputs of all of them are multiplied by it.
     """
 
     @abstractmethod
@@ -227,15 +227,15 @@ class Covariances(ABC):
     def _load(self, layer: str) -> Covariance: ...
 
     def tokens(self, layers: Sequence[str]) -> int:
-        """How many tokens the layers saw."""
+        """How many tokens the layers saw, together."""
         return sum(map(self._tokens, layers))
 
     def load(self, layers: Sequence[str]) -> Covariance:
-        """The covariance of the inputs of layers, at least one of which has seen tokens."""
+        """The covariance of the inputs of layers, together. At least one of them has seen tokens."""
         return Covariance.joined([self._load(layer) for layer in layers if self._tokens(layer)])
 
 
-_STRIP = 256  # columns in one product: what is left of the strip is its mirror image and need not be computed
+_STRIP = 256  # columns in one product: what lies to the left of the strip mirrors what is above it, so it is not computed
 
 
 def add_upper_gram(gram: Tensor, x: Tensor) -> None:
@@ -246,14 +246,14 @@ def add_upper_gram(gram: Tensor, x: Tensor) -> None:
 
 
 def upper_gram(x: Tensor) -> Tensor:
-    """The upper triangle of x^T x for x (rows, n), in an (n, n) tensor that holds nothing of use below it."""
+    """The upper triangle of x^T x for x (rows, n), in an (n, n) tensor. What is below the triangle is of no use."""
     gram = x.new_zeros(x.shape[1], x.shape[1])
     add_upper_gram(gram, x)
     return gram
 
 
 def mirror_upper(gram: Tensor) -> Tensor:
-    """Complete, in place, what `add_upper_gram` has summed."""
+    """Complete a sum of `add_upper_gram`, in place."""
     for start in range(0, gram.shape[0], _STRIP):
         stop = start + _STRIP
         block = gram[start:stop, start:stop]

@@ -1,4 +1,4 @@
-"""Arithmetic as exact as our mathematics takes it to be, whatever a process has set for its models and a device can do."""
+"""Arithmetic that is as exact as our mathematics assumes, whatever a process has set and whatever a device can do."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from mergekit_pave.core.failures import is_out_of_memory
 
 LOG = logging.getLogger(__name__)
 
-# Workers share the process's setting: the first of them to come changes it, the last to go puts it back.
+# All threads share the process's setting: the first thread to enter changes it, the last to leave restores it.
 _lock = threading.Lock()
 _inside = 0
-_before = contextlib.ExitStack()
+_restore = contextlib.ExitStack()
 
 
 @contextlib.contextmanager
 def float32_products(device: torch.device) -> Iterator[None]:
-    """Products of float32 tensors on a device are those of IEEE float32.
+    """Within this context, products of float32 tensors on a device are those of IEEE float32.
 
-    A process may have asked for faster ones, of fewer bits: by `torch.autocast` (bfloat16 or float16) or by
-    `torch.set_float32_matmul_precision` and the like (TF32 on GPUs, bfloat16 on CPUs). float64 is exempt from both. What was
-    set holds again afterwards; meanwhile other threads compute in IEEE float32, too.
+    A process may have asked for faster products of fewer bits: with `torch.autocast` (bfloat16 or float16), or with settings
+    such as `torch.set_float32_matmul_precision` (TF32 on GPUs, bfloat16 on CPUs). Neither affects float64. The settings are
+    restored afterwards. Until then other threads compute in IEEE float32, too.
     """
     global _inside
     with contextlib.ExitStack() as stack:
@@ -37,7 +37,7 @@ def float32_products(device: torch.device) -> Iterator[None]:
                 stack.enter_context(torch.autocast(kind, enabled=False))
         with _lock:
             if not _inside:
-                _use_ieee(_before)
+                _use_ieee(_restore)
             _inside += 1
         try:
             yield
@@ -45,17 +45,17 @@ def float32_products(device: torch.device) -> Iterator[None]:
             with _lock:
                 _inside -= 1
                 if not _inside:
-                    _before.close()
+                    _restore.close()
 
 
 def _use_ieee(stack: contextlib.ExitStack) -> None:
-    """Leaves in the stack what puts everything back."""
-    if not hasattr(torch.backends, "fp32_precision"):  # before torch 2.9 there is one setting
+    """Set IEEE float32. Closing the stack restores what was set before."""
+    if not hasattr(torch.backends, "fp32_precision"):  # before torch 2.9 there was one setting
         stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
         torch.set_float32_matmul_precision("highest")
         return
     backends = torch.backends
-    # A setting that is not made follows the one above it, which comes first here, and is not made afterwards either.
+    # A setting of "none" follows the more general one, which comes first in this list. So it needs no change.
     settings: list[Any] = [backends, backends.cudnn, backends.cuda.matmul, backends.mkldnn, backends.mkldnn.matmul]
     for setting in settings:
         if setting.fp32_precision not in ("none", "ieee"):
@@ -65,10 +65,10 @@ def _use_ieee(stack: contextlib.ExitStack) -> None:
 
 @functools.cache
 def float64_device(device: torch.device) -> torch.device:
-    """Where float64 work on a device's tensors is done: there, or on the CPU where the device has no float64 (Apple's, say)."""
+    """Where float64 work on a device's tensors is done: there, or on the CPU if the device has no float64, as Apple's."""
     try:
         one = torch.ones(1, 1, dtype=torch.float64, device=device)
-        (one @ one).item()  # some take the tensor and refuse to compute
+        (one @ one).item()  # some devices accept the tensor, but refuse to compute
     except (TypeError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
@@ -78,5 +78,5 @@ def float64_device(device: torch.device) -> torch.device:
 
 
 def in_float64(x: Tensor) -> Tensor:
-    """A tensor in float64, on its device where that has it, else on the CPU."""
-    return x.to(float64_device(x.device)).to(torch.float64)  # moved first: where it came from, the type may not exist
+    """A tensor in float64, on its device, or on the CPU if the device has no float64."""
+    return x.to(float64_device(x.device)).to(torch.float64)  # first moved, then cast: its device may not have the type

@@ -1,4 +1,4 @@
-"""What fails in the middle of a computation, told to people: memory that runs out, and a factorisation without a result."""
+"""Failures in the middle of a computation, as errors for people: memory runs out, or a factorisation does not converge."""
 
 from __future__ import annotations
 
@@ -12,29 +12,31 @@ import torch
 
 from mergekit_pave.errors import PaveError, in_a_line
 
-# What allocators and libraries of linear algebra say that have no exception of their own for it.
-_SAID = re.compile(r"out of memory|not enough memory|allocate memory|memory allocation failed|_ALLOC_FAILED", re.IGNORECASE)
+# The messages of allocators and of libraries of linear algebra that have no exception of their own for it.
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|not enough memory|allocate memory|memory allocation failed|_ALLOC_FAILED", re.IGNORECASE
+)
 
-# torch's is a RuntimeError, that of numpy and scipy a ValueError.
+# The error of torch is a RuntimeError, that of numpy and scipy a ValueError.
 NOT_CONVERGED = (torch.linalg.LinAlgError, np.linalg.LinAlgError)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, that of an accelerator or that of the machine."""
+    """Whether memory ran out, on an accelerator or on the machine."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
-    return isinstance(error, RuntimeError) and _SAID.search(str(error)) is not None
+    return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
 
 
 @contextlib.contextmanager
 def advising(work: str, device: torch.device | str, remedy: str | None = None) -> Iterator[None]:
-    """Failures of a piece of work on tensors, as errors that say what to do.
+    """Turns failures of a piece of work on tensors into errors that say what to do.
 
     Args:
         work: what is done to which tensor of which model, as a noun.
-        remedy: what to do where memory runs out, if there is more to say than of the device.
+        remedy: what to do when memory runs out, unless that depends on the device alone.
 
     Raises:
         PaveError: memory runs out, or a factorisation does not converge.
@@ -51,7 +53,7 @@ def advising(work: str, device: torch.device | str, remedy: str | None = None) -
 
 
 def ran_out(work: str, device: torch.device | str, remedy: str | None = None) -> PaveError:
-    """What to tell people where a piece of work has run out of memory; see `advising`."""
+    """The error for a piece of work that has run out of memory; see `advising`."""
     if remedy is None and torch.device(device).type == "cpu":
         remedy = "Free memory, or use a machine that has more"
     if remedy is None:

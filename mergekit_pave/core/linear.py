@@ -1,4 +1,4 @@
-"""A linear layer, or the experts of a mixture: what their weight looks like, and by which names their inputs are known."""
+"""A linear layer, or the experts of a mixture: the form of its weight, and the names of the layers that it stands for."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer of the backbone, or the same projection of the experts of a mixture, each of which is a layer of its own.
+    """A linear layer of the backbone, or one projection of the experts of a mixture. There each expert is a layer.
 
     Attributes:
         module: its path in the model; of experts the path of their 3-D parameter.
         shape: (d_out, d_in) of one matrix.
         transposed: a stored matrix is (d_in, d_out), as in GPT-2's Conv1D.
-        experts: the numbers of the experts whose matrices the weight holds; none for an ordinary layer.
-        stacked: the matrices lie along a first dimension of the weight; otherwise it is one matrix.
+        experts: the numbers of the experts whose matrices the weight holds; empty for an ordinary layer.
+        stacked: the matrices are stacked along the first dimension of the weight; otherwise the weight is one matrix.
         shared: the paths of other layers whose weight is the same parameter.
     """
 
@@ -28,7 +28,7 @@ class Linear:
 
     @property
     def layers(self) -> list[tuple[str, ...]]:
-        """What the covariances of each matrix are named by: the module, or the expert, and those that share its weight."""
+        """For each matrix, the names of the layers whose inputs it multiplies: its own and those that share the weight."""
         modules = (self.module, *self.shared)
         return [tuple(f"{module}.{expert}" for module in modules) for expert in self.experts] or [modules]
 

@@ -4,13 +4,13 @@ With the changes D_i = W_i - W_base, the second moments C_i of the layer's input
 
     W = W_base + lambda (sum w_i D_i M_i) (sum w_i M_i + e I)^-1,    M_i = a C_i / tr(C_i) + (1 - a) D_i^T D_i / ||D_i||^2
 
-minimises sum w_i tr((D - D_i) M_i (D - D_i)^T) + e ||D||^2 over D, and goes lambda times as far. At a = 1 this is RegMean (Jin
-et al., arXiv 2212.09849) with each C scaled to trace 1: the outputs on each model's own inputs change least. At a = 0 it is the
-closed form of WUDI-Merging's objective (Cheng et al., arXiv 2503.08099), which needs no data.
+minimises sum w_i tr((D - D_i) M_i (D - D_i)^T) + e ||D||^2 over D, and is then scaled by lambda. At a = 1 this is RegMean (Jin
+et al., arXiv 2212.09849) with each C scaled to trace 1: it changes the outputs on each model's own inputs least. At a = 0 it is
+the closed form of WUDI-Merging's objective (Cheng et al., arXiv 2503.08099), which needs no data.
 
-Sums and the solution are float64. e is `RIDGE` times the mean of the diagonal of sum w_i M_i: directions in which no
-model has anything to say keep W_base. Without a base model the weighted mean of the W_i stands in for it, which
-changes nothing but what becomes of these directions (in RegMean's own form they would be lost).
+Sums and the solution are float64. e is `RIDGE` times the mean of the diagonal of sum w_i M_i. Because of it, directions along
+which all metrics are zero keep W_base. Without a base model the weighted mean of the W_i takes its place, which changes only
+what becomes of these directions (in RegMean's own form they would be lost).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mergekit_pave.core.covariance import Covariance
 
-# Far above what rounding does to the smallest eigenvalues of a sum of rank-deficient metrics, far below those that matter.
+# Far above the rounding of the smallest eigenvalues of a sum of rank-deficient metrics, far below the eigenvalues that matter.
 RIDGE = 1e-6
 
 
@@ -36,7 +36,7 @@ def metric(
         covariance: of the layer's inputs, on the same device; not needed for a = 0.
         share: a, from 0 to 1.
         off_diagonal: what the elements of C off its diagonal are multiplied by (RegMean's reduction), 0 < x <= 1.
-        overwrite: the covariance's own tensor may become the metric, which saves d_in^2 numbers; it is of no use afterwards.
+        overwrite: the covariance's tensor may become the metric, which saves d_in^2 numbers. The caller gives the covariance up.
     """
     if share > 0:
         result = covariance.unscaled()  # N C: the trace takes N out
@@ -58,23 +58,23 @@ def merge_changes(terms: Iterable[tuple[float, Tensor, Tensor]]) -> Tensor:
     """(sum w_i D_i M_i) (sum w_i M_i + e I)^-1, (d_out, d_in) float64; zero where all metrics are.
 
     Args:
-        terms: of each model w_i >= 0, D_i (d_out, d_in) and M_i (d_in, d_in), float64. Each is let go before the next is taken,
-            so that beside their sum only one metric is in memory, if whoever makes them keeps none.
+        terms: of each model w_i >= 0, D_i (d_out, d_in) and M_i (d_in, d_in), float64. They are borrowed one at a time: if the
+            caller's iterator keeps none, only one metric is in memory beside the sum.
     """
     mixed = total = None
-    for weight, change, own in terms:
+    for weight, change, metric_of_model in terms:
         if total is None:
-            mixed, total = torch.zeros_like(change), torch.zeros_like(own)
-        mixed.addmm_(change, own, alpha=weight)
-        total.add_(own, alpha=weight)
-        del change, own  # or they would outlive the making of the next
+            mixed, total = torch.zeros_like(change), torch.zeros_like(metric_of_model)
+        mixed.addmm_(change, metric_of_model, alpha=weight)
+        total.add_(metric_of_model, alpha=weight)
+        del change, metric_of_model  # or they would be in memory while the next term is made
     shift = RIDGE * total.diagonal().mean().item()
     if shift == 0:
         return mixed
     total.diagonal().add_(shift)
     factor, failed = torch.linalg.cholesky_ex(total)
-    # In a sum of semidefinite metrics no square of a pivot lies below the shift. Where one does, rounding in the covariances has
-    # made the sum indefinite, and what is smaller than its most negative eigenvalue is noise: so it is shifted by as much.
+    # In a sum of semidefinite metrics no square of a pivot lies below the shift. If one does, rounding in the covariances has
+    # made the sum indefinite. Then eigenvalues smaller than the most negative one are noise, and the shift has to be larger.
     if not failed and factor.diagonal().square().min() > shift / 2:
         del total  # the solver copies the factor
         return torch.cholesky_solve(mixed.mT, factor).mT

@@ -10,9 +10,9 @@ so only the few smallest singular directions are ever computed. Finding them is 
 far end of a spectrum that covers six decades and more. Taking them out of W is an ordinary product in W's precision.
 
 In A A^T (A = W C_s) the tail would drown in the rounding error of the largest values, which can be 1e7 times larger.
-In (A A^T)^-1 it comes first and is well separated, so that is what is worked with, as a factorisation of A: block
-Krylov steps find the few leading eigenvectors, LAPACK many of them, and where A is singular to working
-precision (a weight that is rank-deficient, say) a full SVD takes over. Nothing but a checked result leaves this file.
+In (A A^T)^-1 it comes first and is well separated. So the work is done on that matrix, in the form of a factorisation of A.
+Block Krylov steps find a few leading eigenvectors, LAPACK finds many. Where A is singular to working precision, as for a weight
+that is rank-deficient, a full SVD takes over. Only a checked result leaves this file.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Tail:
 def tail_components(weight: Tensor, covariance: Covariance, shift: float, count: int) -> Tail:
     """The `count` smallest singular components of W C_s.
 
-    Where two singular values at the cut coincide the components are not unique: what lies below the cut is dropped,
-    and of the coinciding ones as many as `count` leaves room for, in whichever basis the iteration arrives at.
+    If several singular values coincide at the cut, the components are not unique: those below the cut are among the result, and
+    of the coinciding ones as many as `count` leaves room for, in the basis that the iteration arrives at.
 
     Args:
         weight: W, (d_out, d_in), any float dtype.
@@ -64,7 +64,7 @@ def tail_components(weight: Tensor, covariance: Covariance, shift: float, count:
         count: how many components, 0 < count < min(d_out, d_in).
 
     Returns:
-        On the weight's device, or on the CPU where that has no float64.
+        The tail, on the weight's device, or on the CPU if that device has no float64.
 
     Raises:
         OverflowError: values are so large that they cannot be squared in float64.
@@ -87,7 +87,7 @@ def tail_components(weight: Tensor, covariance: Covariance, shift: float, count:
 
 def _triangle(weight: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """R of W = Q R for a tall W, and the product with Q."""
-    # W^T W = R^T R costs a fraction of Householder's QR. It squares W's condition, but C's large one is not in it.
+    # W^T W = R^T R costs a fraction of Householder's QR. It squares the condition of W, but that of C, the larger, is not in it.
     triangle, failed = torch.linalg.cholesky_ex(upper_gram(weight), upper=True)
     if not failed:
         probes = _random(weight.shape[1], 8, weight)  # (d_in, 8)
@@ -100,11 +100,11 @@ def _triangle(weight: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
 
 def _smallest(a: Tensor, count: int, largest: float) -> tuple[Tensor, Tensor]:
     """Left singular vectors (n, count) and values of A (n, m), n <= m, for its `count` smallest values, ascending."""
-    found = None
+    result = None
     with contextlib.suppress(*NOT_CONVERGED):
-        found = _smallest_by_inverse(a, count, largest)
-    if found:
-        return found
+        result = _smallest_by_inverse(a, count, largest)
+    if result:
+        return result
     left, values, _ = torch.linalg.svd(a, full_matrices=False)
     return left[:, -count:].flip(1), values[-count:].flip(0)
 
@@ -115,11 +115,11 @@ def _smallest_by_inverse(a: Tensor, count: int, largest: float) -> tuple[Tensor,
     root = _inverse_root(a)
     if root:
         inverse = lambda x: root[1](root[0](x))  # noqa: E731
-        found = _leading(inverse, n, count, a) or _leading_dense(root[0](torch.eye(n, dtype=a.dtype, device=a.device)), count)
-        values, vectors = found[0].rsqrt(), found[1]  # values of A, ascending
+        pairs = _leading(inverse, n, count, a) or _leading_dense(root[0](torch.eye(n, dtype=a.dtype, device=a.device)), count)
+        values, vectors = pairs[0].rsqrt(), pairs[1]  # values of A, ascending
         # Rounding moves the cut by about eps * (cut / smallest)^2, and below eps * largest everything is rounding.
         if values[0] > 10 * n * _EPS * largest and n * _EPS * (values[-1] / values[0]) ** 2 < 1e-7:
-            # One more step takes out what is left of the largest directions, which weigh most in A.
+            # One more step takes out the rest of the largest directions, which weigh most in A.
             vectors = _orthonormal(inverse(vectors))
             # Within their span, the singular vectors themselves: U_t^T A = P S_t V_t^T.
             rotation, exact, _ = torch.linalg.svd(vectors @ a, full_matrices=False)
@@ -130,18 +130,18 @@ def _smallest_by_inverse(a: Tensor, count: int, largest: float) -> tuple[Tensor,
 
 def _largest(a: Tensor) -> float:
     """The largest singular value of A (n, m)."""
-    found = None
+    pairs = None
     with contextlib.suppress(*NOT_CONVERGED):
-        # A value is exact to the square of its vector's error, so this may stop early.
-        found = _leading(lambda x: x @ a @ a.mT, a.shape[0], 1, a, tolerance=1e-5)
-    return (found[0].max().sqrt() if found else torch.linalg.matrix_norm(a, ord=2)).item()
+        # The error of a value is the square of its vector's error, so this may stop early.
+        pairs = _leading(lambda x: x @ a @ a.mT, a.shape[0], 1, a, tolerance=1e-5)
+    return (pairs[0].max().sqrt() if pairs else torch.linalg.matrix_norm(a, ord=2)).item()
 
 
 # From here on, vectors are rows, (vectors, n): thin products are up to twice as fast that way.
 
 
 def _inverse_root(a: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None:
-    """The maps x -> H x^T and y -> y^T H with H^T H = (A A^T)^-1 for A (n, m), n <= m; None where A has not full rank."""
+    """The maps x -> H x^T and y -> y^T H with H^T H = (A A^T)^-1 for A (n, m), n <= m; None if A does not have full rank."""
     n, m = a.shape
     # A^T = P L U with pivoting, so A A^T = U^T (L^T L) U. L is well-conditioned: its Gram matrix can be trusted, A's not.
     factors = torch.linalg.lu_factor_ex(a.mT).LU
@@ -150,21 +150,21 @@ def _inverse_root(a: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tens
         return None
     square = n == m
     if square:
-        left = upper.mT  # L^T, which is unit upper triangular
+        middle = upper.mT  # L^T, which is unit upper triangular
     else:
         factors = factors.tril(-1)
         factors.diagonal().fill_(1)
-        left, failed = torch.linalg.cholesky_ex(upper_gram(factors), upper=True)
-        left = left.contiguous().mT  # lower triangular, left left^T = L^T L
+        middle, failed = torch.linalg.cholesky_ex(upper_gram(factors), upper=True)
+        middle = middle.contiguous().mT  # lower triangular, with middle middle^T = L^T L
         if failed:
             return None
 
     def forward(x: Tensor) -> Tensor:
         y = torch.linalg.solve_triangular(upper.mT, x.mT, upper=False)
-        return torch.linalg.solve_triangular(left, y, upper=square, unitriangular=square)
+        return torch.linalg.solve_triangular(middle, y, upper=square, unitriangular=square)
 
     def backward(y: Tensor) -> Tensor:
-        y = torch.linalg.solve_triangular(left.mT, y, upper=not square, unitriangular=square)
+        y = torch.linalg.solve_triangular(middle.mT, y, upper=not square, unitriangular=square)
         return torch.linalg.solve_triangular(upper, y, upper=True).mT
 
     return forward, backward
@@ -176,32 +176,32 @@ def _leading(
     """Leading eigenpairs of a positive semidefinite (n, n) operator by block Krylov steps with full orthogonalisation.
 
     Returns:
-        `count` eigenvalues, descending, and their vectors (count, n). None where LAPACK on the whole matrix would be
-        no slower, or where the eigenvalues lie so close together that the residual does not become small in time.
+        `count` eigenvalues, descending, and their vectors (count, n). None if LAPACK on the whole matrix would be no slower, or
+        if the eigenvalues lie so close together that the residual does not become small in time.
     """
     width = 16 if count > 8 else 8
     limit = n // 3
     if count > limit // 4 or 2 * width > limit:
         return None
-    basis, images, size = like.new_empty(limit, n), like.new_empty(limit, n), 0
+    basis, images, rank = like.new_empty(limit, n), like.new_empty(limit, n), 0  # of both, `rank` rows are filled
     block = _orthonormal(_random(width, n, like))
-    enough, settled, before = max(count + 1, 2 * width), None, None
-    while size + len(block) <= limit:
+    next_check, settled, before = max(count + 1, 2 * width), None, None
+    while rank + len(block) <= limit:
         image = apply(block)
         if not image.isfinite().all():
             return None
-        basis[size : size + len(block)], images[size : size + len(block)] = block, image
-        size += len(block)
-        block = _orthonormal(_remove(image, basis[:size]))
-        if size < enough:
+        basis[rank : rank + len(block)], images[rank : rank + len(block)] = block, image
+        rank += len(block)
+        block = _orthonormal(_remove(image, basis[:rank]))
+        if rank < next_check:
             continue
-        enough = 1.25 * size
-        projected = images[:size] @ basis[:size].mT
+        next_check = 1.25 * rank
+        projected = images[:rank] @ basis[:rank].mT
         values, vectors = torch.linalg.eigh((projected + projected.mT) / 2)
         values, vectors = values.flip(0), vectors.flip(1)[:, :count].mT  # (m,), (count, m)
-        # || v M - value v || of the Ritz vectors v: this over the gap is the angle by which they are off at the cut.
-        ritz = vectors @ basis[:size]
-        residual = (vectors @ images[:size] - values[:count, None] * ritz).norm()
+        # || v M - value v || of the Ritz vectors v. Divided by the gap this is the angle of their error at the cut.
+        ritz = vectors @ basis[:rank]
+        residual = (vectors @ images[:rank] - values[:count, None] * ritz).norm()
         allowed = (
             tolerance * values[0]
             if tolerance
@@ -210,21 +210,21 @@ def _leading(
         if residual <= allowed:
             if count < width or (settled is not None and torch.allclose(values[:count], settled, rtol=1e-6)):
                 return values[:count], ritz
-            # A block finds an eigenvalue no more often than it has rows. Look for others of the same size from elsewhere.
+            # A block finds an eigenvalue at most as often as it has rows. Other vectors look for further equal eigenvalues.
             settled = values[:count]
-            block = _orthonormal(torch.cat([block, _remove(_random(width, n, like, seed=size), basis[:size])]))
-            enough = size + 3 * len(block)
+            block = _orthonormal(torch.cat([block, _remove(_random(width, n, like, seed=rank), basis[:rank])]))
+            next_check = rank + 3 * len(block)
         elif settled is None:
-            # Residuals fall faster and faster. Where twice the present pace would not do, neither will that.
-            size_before, log_before = before or (size, 0.0)
-            before = size, (residual / allowed).log().item()
-            if log_before and size + (size - size_before) / 2 * before[1] / max(log_before - before[1], 1e-3) > limit:
+            # Residuals fall faster and faster. If twice the present pace would not be enough, this will not end in time.
+            rank_before, log_before = before or (rank, 0.0)
+            before = rank, (residual / allowed).log().item()
+            if log_before and rank + (rank - rank_before) / 2 * before[1] / max(log_before - before[1], 1e-3) > limit:
                 return None
     return None
 
 
 def _remove(x: Tensor, basis: Tensor) -> Tensor:
-    """Take out of the rows of x what lies in the span of an orthonormal basis; twice, against rounding."""
+    """The rows of x without their part in the span of an orthonormal basis. It is removed twice, against rounding."""
     for _ in range(2):
         x = x - x @ basis.mT @ basis
     return x
@@ -237,11 +237,11 @@ def _leading_dense(root: Tensor, count: int) -> tuple[Tensor, Tensor]:
     if not gram.isfinite().all():
         return gram.new_full((count,), torch.inf), gram[:count]
     if gram.device.type == "cpu":
-        # LAPACK's subset driver: less than half the time of all n eigenpairs.
+        # LAPACK's driver for a subset takes less than half the time of all n eigenpairs.
         values, vectors = scipy.linalg.eigh(
             gram.numpy(), subset_by_index=[n - count, n - 1], lower=False, overwrite_a=True, check_finite=False
         )
-        if len(values) < count:  # where many eigenvalues coincide, on some processors
+        if len(values) < count:  # happens on some processors if many eigenvalues coincide
             raise np.linalg.LinAlgError(f"LAPACK found {len(values)} of {count} eigenvalues")
         values, vectors = torch.from_numpy(values), torch.from_numpy(vectors)
     else:
@@ -258,5 +258,5 @@ def _orthonormal(x: Tensor) -> Tensor:
 def _random(rows: int, columns: int, like: Tensor, seed: int = 0) -> Tensor:
     """Normal numbers, the same in every run and on every device."""
     generator = torch.Generator().manual_seed(seed)
-    # mergekit's workers make their GPU the default device, on which this generator would be refused.
+    # mergekit's workers make their GPU the default device, which would refuse this generator.
     return torch.randn(rows, columns, generator=generator, dtype=like.dtype, device="cpu").to(like.device)
