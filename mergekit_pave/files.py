@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whenever a process is killed; sizes for people; and what is a path at all."""
+"""Files that are written as a whole or not at all, sizes for people, and which names are paths."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file that takes the place of `path` when the block succeeds, and is gone when it does not.
+    """A temporary file that replaces `path` when the block succeeds, and is removed when it does not.
 
-    It is left to the system when to write it to the disk, as there is one for each weight. What a power cut leaves of a file
-    in the cache is told by its hash.
+    So a killed process leaves the old file or the new one, never a part. The system decides when the file gets to the disk,
+    because the cache has one for each weight. If a power cut damages it there, its hash shows that.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
     try:
@@ -25,14 +25,14 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def readable(size: float) -> str:
-    """Bytes for people."""
+    """A number of bytes, for people."""
     for unit in ("bytes", "KB", "MB", "GB"):
-        if size < 999.5:  # or it would be rounded to 1e+03
+        if size < 999.5:  # anything larger would be rounded to 1e+03
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} TB"
 
 
 def looks_local(path: str) -> bool:
-    """Whether a path can be nothing on the Hub, be it there or not."""
+    """Whether a name can only be a path, and not a name on the Hub. The path need not exist."""
     return path.startswith((".", "/", "~")) or path.count("/") > 1

@@ -1,4 +1,4 @@
-"""PAVE on a transformers model that is in memory: the Python side of a `pave:` block, for notebooks and scripts."""
+"""PAVE on a transformers model that is in memory, for notebooks and scripts: a `pave:` block in Python."""
 
 from __future__ import annotations
 
@@ -47,33 +47,35 @@ def purify_model(
 ) -> list[dict[str, Any]]:
     """Purify every linear layer of a model's backbone in place, as a `pave:` block with `allocation: uniform` would.
 
-    Each weight drops its fair share: spectral allocation compares several models, and here is one. A weight that several layers
-    share is purified once, for the inputs of all of them; a pattern that is part of one of its names holds for it. The model
-    runs over the batches as it would in your own code (in its own precision, or under `torch.autocast`, and on the devices that
-    it is on), and all covariances are in memory at once, in at most 8 d² bytes for each distinct layer input of width d, and so
-    are the tails, 4 (d_out + d_in) bytes a component. Weights change only when all of these are computed; the covariances are
-    let go then, and main memory takes the originals until all is written. Whatever fails leaves the model as it was.
+    Each weight drops its fair share, because spectral allocation needs several models. A weight that several layers share is
+    purified once, for the inputs of all of them. A pattern applies to it if it is part of one of its names.
+
+    The model runs over the batches as it would in your own code: in its own precision, or under `torch.autocast`, and on its own
+    devices. All covariances are in memory at once, in at most 8 d² bytes for each distinct layer input of width d. So are the
+    tails, in 4 (d_out + d_in) bytes for each component. Weights change only when all tails are computed. Then the covariances are
+    freed, and main memory holds the originals until all weights are written. If anything fails, the model is as it was.
 
     Args:
         model: all of it in memory, without adapters (`merge_and_unload()` them) and not quantised.
-        batches: what the model's tokenizer or image processor returns with `return_tensors="pt"`, one batch or several; with
-            `attention_mask` where there is padding, which never counts; for an encoder-decoder model with `decoder_input_ids`.
+        batches: one batch or several, as the model's tokenizer or image processor returns them with `return_tensors="pt"`. They
+            need `attention_mask` if there is padding, which never counts, and `decoder_input_ids` for an encoder-decoder model.
         rank_ratio: share of singular components kept, 0 < x <= 1.
-        base: what the model was fine-tuned from, or its state dict; for the target `task_vector`, for `change_norm`, and to leave
-            weights as they are that fine-tuning has not changed.
+        base: the model that this one was fine-tuned from, or its state dict. It is needed for the target `task_vector` and for
+            `change_norm`. With it, weights that fine-tuning has not changed are left as they are.
         target: what is purified: the weights, as published, or only what fine-tuning changed.
-        regularization: λ as a number, or {"relative": share of C's mean diagonal}, by default 0.01 of it.
-        include, exclude: parts of the names of parameters: purify only these, leave these alone.
+        regularization: λ as a number, or {"relative": share of C's mean diagonal}; by default 0.01 of it.
+        include: parts of names of parameters; only these are purified.
+        exclude: parts of names of parameters; these are left as they are.
         min_tokens: how many tokens an expert must have seen to be purified.
         quiet: draw no bar.
 
     Returns:
         Rows like those of `pave_report.json`: {tensor, expert (of a mixture), components, kept, energy_dropped, removed_norm,
-        change_norm, tokens} for each matrix. What was left as it is, though it is a linear layer, is logged as a warning.
+        change_norm, tokens} for each matrix. A warning is logged for each linear layer that was left as it is.
 
     Raises:
         ValueError: an argument does not fit the model.
-        PaveError: the model or its activations do not allow it, or memory runs out.
+        PaveError: the model or its activations cannot be used, or memory runs out.
     """
     linears = _choose(model, rank_ratio, include, exclude)
     bases = _base_tensors(base, linears, model)
@@ -81,25 +83,26 @@ def purify_model(
         raise ValueError(f"target must be 'weights' or 'task_vector', not {target!r}")
     if target == "task_vector" and base is None:
         raise ValueError("target='task_vector' needs base, the model that this one was fine-tuned from")
-    shift = _regularization(regularization)
+    regularizer = _regularization(regularization)
     name = model.name_or_path or type(model).__name__
 
-    known = _measure(model, as_batches(model, batches), name, quiet)
-    every, _, _ = find_linears(model)
-    size = sum(linear.size for linear in every.values())
+    covariances = _measure(model, as_batches(model, batches), name, quiet)
+    all_linears, _, _ = find_linears(model)
+    num_weights = sum(linear.num_weights for linear in all_linears.values())
     equal = {tensor: equal_matrices(model.get_parameter(tensor), value) for tensor, value in bases.items()}
-    left = {tensor: UNCHANGED for tensor, numbers in equal.items() if len(numbers) == len(linears[tensor].layers)}
-    changed = tuple(linear for tensor, linear in linears.items() if tensor not in left)
-    missed = missed_layers(name, changed, size, known) if changed else []
-    left |= {tensor: NEVER_CALLED for tensor, linear in linears.items() if linear in missed}
+    left_as_they_are = {tensor: UNCHANGED for tensor, numbers in equal.items() if len(numbers) == len(linears[tensor].layers)}
+    changed = tuple(linear for tensor, linear in linears.items() if tensor not in left_as_they_are)
+    missed = missed_layers(name, changed, num_weights, covariances) if changed else []
+    left_as_they_are |= {tensor: NEVER_CALLED for tensor, linear in linears.items() if linear in missed}
     tails: dict[str, dict[str, Any]] = {}
     for tensor, linear in linears.items():
-        if tensor not in left:
-            weight, least = model.get_parameter(tensor).detach(), min_tokens if linear.experts else 0
+        if tensor not in left_as_they_are:
+            weight, needed = model.get_parameter(tensor).detach(), min_tokens if linear.experts else 0
             with advising(f"{name}: decomposing {tensor}", weight.device):
-                tail = decompose_weight(weight, linear, known, shift, _drop(linear, rank_ratio), least, (name, tensor))
-            tails[tensor] = leave_slices(tail, least, [linear.experts[i] for i in equal.get(tensor, ())])
-    del known
+                count = _drop(linear, rank_ratio)
+                tail = decompose_weight(weight, linear, covariances, regularizer, count, needed, (name, tensor))
+            tails[tensor] = leave_slices(tail, needed, [linear.experts[i] for i in equal.get(tensor, ())])
+    del covariances
 
     rows: list[dict[str, Any]] = []
     with _all_or_nothing() as write:
@@ -118,8 +121,8 @@ def purify_model(
                 )
                 write(parameter, purified["tensor"])
             rows += purified["stats"]
-            left |= purified["left"]
-    report = {"tensors": len(model.state_dict()), "purified": rows, "models": {name: {"left_as_they_are": left}}}
+            left_as_they_are |= purified["left_as_they_are"]
+    report = {"tensors": len(model.state_dict()), "purified": rows, "models": {name: {"left_as_they_are": left_as_they_are}}}
     if rows:
         LOG.info(summary(report))
     for line in left_experts(report) + left_weights(report) + warnings(report):
@@ -129,7 +132,7 @@ def purify_model(
 
 @contextlib.contextmanager
 def _all_or_nothing() -> Iterator[Callable[[Tensor, Tensor], None]]:
-    """Yields what writes to a parameter. Where the context ends in an error, every parameter has its old values, bit for bit."""
+    """Yields a function that writes to a parameter. If the context ends in an error, all parameters get their old values back."""
     originals: list[tuple[Tensor, Tensor]] = []
 
     def overwrite(parameter: Tensor, values: Tensor) -> None:
@@ -171,7 +174,7 @@ def _choose(
     for pattern, names in [*((p, linears) for p in include), *((p, parameters) for p in exclude)]:
         if not any(pattern in tensor for tensor in names):
             raise ValueError(f"{pattern!r} is part of no {'linear weight' if names is linears else 'parameter'}'s name")
-    names: dict[int, list[str]] = {}  # of each parameter, which several layers may share
+    names: dict[int, list[str]] = {}  # all names of each parameter, which several layers may share
     for tensor, parameter in parameters.items():
         names.setdefault(id(parameter), []).append(tensor)
 
@@ -195,7 +198,7 @@ def _choose(
 
 
 def _base_tensors(base: nn.Module | Tensors | None, linears: dict[str, Linear], model: nn.Module) -> Tensors:
-    """The base's weight of each layer."""
+    """The base model's weight of each layer."""
     if base is None:
         return {}
     state = base.state_dict() if isinstance(base, nn.Module) else base
@@ -203,8 +206,8 @@ def _base_tensors(base: nn.Module | Tensors | None, linears: dict[str, Linear], 
     for tensor in linears:
         parameter = model.get_parameter(tensor)
         if tensor not in state or state[tensor].shape != parameter.shape:
-            found = f"of shape {tuple(state[tensor].shape)}" if tensor in state else "not there"
-            raise ValueError(f"base: {tensor} is {found}, where the model has one of shape {tuple(parameter.shape)}")
+            in_base = f"of shape {tuple(state[tensor].shape)}" if tensor in state else "missing"
+            raise ValueError(f"base: {tensor} is {in_base}, where the model has one of shape {tuple(parameter.shape)}")
         if state[tensor].is_meta:
             raise ValueError(f"base: {tensor} is not in memory (offloaded); load the base without offloading")
         tensors[tensor] = state[tensor].detach()
@@ -254,7 +257,7 @@ def _measure(model: transformers.PreTrainedModel, batches: list[Batch], name: st
 
 @contextlib.contextmanager
 def _inference(model: transformers.PreTrainedModel) -> Iterator[None]:
-    """Without dropout and without a cache of keys and values; afterwards the model is as it was."""
+    """Switch off dropout and the cache of keys and values; afterwards the model is as it was."""
     modes = {module: module.training for module in model.modules()}
     cached = getattr(model.config, "use_cache", None)
     model.eval()

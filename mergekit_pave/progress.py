@@ -1,4 +1,4 @@
-"""One bar a phase: drawn in a terminal and in a notebook, and told in a line now and then where output goes to a file."""
+"""A progress bar for each phase, in a terminal or a notebook. In a file it becomes a line from time to time."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def bar(total: int, description: str, unit: str, hidden: bool, delay: float = 0)
     options = {"total": total, "desc": description, "unit": unit, "disable": hidden, "delay": delay}
     if sys.stderr.isatty() or issubclass(tqdm.auto.tqdm, tqdm.notebook.tqdm_notebook):
         return tqdm.auto.tqdm(**options)
-    told = "{desc}: {n_fmt} of {total_fmt} {unit} after {elapsed}, {remaining} left{postfix}"
-    return tqdm.tqdm(**options, file=_Lines(), bar_format=told, mininterval=_SECONDS, maxinterval=_SECONDS, miniters=1)
+    line = "{desc}: {n_fmt} of {total_fmt} {unit} after {elapsed}, {remaining} left{postfix}"
+    return tqdm.tqdm(**options, file=_Lines(), bar_format=line, mininterval=_SECONDS, maxinterval=_SECONDS, miniters=1)
 
 
 class _Lines:
-    """What stands between tqdm, which returns to the start of its line again and again, and a file."""
+    """Turns tqdm's output, which overwrites one line again and again, into lines of a file."""
 
     def write(self, text: str) -> None:
         if text := text.strip("\r\n "):
@@ -41,17 +41,17 @@ class _Lines:
 
 @contextlib.contextmanager
 def no_bars_of_others(hidden: bool) -> Iterator[None]:
-    """Hide what datasets, transformers and the client of the Hub would draw, too."""
-    off = []
+    """Hide the bars of datasets, of transformers and of the client of the Hub, too."""
+    switches = []
     if hidden and transformers.utils.logging.is_progress_bar_enabled():
-        off.append((transformers.utils.logging.disable_progress_bar, transformers.utils.logging.enable_progress_bar))
+        switches.append((transformers.utils.logging.disable_progress_bar, transformers.utils.logging.enable_progress_bar))
     for library in (datasets, huggingface_hub.utils) if hidden else ():
         if not library.are_progress_bars_disabled():
-            off.append((library.disable_progress_bars, library.enable_progress_bars))
-    for disable, _ in off:
+            switches.append((library.disable_progress_bars, library.enable_progress_bars))
+    for disable, _ in switches:
         disable()
     try:
         yield
     finally:
-        for _, enable in off:
+        for _, enable in switches:
             enable()

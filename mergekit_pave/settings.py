@@ -13,7 +13,7 @@ METHODS = (REGMEAN, TSV)
 
 
 class Block(BaseModel, frozen=True):
-    _elsewhere: ClassVar[dict[str, str]] = {}  # keys that belong to another block, and what to tell who puts them here
+    _elsewhere: ClassVar[dict[str, str]] = {}  # keys that belong to another block, and what to say when they are used here
 
     @model_validator(mode="before")
     @classmethod
@@ -52,7 +52,7 @@ class RelativeRegularization(Block):
     relative: Positive
 
 
-# The tags keep pydantic from telling what is wrong with the form that was not meant.
+# With the tags pydantic reports only errors about the form that was meant.
 Regularization = Annotated[
     Annotated[Positive, Tag("absolute")] | Annotated[RelativeRegularization, Tag("relative")],
     Discriminator(lambda value: "relative" if isinstance(value, (dict, RelativeRegularization)) else "absolute"),
@@ -60,7 +60,7 @@ Regularization = Annotated[
 
 
 class Calibration(Block):
-    """How calibration samples are read. What is unset here comes from the next wider scope."""
+    """How calibration samples are read. Settings that are missing here come from the next wider scope."""
 
     samples: Count | None = None
     max_length: Count | None = None
@@ -74,7 +74,7 @@ DEFAULT_CALIBRATION = Calibration(samples=256, max_length=512, max_tokens=65536,
 
 
 class Data(Block):
-    """Which samples: the arguments of `datasets.load_dataset`, and which columns make up a sample."""
+    """The samples: arguments of `datasets.load_dataset`, and the columns that make up a sample."""
 
     path: str = Field(min_length=1)
     name: str | None = None
@@ -98,5 +98,5 @@ class Data(Block):
         if self.text_pair is not None and self.text is None:
             raise ValueError("text_pair needs text, the first of the pair")
         if self.target is not None and self.image is not None:
-            raise ValueError("target, what an encoder-decoder model answers, goes with text or messages, not with image")
+            raise ValueError("target, the answer of an encoder-decoder model, goes with text or messages, not with image")
         return self

@@ -1,4 +1,4 @@
-"""Versions of what decides a result, and whether they fit each other."""
+"""Versions of the packages that determine a result, and whether they fit each other."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ MERGEKIT = SpecifierSet(">=0.1.5,<0.2")  # the versions of mergekit that this on
 
 
 def installed() -> dict[str, str]:
-    """Version by package."""
+    """The version of each package."""
     return {package: version(package) for package in PACKAGES}
 
 
 def problem() -> str | None:
-    """That the installed mergekit is of another version, and what to do about it, if so."""
-    found = version("mergekit")
-    if found in MERGEKIT:
+    """If the installed mergekit is of another version: the message about it, and what to do."""
+    installed_version = version("mergekit")
+    if installed_version in MERGEKIT:
         return None
     return (
-        f"mergekit-pave {version('mergekit-pave')} works with mergekit {MERGEKIT}, but {found} is installed. "
+        f"mergekit-pave {version('mergekit-pave')} works with mergekit {MERGEKIT}, but {installed_version} is installed. "
         f"Install a version that fits (pip install 'mergekit{MERGEKIT}')"
     )

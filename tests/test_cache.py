@@ -19,7 +19,6 @@ from mergekit_pave import cache
 from mergekit_pave.cache import MANIFEST, Artefact, DamagedError, cache_root, digest, weights_identity
 from mergekit_pave.calibration.stored import StoredCovariances
 from mergekit_pave.cli import main
-from mergekit_pave.core.purification import leave_slices
 from mergekit_pave.errors import PaveError
 from mergekit_pave.files import readable
 from mergekit_pave.tasks.decompose import has_tail
@@ -379,7 +378,7 @@ class TestAttacks:
             covariances = StoredCovariances(artefact)
             return [covariances.load([layer]).matrix() for layer in manifest["layers"]]
         if kind == "subspace":
-            return [has_tail(artefact.folder, 1, 2) for _ in leave_slices(manifest, 3, [])["left"]]
+            return [has_tail(artefact.folder, 1, 2) for _ in manifest["left"]]
         return [torch.zeros(2)[number:] for numbers in manifest["equal"].values() for number in numbers]
 
 

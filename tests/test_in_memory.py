@@ -211,7 +211,7 @@ WRONG = {
     "exclude": ({"exclude": ["nowhere"]}, "'nowhere' is part of no parameter's name"),
     "target": ({"target": "weight"}, "'weights' or 'task_vector', not 'weight'"),
     "no base": ({"target": "task_vector"}, "needs base"),
-    "another base": ({"base": {}}, "base: model.layers.0.self_attn.q_proj.weight is not there"),
+    "another base": ({"base": {}}, "base: model.layers.0.self_attn.q_proj.weight is missing"),
     "regularization": ({"regularization": {"relativ": 0.1}}, "regularization: .*relativ"),
 }
 
@@ -244,7 +244,7 @@ def test_single_weights():
     covariance, weight = Covariance.from_rows(draw(50, 24)), draw(40, 24)
     by_default = purify(weight, covariance, 20)
     assert torch.equal(by_default, purify(weight, covariance, 20, shift=0.01 * covariance.mean_diagonal()))
-    with pytest.raises(ValueError, match=r"shape \(24, 40\) has inputs 40 wide, but the covariance is for 24; .*weight\.T"):
+    with pytest.raises(ValueError, match=r"shape \(24, 40\) has inputs 40 wide, the covariance is for 24; .*weight\.T"):
         purify(weight.T, covariance, 20)
     with pytest.raises(ValueError, match=r"float matrix .*not torch.float32 of shape \(2, 40, 24\)"):
         purify(torch.stack([weight, weight]), covariance, 20)

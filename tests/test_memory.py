@@ -56,7 +56,7 @@ def test_a_weight_of_several_megabytes_is_purified_as_a_small_one_is(shape, tran
         "coefficients": directions.mT @ own,
         "values": torch.ones(len(own), 9).double(),
         "slices": slices,
-        "left": {},
+        "without_tail": {},
     }
     drops = [7, 0, 9][: len(own)]
     row = {"tensor": "t", "output": "t", "model": "m"}

@@ -1,9 +1,8 @@
 """Artefacts on disk: content keys, atomic writes, and manifests that are written last.
 
-An artefact is a folder of safetensors files and a `manifest.json` that names each with its size and SHA-256, and ends
-with a hash of itself. The manifest is written last, so where it is the rest was complete; what a power cut has left of
-that is told by the hashes. The folder's name is a hash of everything that determines the content, so nothing in it ever
-becomes stale.
+An artefact is a folder of safetensors files and a `manifest.json`, which names each file with its size and SHA-256, and ends
+with a hash of itself. The manifest is written last, so if it is there, everything has been written. The hashes show what a power
+cut has damaged since. The folder's name is a key (see `cache.keys`).
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ def cache_root(configured: str | None) -> Path:
 
 
 class Artefact:
-    """One folder of the cache. Reading needs a manifest; writing ends with one."""
+    """One folder of the cache. Its manifest is checked before it is used, and written last."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -121,7 +120,7 @@ class Artefact:
         (self.folder / name).unlink()
 
     def remove_others(self) -> None:
-        """Remove what the manifest does not name."""
+        """Remove the tensor files that the manifest does not name."""
         files = self.read_manifest()["files"]
         for path in self.folder.glob("*.safetensors"):
             if path.name not in files:
@@ -134,7 +133,7 @@ class Artefact:
 
     @contextlib.contextmanager
     def discarded_on_error(self) -> Iterator[None]:
-        """Start from an empty folder, and remove it again unless the block succeeds."""
+        """Start with no folder, and remove what the block has written unless it succeeds."""
         self.discard()
         try:
             yield
@@ -151,7 +150,7 @@ class Artefact:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other processes from making the same artefact at the same time."""
+        """Keep other processes from making the same artefact meanwhile."""
         with writable(self.folder):
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             lock = filelock.FileLock(self.folder.parent / f".{self.folder.name}.lock")
@@ -163,7 +162,7 @@ class Artefact:
 
 
 def require_space(folder: Path, size: int) -> None:
-    """Fail early where the disk has no room for so many bytes.
+    """Fail early if the disk has no room for so many bytes.
 
     Raises:
         PaveError: there is not enough space.
@@ -177,7 +176,7 @@ def require_space(folder: Path, size: int) -> None:
 
 
 def _sha256(path: Path) -> str:
-    """A file's hash, taken once as long as the file is left alone."""
+    """A file's hash. It is computed once, unless the file changes."""
     stat = path.stat()
     return _hash_of(path, stat.st_ino, stat.st_mtime_ns, stat.st_size)
 
@@ -193,7 +192,7 @@ def _hash_of(path: Path, *_: int) -> str:
 
 @contextlib.contextmanager
 def writable(path: Path) -> Iterator[None]:
-    """What keeps a cache from being written, as an error that says what to do."""
+    """Turns failures to write into errors that say what to do."""
     try:
         yield
     except (OSError, safetensors.SafetensorError) as error:
@@ -205,7 +204,7 @@ def writable(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """See `replacing`; the folder is made if need be."""
+    """See `replacing`. The folder is made if it does not exist."""
     with writable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:

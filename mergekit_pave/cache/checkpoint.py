@@ -1,4 +1,4 @@
-"""A model's files as they lie on the disk, and what their headers say."""
+"""The files of a model, and the headers of its safetensors files."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ class Stored(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model's folder, LoRA merged, and the file in it of each tensor."""
+    """A model's folder, with adapters merged, and the name of the file that holds each tensor."""
 
     folder: str
     files: dict[str, str]
 
     @functools.cached_property
     def stored(self) -> dict[str, Stored]:
-        """The tensors in its safetensors files; of other files nothing is known without reading them.
+        """The tensors in its safetensors files. Those in other files are left out, because they would have to be read.
 
         Raises:
             PaveError: a file cannot be parsed.
         """
-        found: dict[str, Stored] = {}
+        tensors: dict[str, Stored] = {}
         for file in sorted(set(self.files.values())):
             path = Path(self.folder, file)
             if path.suffix == ".safetensors":
-                found |= stored_in(path)
-        return found
+                tensors |= stored_in(path)
+        return tensors
 
     def first_stored(self, names: Iterable[str]) -> Stored | None:
         """The first of these tensors that a safetensors file has."""
@@ -68,12 +68,12 @@ def stored_in(path: Path) -> dict[str, Stored]:
     """The tensors in one safetensors file.
 
     Raises:
-        PaveError: it is not there, or cannot be parsed.
+        PaveError: the file is missing or cannot be parsed.
     """
     try:
-        with safe_open(path, "pt") as tensors:
-            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
-            return {name: Stored(one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()}
+        with safe_open(path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: Stored(tensor.get_dtype(), tuple(tensor.get_shape())) for name, tensor in slices.items()}
     except (OSError, SafetensorError) as error:
         if is_pointer(path):
             raise PaveError(f"{path} is a pointer of Git LFS, not the file itself; run `git lfs pull` in its folder") from error
@@ -81,7 +81,7 @@ def stored_in(path: Path) -> dict[str, Stored]:
 
 
 def is_pointer(path: Path) -> bool:
-    """Whether Git LFS has left a note in the place of a file."""
+    """Whether a file is a pointer of Git LFS, which stands for the file itself."""
     if not path.is_file():
         return False
     with path.open("rb") as file:

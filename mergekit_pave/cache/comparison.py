@@ -1,8 +1,8 @@
-"""Which weights are what they were in the base model, as far as it is known; see `core.equality`.
+"""Which weights of a model are known to equal the base model's; see `core.equality`.
 
-LoRA on a few layers, frozen layers, and the untouched tower or experts of a larger model all leave such weights. They are found
-when a merge is planned. A changed weight differs in its first row, so it costs next to nothing; one that did not change is read
-whole, once, and the cache remembers it.
+There are such weights after LoRA on a few layers, after training with frozen layers, and in the untouched tower or experts of a
+larger model. They are found when a merge is planned. A changed weight usually differs in its first row, so the comparison costs
+almost nothing. An equal weight is read as a whole, once, and the cache remembers the result.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _DELAY = 3  # seconds: a comparison that takes less shows no bar
 
 
 class Comparison:
-    """What is known of the weights of one model beside those of one base model.
+    """Which weights of one model equal those of one base model, as far as they have been compared.
 
     Args:
         root: of the cache.
-        identities: of the two models' weights.
-        names: of the two models, for people.
+        identities: of the weights of the two models.
+        names: of the two models, for messages.
     """
 
     def __init__(self, root: Path, identities: tuple[str, str], names: tuple[str, str]):
@@ -44,27 +44,27 @@ class Comparison:
         return tuple(self._equal.get(tensor, ()))
 
     def compare(self, pairs: dict[str, Callable[[], Sequence[Tensor | None]]], quiet: bool, keep_all: bool) -> None:
-        """Compare weights that are not known yet, and remember which of them are equal.
+        """Compare weights that have not been compared yet, and remember which are equal.
 
         Args:
-            pairs: by the weight's name, what reads it and the base model's, where there are such.
-            keep_all: remember the weights that differ as well, as a part of one cannot be read alone.
+            pairs: by the weight's name, a function that reads it and the base model's; either may be None.
+            keep_all: remember the weights that differ as well, because no part of one can be read alone.
         """
-        unknown = {tensor: read for tensor, read in pairs.items() if tensor not in self._equal}
-        found = {}
-        with bar(len(unknown), f"Comparing {self._names[0]} with {self._names[1]}", "weights", quiet, _DELAY) as progress:
-            for tensor, read in unknown.items():
-                both = read()
-                equal = equal_matrices(*both)
-                # A stack may be made of many tensors, all of which are read for it, so what is known of one is kept, too.
-                if equal or keep_all or (both[0] is not None and both[0].dim() == 3):
-                    found[tensor] = list(equal)
+        missing = {tensor: read for tensor, read in pairs.items() if tensor not in self._equal}
+        results = {}
+        with bar(len(missing), f"Comparing {self._names[0]} with {self._names[1]}", "weights", quiet, _DELAY) as progress:
+            for tensor, read in missing.items():
+                weight, of_base = read()
+                equal = equal_matrices(weight, of_base)
+                # A stack may be made of many tensors, all of which are read for it. So the result for a stack is kept, too.
+                if equal or keep_all or (weight is not None and weight.dim() == 3):
+                    results[tensor] = list(equal)
                 progress.update()
-        if found:
-            self._equal |= found
+        if results:
+            self._equal |= results
             model, base = self._names
             try:
                 with self._artefact.lock():
                     self._artefact.complete({"files": {}, "model": model, "base": base, "equal": self._equal})
-            except PaveError as error:  # a cache that is read-only does for all else
+            except PaveError as error:  # a read-only cache is good for everything else
                 LOG.info("which weights of %s equal those of %s is not kept: %s", model, base, error)

@@ -1,4 +1,4 @@
-"""What is in a cache as a whole, and copies of it."""
+"""All entries of a cache, and copies of artefacts."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ KINDS = ("covariance", "subspace", "comparison")
 
 @dataclass(frozen=True)
 class Entry:
-    """What the cache holds under one key: the covariances of a model, the subspaces of its weights, or which of them equal a base
-    model's.
+    """One cache entry: the covariances of a model, the subspaces of its weights, or which of its weights equal a base model's.
 
     Attributes:
         kind: one of `KINDS`.
-        artefacts: one a weight of subspaces; otherwise one.
+        artefacts: for subspaces one for each weight, otherwise a single one.
     """
 
     kind: str
@@ -37,13 +36,13 @@ class Entry:
 
 
 def entries(root: Path) -> list[Entry]:
-    """Everything in a cache."""
-    found = []
+    """All entries of a cache."""
+    result = []
     for kind in KINDS:
         for folder in sorted((root / kind).glob("[!.]*")):
             parts = sorted(folder.glob("[!.]*")) if kind == "subspace" else [folder]
-            found.append(Entry(kind, folder, [Artefact(part) for part in parts]))
-    return found
+            result.append(Entry(kind, folder, [Artefact(part) for part in parts]))
+    return result
 
 
 def copy(source: Path, target: Path) -> None:
@@ -51,7 +50,7 @@ def copy(source: Path, target: Path) -> None:
 
     Raises:
         DamagedError: the source is incomplete or damaged.
-        PaveError: there is something at the target.
+        PaveError: the target exists and is not empty.
     """
     manifest = Artefact(source).validate()
     if target.exists() and any(target.iterdir()):

@@ -1,4 +1,4 @@
-"""What tells the weights of one checkpoint from those of another, without reading all of them."""
+"""Keys of the weights of a checkpoint, without reading all of them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from mergekit_pave.cache.keys import digest
 
 
 def weights_fingerprint(folder: str, shards: list[str]) -> str:
-    """Key of a checkpoint's content that is the same wherever its files lie, from samples of every tensor.
+    """Key of a checkpoint's content, from samples of every tensor. It does not depend on where the files are.
 
-    Three blocks of each tensor, or 256 of a file that is not safetensors: a fine-tune that leaves all of
-    them as they were has changed next to nothing.
+    The samples are three blocks of each tensor, or 256 of a file that is not safetensors. A fine-tune that leaves all of these
+    unchanged has changed almost nothing.
     """
     parts: list[Any] = []
     for shard in sorted(set(shards)):
@@ -26,19 +26,19 @@ def weights_fingerprint(folder: str, shards: list[str]) -> str:
                 header = file.read(start - 8)
                 parts.append(header)
                 ranges = [entry["data_offsets"] for name, entry in json.loads(header).items() if name != "__metadata__"]
-                places = [start + low + (high - low) * i // 3 for low, high in ranges for i in range(3)]
+                offsets = [start + low + (high - low) * i // 3 for low, high in ranges for i in range(3)]
             else:
-                places = [size * i // 256 for i in range(256)]
-            for place in places:
-                file.seek(place)
+                offsets = [size * i // 256 for i in range(256)]
+            for offset in offsets:
+                file.seek(offset)
                 parts.append(file.read(1024))
     return digest(*parts)
 
 
 def weights_identity(folder: str, shards: list[str]) -> str:
-    """The fingerprint, and what tells apart checkpoints that differ only between its samples.
+    """Key that also differs for checkpoints with the same samples: the fingerprint, the configuration and a mark of each file.
 
-    A file in the Hub's cache is named by its hash; of any other the time of its last change is taken.
+    The mark of a file in the Hub's cache is its name, which is a hash. That of any other file is the time of its last change.
     """
     parts: list[Any] = [weights_fingerprint(folder, shards), Path(folder, "config.json").read_bytes()]
     for shard in sorted(set(shards)):

@@ -39,6 +39,6 @@ class Linear:
         return (len(self.experts), *shape) if self.stacked else shape
 
     @property
-    def size(self) -> int:
-        """Number of weights."""
+    def num_weights(self) -> int:
+        """The number of weights in all of its matrices."""
         return math.prod(self.shape) * len(self.layers)

@@ -21,24 +21,24 @@ from mergekit_pave.errors import PaveError
 from mergekit_pave.settings import RelativeRegularization
 
 
-def missed_layers(model: str, wanted: tuple[Linear, ...], size: int, known: Covariances) -> list[Linear]:
-    """Layers that calibration has not reached, which are left as they are, but not most of a model.
+def missed_layers(model: str, linears: tuple[Linear, ...], num_weights: int, covariances: Covariances) -> list[Linear]:
+    """Layers that were never called during calibration. They are left as they are, unless they are most of the model.
 
-    Of experts the tokens are counted instead.
+    Experts are not among them: for each expert its tokens are counted.
 
     Args:
         model: its name, for messages.
-        wanted: the layers that are to be purified.
-        size: the number of weights in all of the model's linear layers.
+        linears: the layers that are to be purified.
+        num_weights: in all of the model's linear layers.
 
     Raises:
-        PaveError: they hold more than half of its weights in linear layers, or are all that was to be purified.
+        PaveError: they hold more than half of the weights in linear layers, or are all layers that are to be purified.
     """
-    missed = [linear for linear in wanted if not linear.experts and not known.tokens(linear.layers[0])]
-    share = sum(linear.size for linear in missed) / size
-    if share > 0.5 or len(missed) == len(wanted):
+    missed = [linear for linear in linears if not linear.experts and not covariances.tokens(linear.layers[0])]
+    share = sum(linear.num_weights for linear in missed) / num_weights
+    if share > 0.5 or len(missed) == len(linears):
         raise PaveError(
-            f"{model}: {len(missed)} of {len(wanted)} layers to be purified were never called during calibration "
+            f"{model}: {len(missed)} of {len(linears)} layers to be purified were never called during calibration "
             f"(such as {missed[0].module}); they hold {share:.0%} of the weights in the model's linear layers. Use data that "
             "reaches them, such as images for a vision tower, or put them under pave.exclude to merge them as they are"
         )
@@ -48,13 +48,13 @@ def missed_layers(model: str, wanted: tuple[Linear, ...], size: int, known: Cova
 def decompose_weight(
     weight: Tensor,
     layer: Linear,
-    known: Covariances,
+    covariances: Covariances,
     regularization: float | RelativeRegularization,
     count: int,
     min_tokens: int,
     where: tuple[str, str],
 ) -> dict[str, Any]:
-    """The tails of the matrices of one weight: of one matrix, or of all experts that saw enough tokens.
+    """The tails of the matrices of one weight: that of a single matrix, or those of all experts that saw enough tokens.
 
     Args:
         weight: as it is stored.
@@ -64,12 +64,12 @@ def decompose_weight(
 
     Returns:
         {directions: U_t, (tails, d_out, count), coefficients: U_t^T W, (tails, count, d_in), values: (tails, count), ascending,
-        slices: what else is known of each: [{expert, largest, energy, tokens}], left: {expert, or "": the tokens it saw, which
-        are too few}}. The first two are float32 tensors, on the CPU where the weight's device has no float64; values are a
-        float64 array, which executors do not move to such a device.
+        slices: [{expert, largest, energy, tokens}], one for each tail, without_tail: {expert: the tokens that it saw, which are
+        too few}}. The expert is None for an ordinary layer. Directions and coefficients are float32 tensors, on the CPU if the
+        weight's device has no float64. Values are a float64 array, because executors would move a tensor to such a device.
 
     Raises:
-        PaveError: the weight is not finite, too large or not that of the layer.
+        PaveError: the weight is not finite, has values that are too large, or is not that of the layer.
     """
     model, tensor = where
     if weight.shape != layer.stored_shape or not weight.is_floating_point():
@@ -81,12 +81,12 @@ def decompose_weight(
     if not weight.isfinite().all():
         raise PaveError(f"{model}: {tensor} has values that are not finite")
     weight = weight.to(float64_device(weight.device))
-    tails, removed, slices, left = [], [], [], {}
+    tails, along, slices, without_tail = [], [], [], {}
     for matrix, names, expert in zip(matrices(weight, layer.transposed), layer.layers, layer.experts or (None,), strict=True):
-        if known.tokens(names) < max(1, min_tokens):
-            left["" if expert is None else str(expert)] = known.tokens(names)
+        if covariances.tokens(names) < max(1, min_tokens):
+            without_tail[expert] = covariances.tokens(names)
             continue
-        covariance = known.load(names).to(weight.device)
+        covariance = covariances.load(names).to(weight.device)
         shift = shift_of(covariance, regularization)
         if not shift > 0:
             raise PaveError(
@@ -97,30 +97,35 @@ def decompose_weight(
             tail = tail_components(matrix, covariance, shift, count)
         except OverflowError as error:
             raise PaveError(f"{model}: {tensor} cannot be decomposed: {error}") from error
-        # float32 adds an error of about 1e-7 of ||W||, which is what storing W' in float32 costs, too.
+        # float32 adds an error of about 1e-7 of ||W||, as much as storing W' in float32.
         tails.append(dataclasses.replace(tail, directions=tail.directions.float()))
-        removed.append(coefficients(matrix, tails[-1].directions))
+        along.append(coefficients(matrix, tails[-1].directions))
         slices.append({"expert": expert, "largest": tail.largest, "energy": tail.energy, "tokens": covariance.tokens})
     (d_out, d_in), like = layer.shape, {"device": weight.device}
     return {
         "directions": torch.stack([tail.directions for tail in tails]) if tails else torch.zeros(0, d_out, count, **like),
-        "coefficients": torch.stack(removed) if removed else torch.zeros(0, count, d_in, **like),
+        "coefficients": torch.stack(along) if along else torch.zeros(0, count, d_in, **like),
         "values": np.stack([tail.values.cpu().numpy() for tail in tails]) if tails else np.zeros((0, count)),
         "slices": slices,
-        "left": left,
+        "without_tail": without_tail,
     }
 
 
 def leave_slices(tail: Mapping[str, Any], min_tokens: int, unchanged: Collection[int]) -> dict[str, Any]:
-    """The tails without those of experts that saw fewer tokens, or that equal the base model's: under `left` these have None."""
+    """The tails without those of experts that saw fewer tokens, or that equal the base model's.
+
+    Args:
+        tail: see `decompose_weight`.
+        unchanged: the experts that equal the base model's. They get None under `without_tail`.
+    """
     slices = tail["slices"]
-    kept = [i for i, own in enumerate(slices) if own["tokens"] >= min_tokens and own["expert"] not in unchanged]
-    left = {str(own["expert"]): own["tokens"] for i, own in enumerate(slices) if i not in kept}
-    left = tail["left"] | left | {str(expert): None for expert in unchanged}
+    kept = [i for i, piece in enumerate(slices) if piece["tokens"] >= min_tokens and piece["expert"] not in unchanged]
+    dropped = {piece["expert"]: piece["tokens"] for i, piece in enumerate(slices) if i not in kept}
+    without_tail = tail["without_tail"] | dropped | dict.fromkeys(unchanged)
     if len(kept) == len(slices):
-        return {**tail, "left": left}
+        return {**tail, "without_tail": without_tail}
     tensors = {name: tail[name][kept] for name in ("directions", "coefficients", "values")}
-    return {**tensors, "slices": [slices[i] for i in kept], "left": left}
+    return {**tensors, "slices": [slices[i] for i in kept], "without_tail": without_tail}
 
 
 def shift_of(covariance: Covariance, regularization: float | RelativeRegularization) -> float:
@@ -146,46 +151,48 @@ def purify_weight(
     Args:
         weight: W, as it is stored.
         base: W_base likewise, if there is one; the target `task_vector` needs it.
-        tail: see `decompose_weight`; like the base on any device.
-        drops: how many components each of its slices loses.
+        tail: see `leave_slices`. It may be on another device, like the base.
+        drops: how many components each of its slices drops.
         dtype: of the result.
-        row: what each row of the report says beside its figures, the name of the `tensor` among it.
+        row: names for each row of the report, which are added to its figures. The `tensor` is among them.
 
     Returns:
-        {tensor: W', stats: a row of the report for each matrix, left: {a matrix that stays as it is: why}}.
+        {tensor: W', stats: a row of the report for each matrix, left_as_they_are: {name of a matrix: the reason}}.
     """
-    own = matrices(weight, transposed)
+    originals = matrices(weight, transposed)
     bases = None if base is None else matrices(base.to(weight.device), transposed)
-    # What has no tail stays as it is: an expert with too few tokens, a layer that was never called.
-    every = len(tail["slices"]) == len(own)
-    result = empty_in_huge_pages(weight, dtype) if every else weight.to(dtype, copy=True)
+    # A matrix without a tail stays as it is: that of an expert with too few tokens, or of a layer that was never called.
+    all_have_tails = len(tail["slices"]) == len(originals)
+    result = empty_in_huge_pages(weight, dtype) if all_have_tails else weight.to(dtype, copy=True)
     stats = []
-    for place, (known, drop) in enumerate(zip(tail["slices"], drops, strict=True)):
-        i = known["expert"] if weight.dim() == 3 else 0
-        directions = tail["directions"][place, :, :drop].to(weight.device)
-        of_base = None if bases is None else bases[i]
-        known_along = tail["coefficients"][place, :drop].to(weight.device)
-        along = known_along if target == "weights" else coefficients(own[i], directions, of_base)
-        out = matrices(result, transposed)[i]
-        removed, change = drop_components(own[i], directions, along, of_base, out=out)
-        components = min(own[i].shape)
+    for i, (piece, drop) in enumerate(zip(tail["slices"], drops, strict=True)):
+        number = piece["expert"] if weight.dim() == 3 else 0
+        original, base_matrix = originals[number], None if bases is None else bases[number]
+        directions = tail["directions"][i, :, :drop].to(weight.device)
+        if target == "weights":
+            along = tail["coefficients"][i, :drop].to(weight.device)
+        else:
+            along = coefficients(original, directions, base_matrix)
+        removed, change = drop_components(original, directions, along, base_matrix, out=matrices(result, transposed)[number])
+        components = min(original.shape)
         stats.append(
             {
                 **row,
-                **({} if known["expert"] is None else {"expert": known["expert"]}),
+                **({} if piece["expert"] is None else {"expert": piece["expert"]}),
                 "components": components,
                 "kept": components - drop,
-                "energy_dropped": np.square(tail["values"][place, :drop]).sum().item() / (known["energy"] or 1.0),
+                "energy_dropped": np.square(tail["values"][i, :drop]).sum().item() / (piece["energy"] or 1.0),
                 "removed_norm": removed,
                 "change_norm": change,
-                "tokens": known["tokens"],
+                "tokens": piece["tokens"],
             }
         )
-    left = {}
-    for expert, tokens in tail["left"].items():
+    reasons = {}
+    for expert, tokens in tail["without_tail"].items():
         name = f"{row['tensor']}[{expert}]" if weight.dim() == 3 else row["tensor"]
-        left[name] = UNCHANGED if tokens is None else f"{FEW_TOKENS} ({tokens})" if expert else NEVER_CALLED
-    return {"tensor": result, "stats": stats, "left": left}
+        too_few = NEVER_CALLED if expert is None else f"{FEW_TOKENS} ({tokens})"
+        reasons[name] = UNCHANGED if tokens is None else too_few
+    return {"tensor": result, "stats": stats, "left_as_they_are": reasons}
 
 
 def purify(weight: Tensor, covariance: Covariance, rank: int, *, shift: float | None = None) -> Tensor:
@@ -201,15 +208,15 @@ def purify(weight: Tensor, covariance: Covariance, rank: int, *, shift: float | 
         (d_out, d_in) in the weight's dtype.
 
     Raises:
-        ValueError: the weight is no float matrix or not finite, is not as wide as the covariance, or rank or shift is out
-            of range.
+        ValueError: the weight is not a float matrix, is not finite or not as wide as the covariance, or rank or shift is out of
+            range.
     """
     shape = tuple(weight.shape)
     if weight.dim() != 2 or not weight.is_floating_point():
         raise ValueError(f"weight must be a float matrix (d_out, d_in), not {weight.dtype} of shape {shape}")
     if shape[1] != covariance.dim:
-        way = "; pass weight.T where (d_in, d_out) is stored, as in GPT-2" if shape[0] == covariance.dim else ""
-        raise ValueError(f"a weight of shape {shape} has inputs {shape[1]} wide, but the covariance is for {covariance.dim}{way}")
+        hint = "; pass weight.T where (d_in, d_out) is stored, as in GPT-2" if shape[0] == covariance.dim else ""
+        raise ValueError(f"a weight of shape {shape} has inputs {shape[1]} wide, the covariance is for {covariance.dim}{hint}")
     if not weight.isfinite().all():
         raise ValueError("weight has values that are not finite")
     components = min(shape)

@@ -108,7 +108,7 @@ def _check_coverage(model: ModelReference, architecture: Architecture, reasons: 
         shape = architecture.weights.get(architecture.weight_name([tensor]) or "", ())
         if reason == _NOT_LINEAR and len(shape) > 1:
             num_weights[tensor] = math.prod(shape)
-    if sum(num_weights.values()) > sum(linear.size for linear in architecture.linears.values()):
+    if sum(num_weights.values()) > sum(linear.num_weights for linear in architecture.linears.values()):
         largest = max(num_weights, key=num_weights.get)
         raise PaveError(
             f"pave: {model} has more weights in {len(num_weights)} tensors that cannot be purified (such as {largest}) than in "

@@ -36,7 +36,7 @@ class Source:
     @property
     def num_weights(self) -> int:
         """The number of weights in all of its linear layers."""
-        return sum(linear.size for linear in self.architecture.linears.values())
+        return sum(linear.num_weights for linear in self.architecture.linears.values())
 
     @functools.cached_property
     def identity(self) -> str:

@@ -23,7 +23,7 @@ def complete(header: dict[str, Any], stats: Iterable[tuple[str, dict[str, Any]]]
     report["purified"] = []
     for model, of_weight in stats:
         report["purified"] += of_weight["rows"]
-        report["models"][model]["left_as_they_are"] |= of_weight["left"]
+        report["models"][model]["left_as_they_are"] |= of_weight["left_as_they_are"]
     for model, sums in by_model(report).items():
         report["models"][model]["removed_more_than_changed"] = sums["exceeding"]
     report["warnings"] += warnings(report)

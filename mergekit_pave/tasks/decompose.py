@@ -20,6 +20,7 @@ from mergekit_pave.settings import RelativeRegularization
 from mergekit_pave.tasks.base import TensorTask
 
 _TENSORS = ("directions", "coefficients", "values")
+_NO_EXPERT = ""  # the key of an ordinary layer in a manifest, where that of an expert is its number
 
 
 class LoadTail(TensorTask):
@@ -56,7 +57,10 @@ class LoadTail(TensorTask):
         except PaveError:
             return None
         tensors["values"] = tensors["values"].numpy()  # see `decompose_weight`
-        return leave_slices({**tensors, "slices": manifest["slices"], "left": manifest["left"]}, self.min_tokens, self.unchanged)
+        without_tail = {None if expert == _NO_EXPERT else int(expert): tokens for expert, tokens in manifest["left"].items()}
+        return leave_slices(
+            {**tensors, "slices": manifest["slices"], "without_tail": without_tail}, self.min_tokens, self.unchanged
+        )
 
 
 class DecomposeWeight(TensorTask):
@@ -101,7 +105,8 @@ class DecomposeWeight(TensorTask):
             name = f"tail-{count}-{min_tokens}.safetensors"
             entry = artefact.write(name, {key: tail.pop(key) for key in _TENSORS})
             about = {"model": str(self.model), "tensor": self.tensor, "count": count, "min_tokens": min_tokens}
-            artefact.complete({"files": {name: entry}, **tail, **about})
+            left = {_NO_EXPERT if expert is None else str(expert): tokens for expert, tokens in tail["without_tail"].items()}
+            artefact.complete({"files": {name: entry}, "slices": tail["slices"], "left": left, **about})
             artefact.remove_others()
 
 

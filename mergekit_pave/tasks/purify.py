@@ -95,7 +95,7 @@ class PurifyTensor(TensorTask):
 class PurificationStats(TensorTask):
     """What purification did to one weight.
 
-    Value: {rows: of the report, one for each matrix, left: {a matrix that stays as it is: why}}.
+    Value: {rows: of the report, one for each matrix, left_as_they_are: see `purify_weight`}.
     """
 
     purify: PurifyTensor
@@ -111,7 +111,7 @@ class PurificationStats(TensorTask):
         return False
 
     def execute(self, purified: dict[str, Any]) -> dict[str, Any]:
-        return {"rows": purified["stats"], "left": purified["left"]}
+        return {"rows": purified["stats"], "left_as_they_are": purified["left_as_they_are"]}
 
 
 class GatherPurified(GatherTensors):
