@@ -39,7 +39,7 @@ class Comparison:
         manifest = self._artefact.manifest()
         self._equal: dict[str, list[int]] = manifest["equal"] if manifest else {}  # of a changed stack the list is empty
 
-    def known(self, tensor: str) -> tuple[int, ...]:
+    def equal_to_base(self, tensor: str) -> tuple[int, ...]:
         """The matrices of a weight that are known to equal the base model's."""
         return tuple(self._equal.get(tensor, ()))
 

@@ -50,7 +50,7 @@ def leave_unchanged(
     reasons: Reasons = {}
     for weight in weights:
         planned = merge.tensors[weight.number]
-        equal = comparisons[weight.model, planned.base].known(_pair_name(weight, planned)) if planned.has_base else ()
+        equal = comparisons[weight.model, planned.base].equal_to_base(_pair_name(weight, planned)) if planned.has_base else ()
         if len(equal) == len(weight.layer.layers):
             reasons.setdefault(weight.model, {})[weight.tensor] = UNCHANGED
         else:
