@@ -661,7 +661,7 @@ def test_plan_tells_it_beforehand(llama, tmp_path, cache):
     assert told.exit_code == 0, told.output
     assert "0 of 30 tensors will be purified." in told.stdout
     assert (
-        "21 will be merged in closed form; as task_arithmetic does: 2 vocabulary, 7 not the weight of a linear layer."
+        "21 will be merged in closed form; as task_arithmetic does: 7 not the weight of a linear layer, 2 vocabulary."
         in told.stdout
     )
     assert told.stdout.count("to do: about") == 2 and not cache.exists()
