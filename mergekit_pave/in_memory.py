@@ -86,8 +86,9 @@ def purify_model(
     regularizer = _regularization(regularization)
     name = model.name_or_path or type(model).__name__
 
-    covariances = _measure(model, as_batches(model, batches), name, quiet)
     all_linears, _, _ = find_linears(model)
+    layers = [linear.module for linear in all_linears.values() if not linear.experts]
+    covariances = _measure(model, layers, as_batches(model, batches), name, quiet)
     num_weights = sum(linear.num_weights for linear in all_linears.values())
     equal = {tensor: equal_matrices(model.get_parameter(tensor), value) for tensor, value in bases.items()}
     left_as_they_are = {tensor: UNCHANGED for tensor, numbers in equal.items() if len(numbers) == len(linears[tensor].layers)}
@@ -236,9 +237,9 @@ class _MeasuredCovariances(Covariances):
         return self._by_layer[layer]
 
 
-def _measure(model: transformers.PreTrainedModel, batches: list[Batch], name: str, quiet: bool) -> _MeasuredCovariances:
-    linears, _, _ = find_linears(model)
-    layers = [linear.module for linear in linears.values() if not linear.experts]
+def _measure(
+    model: transformers.PreTrainedModel, layers: list[str], batches: list[Batch], name: str, quiet: bool
+) -> _MeasuredCovariances:
     apart: frozenset[str] = frozenset()
     unpadded = False
     remedy = "Give smaller batches, or fewer or shorter samples; or leave large models to a merge with a `pave:` block"

@@ -54,10 +54,6 @@ def run_in_lockstep(
     # Modules outside the blocks load their weights when they run: embeddings before the first block, norms after the last.
     in_blocks = {module for block in blocks for module in block.modules()}
     outside = [module for module in streamed.model.modules() if module._parameters and module not in in_blocks]
-    handles = [block.register_forward_pre_hook(pause, prepend=True) for block in blocks]
-    handles += [block.register_forward_hook(lambda m, args, output: pack(output)) for block in blocks]
-    for module in outside:
-        handles.append(module.register_forward_pre_hook(lambda m, _: streamed.load(m, recurse=False), prepend=True))
 
     def start() -> Waiting:
         waiting = []
@@ -82,9 +78,13 @@ def run_in_lockstep(
         streamed.release()
         return still_waiting
 
-    masks = contextlib.ExitStack()
-    masks.enter_context(packed_masks())
-    try:
+    with contextlib.ExitStack() as hooks:
+        for block in blocks:
+            hooks.enter_context(block.register_forward_pre_hook(pause, prepend=True))
+            hooks.enter_context(block.register_forward_hook(lambda module, args, output: pack(output)))
+        for module in outside:
+            hooks.enter_context(module.register_forward_pre_hook(lambda m, _: streamed.load(m, recurse=False), prepend=True))
+        hooks.enter_context(packed_masks())
         waiting = distributed.together(start)
         yield None
         # Batches may call different blocks, as not each has an image: those that are furthest behind come first. Processes may
@@ -93,7 +93,3 @@ def run_in_lockstep(
             current = list(blocks)[number]
             waiting = distributed.together(lambda: through(current, waiting))  # noqa: B023
             yield blocks[current]
-    finally:
-        masks.close()
-        for handle in handles:
-            handle.remove()

@@ -111,29 +111,21 @@ class Observer:
     def watching(self) -> Iterator[Callable[[Batch], None]]:
         """Watch within this context. Yields a function that has to be called with each batch before it runs."""
         modules = dict(self._model.named_modules())
-        handles = [
-            modules[layer].register_forward_pre_hook(
-                lambda _, args, kwargs, layer=layer: self._see(layer, *args, *kwargs.values()), with_kwargs=True
-            )
-            for layer in self._layers
-        ]
         vocabulary = getattr(self._model.get_input_embeddings(), "num_embeddings", None)
-        for module in modules.values():
-            if isinstance(module, nn.Embedding) and module.num_embeddings == vocabulary:
-                handles.append(module.register_forward_pre_hook(self._see_tokens))
-        # In a model on several devices the `forward` of a module has been replaced already.
-        replaced = {experts: vars(experts).get("forward") for experts in self._experts.values()}
-        for path, experts in self._experts.items():
-            experts.forward = functools.partial(self._see_experts, path)
-        try:
+        with contextlib.ExitStack() as hooks:
+            for layer in self._layers:
+
+                def see(_: nn.Module, args: tuple, kwargs: dict[str, Tensor], layer: str = layer) -> None:
+                    self._see(layer, *args, *kwargs.values())
+
+                hooks.enter_context(modules[layer].register_forward_pre_hook(see, with_kwargs=True))
+            for module in modules.values():
+                if isinstance(module, nn.Embedding) and module.num_embeddings == vocabulary:
+                    hooks.enter_context(module.register_forward_pre_hook(self._see_tokens))
+            for path, experts in self._experts.items():
+                hooks.callback(_restore_forward, experts, vars(experts).get("forward"))
+                experts.forward = functools.partial(self._see_experts, path)
             yield self._begin
-        finally:
-            for handle in handles:
-                handle.remove()
-            for experts, forward in replaced.items():
-                del experts.forward
-                if forward is not None:
-                    experts.forward = forward
 
     def _begin(self, batch: Batch) -> None:
         self._stop_at_failure(finished=False)
@@ -289,6 +281,13 @@ class Observer:
             return group.moment.result()
         except ValueError as error:
             raise PaveError(f"{self._name}: the inputs of {group.layers[0]} are too large to be squared in float64") from error
+
+
+def _restore_forward(module: nn.Module, forward: Callable | None) -> None:
+    """Undo the replacement of a module's `forward`. In a model on several devices it had been replaced before."""
+    del module.forward
+    if forward is not None:
+        module.forward = forward
 
 
 def _version(x: Tensor) -> int:
