@@ -1,8 +1,5 @@
-"""Configs for the tiny models, and the ways to run them: `run_merge` in process, commands in process, real commands."""
+"""Configs for the tiny models, and the ways to run them in process; see `commands` for real commands."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -73,24 +70,6 @@ def write_config(config: dict, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(config))
     return path
-
-
-def start(name: str, *arguments, **env: str) -> subprocess.Popen:
-    """Start one of the environment's commands for real."""
-    command = [str(Path(sys.executable).parent / name), *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | env)
-
-
-def command(name: str, *arguments, **env: str) -> subprocess.CompletedProcess:
-    """Run one of the environment's commands for real."""
-    process = start(name, *arguments, **env)
-    out, err = process.communicate(timeout=300)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-
-def python(code: str, **env: str) -> subprocess.CompletedProcess:
-    """Run code in a fresh interpreter."""
-    return command("python", "-c", code, **env)
 
 
 def assert_exact(written: dict[str, torch.Tensor], expected: dict[str, Purified], plain: dict[str, torch.Tensor]) -> None:

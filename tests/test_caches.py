@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from commands import start
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor
 from mergekit.options import MergeOptions
-from merging import config_for, entries, invoke, merge, start, write_config
+from merging import config_for, entries, invoke, merge, write_config
 from models import make_family, make_rows, read_rows, write_rows
 from reference import weights
 

@@ -6,7 +6,6 @@ import json
 import random
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import merging
 import pytest
 import torch
 import transformers
+from commands import command, finish, fresh, in_two, start
 from models import make_rows, read_rows, save, write_rows
 
 from mergekit_pave.cache import Artefact, require_space
@@ -353,9 +353,7 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_written(llama, tmp_path, ca
     path = merging.write_config(merging.config_for(llama, {}), tmp_path / "config.yml")
     for data in llama.data[:2]:  # so that the library's own cache of them is written already
         load_samples([Data(path=str(data))], DEFAULT_CALIBRATION, "m")
-    result = subprocess.run(
-        [sys.executable, "-c", _LIMITED, "9000", "calibrate", str(path)], capture_output=True, text=True, timeout=300
-    )
+    result = command("python", "-c", _LIMITED, "9000", "calibrate", path)
     assert result.returncode == 1 and "cannot be written" in result.stderr and "cache_dir" in result.stderr
     assert "Traceback" not in result.stderr
     assert not list(cache.rglob("*.safetensors")) and not list(cache.rglob("manifest.json"))
@@ -395,16 +393,16 @@ def test_what_fails_in_one_process_fails_in_all(tmp_path):
     """Or the others would wait for it, or add up sums of different layers."""
     script = tmp_path / "together.py"
     script.write_text(_TOGETHER)
-    result = merging.command("torchrun", "--nproc_per_node", "2", script, tmp_path)
-    assert result.returncode == 0, result.stderr
+    results = in_two("python", script, tmp_path)
+    assert [result.returncode for result in results] == [0, 0], results
     assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == ["failed: only here"] * 2
 
 
 def test_two_processes_give_the_numbers_of_one(llama, tmp_path, cache):
     path = merging.write_config(merging.config_for(llama, {"cache_dir": str(tmp_path / "one")}), tmp_path / "one.yml")
-    assert merging.command("mergekit-pave", "calibrate", path).returncode == 0
+    assert command("mergekit-pave", "calibrate", path).returncode == 0
     path = merging.write_config(merging.config_for(llama, {"cache_dir": str(tmp_path / "two")}), tmp_path / "two.yml")
-    result = merging.command("torchrun", "--nproc_per_node", "2", "-m", "mergekit_pave", "calibrate", path)
+    result = finish(fresh("torchrun", "--nproc_per_node", "2", "-m", "mergekit_pave", "calibrate", path))
     assert result.returncode == 0, result.stderr
     folders = sorted((tmp_path / "one" / "covariance").glob("[!.]*"))
     assert len(folders) == 2
@@ -430,15 +428,15 @@ def test_twenty_kills_end_in_the_undisturbed_result(llama, tmp_path, cache):
         pave = settings | {"cache_dir": str(tmp_path / name)}
         return merging.write_config(merging.config_for(llama, pave), tmp_path / f"{name}.yml")
 
-    start = time.monotonic()
-    undisturbed = merging.command("mergekit-yaml", config("undisturbed"), tmp_path / "undisturbed-out")
+    began = time.monotonic()
+    undisturbed = command("mergekit-yaml", config("undisturbed"), tmp_path / "undisturbed-out")
     assert undisturbed.returncode == 0, undisturbed.stderr
-    duration = time.monotonic() - start
+    duration = time.monotonic() - began
     expected = merging.weights(tmp_path / "undisturbed-out")
     rng = random.Random(0)
     killed = 0
     while killed < 20:
-        process = merging.start("mergekit-yaml", config("killed"), tmp_path / "killed-out")
+        process = start("mergekit-yaml", config("killed"), tmp_path / "killed-out")
         try:
             process.wait(timeout=rng.uniform(0.3, 1) * duration)
         except subprocess.TimeoutExpired:
@@ -447,7 +445,7 @@ def test_twenty_kills_end_in_the_undisturbed_result(llama, tmp_path, cache):
         process.communicate()
         if process.returncode == 0:  # start over, so that later kills find work, too
             shutil.rmtree(tmp_path / "killed")
-    result = merging.command("mergekit-yaml", config("killed"), tmp_path / "killed-out")
+    result = command("mergekit-yaml", config("killed"), tmp_path / "killed-out")
     assert result.returncode == 0, result.stderr
     found = merging.weights(tmp_path / "killed-out")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

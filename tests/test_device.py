@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from merging import start
+from commands import fresh
 
 HERE = Path(__file__).parent
 # Beside tests/on_device, tests that hold for any device. Most of them compare with an independent reference.
@@ -25,6 +25,6 @@ needs_python_backends = pytest.mark.skipif(
 @needs_python_backends
 def test_on_the_device():
     tests = [HERE / "on_device", *(HERE / name for name in TOO)]
-    process = start("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, PRETEND_DEVICE="1")
+    process = fresh("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, PRETEND_DEVICE="1")
     told, _ = process.communicate(timeout=900)
     assert process.returncode == 0, told[-20000:]

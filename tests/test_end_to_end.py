@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from merging import assert_exact, command, config_for, entries, merge, write_config
+from commands import finish, fresh
+from merging import assert_exact, config_for, entries, merge, write_config
 from models import make_rows, write_rows
 from reference import purify, weights
 
@@ -253,7 +254,7 @@ def test_the_real_command(families, tmp_path):
     family = families["gpt2"]
     pave = {"cache_dir": str(tmp_path / "cache"), "regularization": 0.1}
     config = config_for(family, pave, weight=(1.0, 0.0), dtype="float64")
-    done = command("mergekit-yaml", write_config(config, tmp_path / "config.yml"), tmp_path / "out")
+    done = finish(fresh("mergekit-yaml", write_config(config, tmp_path / "config.yml"), tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     expected = expected_for(family, 2, regularization=0.1)[0]
     assert_exact(weights(tmp_path / "out"), expected, plain_merge(family, (1.0, 0.0), "float64"))

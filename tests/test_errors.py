@@ -8,7 +8,8 @@ import shutil
 import pytest
 import torch
 import transformers
-from merging import config_for, invoke, merge, start, write_config
+from commands import start
+from merging import config_for, invoke, merge, write_config
 from models import perturbed, save, write_rows
 from safetensors.torch import load_file
 

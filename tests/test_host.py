@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from commands import command
 from mergekit import merge_methods
 from mergekit.merge_methods import registry
-from merging import config_for, invoke, merge, start, write_config
+from merging import config_for, invoke, merge, write_config
 from reference import weights
 
 import mergekit_pave
@@ -144,33 +145,27 @@ def later(tmp_path, monkeypatch):
     return change
 
 
-def finish(*processes):
-    return [(*process.communicate(timeout=300), process.returncode) for process in processes]
-
-
 def test_commands_with_a_later_mergekit(llama, tmp_path, later):
     """A private attribute and an argument have other names: all that has no block works as ever."""
     later(changes={"mergekit.plan": {"self._tensors": "self._planned", " _tensors:": " _planned:", "cfg_reader": "reader"}})
     plain = write_config(config_for(llama), tmp_path / "plain.yml")
     block = write_config(config_for(llama, {}), tmp_path / "block.yml")
-    merged, refused, planned, doctor = finish(
-        start("mergekit-yaml", plain, tmp_path / "plain"),
-        start("mergekit-yaml", block, tmp_path / "out"),
-        start("mergekit-pave", "plan", block),
-        start("mergekit-pave", "doctor"),
-    )
-    assert merged[2] == 0, merged[1]
+    merged = command("mergekit-yaml", plain, tmp_path / "plain")
+    refused = command("mergekit-yaml", block, tmp_path / "out")
+    planned = command("mergekit-pave", "plan", block)
+    doctor = command("mergekit-pave", "doctor")
+    assert merged.returncode == 0, merged.stderr
     now = weights(tmp_path / "plain")
     before = merge(config_for(llama), tmp_path / "before")
     assert now.keys() == before.keys() and all(torch.equal(now[name], before[name]) for name in now)
-    for out, err, code in (refused, planned, doctor):
-        assert code == 1 and "Traceback" not in err, err
-        line = err.strip().splitlines()[-1]
-        assert "mergekit.plan.MergePlanner._tensors is missing" in line, out + err
+    for done in (refused, planned, doctor):
+        assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+        line = done.stderr.strip().splitlines()[-1]
+        assert "mergekit.plan.MergePlanner._tensors is missing" in line, done.stdout + done.stderr
         assert "MergePlanner.plan_tensor takes no argument cfg_reader" in line
         assert "pip install 'mergekit==0.1.5'" in line
     assert not (tmp_path / "out").exists()
-    assert "NOT HONOURED" in doctor[0] and "NOT USABLE" in doctor[0]
+    assert "NOT HONOURED" in doctor.stdout and "NOT USABLE" in doctor.stdout
 
 
 def test_commands_where_our_own_modules_cannot_be_imported(llama, tmp_path, later):
@@ -179,16 +174,12 @@ def test_commands_where_our_own_modules_cannot_be_imported(llama, tmp_path, late
     later(changes={"mergekit.multigpu_executor": renamed, "mergekit.merge": renamed})
     block = write_config(config_for(llama, {}), tmp_path / "block.yml")
     plain = write_config(config_for(llama), tmp_path / "plain.yml")
-    merged, *others = finish(
-        start("mergekit-yaml", plain, tmp_path / "plain"),
-        start("mergekit-yaml", block, tmp_path / "out"),
-        start("mergekit-pave", "plan", block),
-        start("mergekit-pave", "doctor"),
-    )
-    assert merged[2] == 0, merged[1]
-    for _, err, code in others:
-        assert code == 1 and "Traceback" not in err, err
-        assert "mergekit.multigpu_executor.MultiGPUExecutor is missing" in err.strip().splitlines()[-1]
+    merged = command("mergekit-yaml", plain, tmp_path / "plain")
+    assert merged.returncode == 0, merged.stderr
+    for words in (("mergekit-yaml", block, tmp_path / "out"), ("mergekit-pave", "plan", block), ("mergekit-pave", "doctor")):
+        done = command(*words)
+        assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+        assert "mergekit.multigpu_executor.MultiGPUExecutor is missing" in done.stderr.strip().splitlines()[-1]
 
 
 FOREIGN = """del method
@@ -241,7 +232,7 @@ def test_such_a_method_needs_nothing_of_ours(llama, tmp_path, foreign, monkeypat
 def test_doctor_says_whose_a_method_is_and_what_would_ignore_a_block(later):
     renamed = {"RawPyTorchMergeConfig": "FlatMergeConfig"}
     later(changes={"mergekit.merge_methods.registry": {"del method\n": FOREIGN}, "mergekit.scripts.merge_raw_pytorch": renamed})
-    (doctor,) = finish(start("mergekit-pave", "doctor"))
-    assert doctor[2] == 0, doctor[1]
-    assert doctor[1] == "mergekit-pytorch would ignore a `pave:` block\n"
-    assert re.search(r"methods +regmean \(that of mergekit\), tsv", doctor[0])
+    doctor = command("mergekit-pave", "doctor")
+    assert doctor.returncode == 0, doctor.stderr
+    assert doctor.stderr == "mergekit-pytorch would ignore a `pave:` block\n"
+    assert re.search(r"methods +regmean \(that of mergekit\), tsv", doctor.stdout)

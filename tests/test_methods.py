@@ -5,7 +5,8 @@ import shutil
 import pytest
 import torch
 import transformers
-from merging import config_for, invoke, merge, start, write_config
+from commands import start
+from merging import config_for, invoke, merge, write_config
 from reference import purify, weights
 from safetensors.torch import save_file
 

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from click.testing import CliRunner
+from commands import command, start
 from mergekit import multigpu_executor
 from mergekit.io.tensor_writer import TensorWriter
-from merging import command, config_for, merge, start, write_config
+from merging import config_for, merge, write_config
 
 from mergekit_pave.cli import main
 from mergekit_pave.errors import PaveError

@@ -10,8 +10,9 @@ import datasets
 import pytest
 import yaml
 from click.testing import CliRunner
+from commands import command
 from huggingface_hub import ModelCard
-from merging import command, config_for, entries, merge, write_config
+from merging import config_for, entries, merge, write_config
 from reference import purify
 
 from mergekit_pave import cli

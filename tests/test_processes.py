@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
-import merging
 import pytest
 import torch
 import transformers
 from click.testing import CliRunner
+from commands import in_two
 from merging import config_for, forget_checkpoints, write_config
 
 from mergekit_pave.cli import main
@@ -47,17 +47,14 @@ def with_adapter(family, folder: Path) -> dict:
     return config | {"pave": {"rank_ratio": 0.875, "models": [{"model": reference, "data": {"path": str(family.data[0])}}]}}
 
 
-def in_two(*arguments):
-    return merging.command("torchrun", "--nproc_per_node", "2", *arguments)
-
-
 def test_one_process_merges_adapters_for_all(llama, tmp_path, cache):
     script = tmp_path / "slow.py"
     script.write_text(_SLOW)
     path = write_config(with_adapter(llama, tmp_path), tmp_path / "lora.yml")
-    result = in_two(script, "calibrate", path, "--lora-merge-cache", tmp_path / "loras")
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("3 weights ready") == 1 and result.stderr.count("merging the adapter into its model") == 1
+    results = in_two("python", script, "calibrate", path, "--lora-merge-cache", tmp_path / "loras")
+    out, err = ("".join(getattr(result, stream) for result in results) for stream in ("stdout", "stderr"))
+    assert [result.returncode for result in results] == [0, 0], err
+    assert out.count("3 weights ready") == 1 and err.count("merging the adapter into its model") == 1
 
 
 @pytest.mark.parametrize(
@@ -71,10 +68,11 @@ def test_what_fails_before_the_calibration_ends_all_processes_with_one_message(l
     config = config_for(llama, {})
     config = config | change | {"pave": config["pave"] | change.get("pave", {})}
     path = write_config(config, tmp_path / "wrong.yml")
-    result = in_two("-m", "mergekit_pave", "calibrate", path)
-    assert result.returncode != 0
-    assert result.stderr.count(told) == 1
-    assert not [line for line in result.stderr.splitlines() if 'File "' in line and "mergekit_pave" in line]  # no traceback
+    results = in_two("python", "-m", "mergekit_pave", "calibrate", path)
+    assert all(result.returncode != 0 for result in results)
+    err = "".join(result.stderr for result in results)
+    assert err.count(told) == 1
+    assert not [line for line in err.splitlines() if 'File "' in line and "mergekit_pave" in line]  # no traceback
 
 
 def plan(config: dict, tmp_path: Path, *options: str):

@@ -8,7 +8,8 @@ import pytest
 import torch
 import tqdm.notebook
 from click.testing import CliRunner
-from merging import command, config_for, entries, forget_checkpoints, invoke, merge, write_config
+from commands import command
+from merging import config_for, entries, forget_checkpoints, invoke, merge, write_config
 
 from mergekit_pave import cli, progress
 

@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 import yaml
 from click.testing import CliRunner
+from commands import finish, fresh
 from mergekit.config import MergeConfiguration
 from mergekit.scripts import multimerge, run_yaml
-from merging import command, forget_checkpoints
+from merging import forget_checkpoints
 from standins import make_standin, make_standins
 
 from mergekit_pave import cache as caches
@@ -134,7 +135,7 @@ def test_python(workplace, block):
 @pytest.mark.slow
 @pytest.mark.parametrize("words", [words for words in commands() if words[0] in LAUNCHERS], ids=lambda words: words[0])
 def test_launchers(workplace, words):
-    done = command(*(word for word in words if word != "--cuda"))
+    done = finish(fresh(*(word for word in words if word != "--cuda")))
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("weights ready") == 1
     assert done.stderr.count("to be calibrated") == len(yaml.safe_load(blocks("yaml")[0])["models"])

@@ -3,13 +3,14 @@
 import pytest
 import yaml
 from click.testing import CliRunner
+from commands import command, python
 from mergekit.config import MergeConfiguration
 from mergekit.evo.config import EvolMergeConfiguration
 from mergekit.moe.config import MoEMergeConfig
 from mergekit.scripts import bakllama, merge_raw_pytorch
 from mergekit.scripts.bakllama import BakllamaConfig
 from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
-from merging import command, config_for, entries, python, write_config
+from merging import config_for, entries, write_config
 from reference import weights
 
 from mergekit_pave.cli import main

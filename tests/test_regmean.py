@@ -13,10 +13,11 @@ import weakref
 import pytest
 import torch
 from click.testing import CliRunner
+from commands import command
 from mergekit.merge_methods import merge_state_dicts
 from mergekit.merge_methods.base import PerInputValues, TensorEntry, TensorGroup, TensorMetadata
 from mergekit.scripts import merge_raw_pytorch
-from merging import command, config_for, entries, forget_checkpoints, invoke, invoke_multi, merge, write_config
+from merging import config_for, entries, forget_checkpoints, invoke, invoke_multi, merge, write_config
 from models import Family
 from reference import layer_inputs, purify, weights
 from safetensors.torch import save_file

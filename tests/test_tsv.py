@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from commands import command
 from mergekit.merge_methods import merge_state_dicts
-from merging import command, config_for, invoke, invoke_multi, merge, write_config
+from merging import config_for, invoke, invoke_multi, merge, write_config
 from reference import weights
 from test_experts import family_of  # noqa: F401
 

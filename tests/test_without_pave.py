@@ -5,12 +5,15 @@ import sys
 
 import pytest
 import torch
-from merging import command, config_for, python, start, write_config
+from commands import command, finish, fresh, python, start
+from merging import config_for, write_config
 from reference import weights
 
 # Put before code: a module of this name cannot be imported, as if it were missing or broken.
 BLOCK = """
 import sys
+for name in [name for name in sys.modules if name.split('.')[0] in {names!r}]:
+    del sys.modules[name]
 class Blocker:
     def find_spec(self, name, path=None, target=None):
         if name.split('.')[0] in {names!r}:
@@ -22,8 +25,8 @@ sys.meta_path.insert(0, Blocker())
 def test_output_is_identical_to_the_last_byte(llama, tmp_path):
     """Every file, with the plugin live and with PyTorch told not to load it."""
     config = write_config(config_for(llama, merge_method="ties", tokenizer={"source": "base"}), tmp_path / "config.yml")
-    live = start("mergekit-yaml", config, tmp_path / "live" / "out")
-    off = start("mergekit-yaml", config, tmp_path / "off" / "out", TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    live = fresh("mergekit-yaml", config, tmp_path / "live" / "out")
+    off = fresh("mergekit-yaml", config, tmp_path / "off" / "out", TORCH_DEVICE_BACKEND_AUTOLOAD="0")
     told = live.communicate(timeout=300)[1] + off.communicate(timeout=300)[1]
     assert live.returncode == off.returncode == 0, told
     files = [
@@ -41,11 +44,22 @@ def test_output_is_identical_to_the_last_byte(llama, tmp_path):
 
 def test_importing_torch_stays_light():
     """The hook runs at every `import torch`; it may load nothing that torch did not."""
-    done = python(
+    code = (
         "import sys, torch; heavy = ('transformers', 'mergekit', 'datasets', 'pydantic', 'scipy', 'click');"
         "print([name for name in heavy if name in sys.modules], 'mergekit_pave.hook.autoload' in sys.modules)"
     )
+    done = finish(fresh("python", "-c", code))
     assert done.stdout.strip() == "[] True", done.stdout + done.stderr
+
+
+def test_a_forked_command_begins_without_mergekit():
+    """Or the tests below would tell nothing of what is imported first."""
+    loaded = "[name for name in sys.modules if name.startswith('mergekit')]"
+    done = python(f"import sys; print({loaded}); import torch; print({loaded})")
+    before, after = done.stdout.splitlines()
+    assert before == "[]" and "'mergekit_pave.hook.autoload'" in after, done.stderr
+    done = python(f"import sys, torch; print({loaded})", TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    assert done.stdout.strip() == "[]", done.stderr
 
 
 @pytest.mark.parametrize(
@@ -105,17 +119,23 @@ THEIRS = ["config", "plan", "merge", "common", "merge_methods", "merge_methods.r
 OURS = ["config", "core.purification", "methods.regmean", "methods.tsv", "methods.registry", "plugin.wrap"]
 
 
+FIRST = ["mergekit_pave", *(f"mergekit.{name}" for name in THEIRS), *(f"mergekit_pave.{name}" for name in OURS)]
+
+
 @pytest.mark.parametrize(
-    "first", ["mergekit_pave", *(f"mergekit.{name}" for name in THEIRS), *(f"mergekit_pave.{name}" for name in OURS)]
+    ("run", "first"),
+    [*((start, first) for first in FIRST), (fresh, "mergekit.config"), (fresh, "mergekit.merge_methods")],
+    ids=lambda value: getattr(value, "__name__", value),
 )
-def test_the_field_and_the_methods_are_there_whatever_is_imported_first(first):
-    done = python(
+def test_the_field_and_the_methods_are_there_whatever_is_imported_first(run, first):
+    code = (
         f"import {first}; from mergekit.config import MergeConfiguration as C; import mergekit.config as c;"
         "from mergekit import merge_methods as m; from mergekit.io.tensor_writer import TensorWriter;"
         "assert TensorWriter.finalize.removes_evidence;"
         "print(C.model_fields['pave'].metadata[0].func.__module__,"
         "[m.get(name).spec.name for name in ('regmean', 'tsv')], type(c), type(m))"
     )
+    done = finish(run("python", "-c", code))
     expected = "mergekit_pave.hook.field ['regmean', 'tsv'] <class 'module'> <class 'module'>"
     assert done.stdout.strip() == expected, done.stderr
 
