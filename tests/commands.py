@@ -2,10 +2,11 @@
 
 A fresh interpreter spends about five CPU seconds on imports. So a server that has imported what mergekit imports, but neither
 mergekit nor this package, forks a child for each command. The child does what the interpreter and the command's script do:
-it has the environment and the files of output that it was given, runs `sitecustomize` from PYTHONPATH, and loads the plugin
-at its first `import torch`. A few tests use `fresh` all the same; one compares the two.
+it has the environment and the output files that it was given, runs the `sitecustomize` on PYTHONPATH, and loads the plugin
+at its first `import torch`. The process is real: it can be killed, it races with others, and its exit code is its own.
+Where the interpreter itself matters, a test uses `fresh`; two cases in test_without_pave.py run both ways.
 
-Only the standard library is imported here: the child has to begin without mergekit.
+Only the standard library is imported here, because the child has to begin without mergekit.
 """
 
 import builtins

@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from attacks import ATTACKS, publish, spoilt
 from click.testing import CliRunner
+from commands import python
 
 from mergekit_pave import cache
 from mergekit_pave.cache import MANIFEST, Artefact, DamagedError, cache_root, digest, weights_identity
@@ -49,8 +50,7 @@ class TestDigest:
 
     def test_keys_last_from_one_process_to_the_next(self):
         code = "from mergekit_pave.cache import digest; print(digest({'b': 'x', 'a': [1, 'y']}))"
-        here = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-        assert here == digest({"b": "x", "a": [1, "y"]})
+        assert python(code).stdout.strip() == digest({"b": "x", "a": [1, "y"]})
 
 
 class TestCacheRoot:
