@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from mergekit_pave.calibration.models import empty_model, renaming
+from mergekit_pave.core.failures import is_out_of_memory
 
 
 class UnknownWeightError(Exception):
@@ -49,10 +50,16 @@ class _Unloaded(nn.Parameter):
         if func == Tensor.device.__get__:
             return unloaded.target
         is_attribute = getattr(func, "__name__", "") == "__get__"
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **kwargs or {})
+        misuse = f"{unloaded.path} is used by another module than its own"
+        try:
+            with torch._C.DisableTorchFunctionSubclass():
+                result = func(*args, **kwargs or {})
+        except (RuntimeError, NotImplementedError) as error:  # most functions refuse to mix devices
+            if is_out_of_memory(error):
+                raise
+            raise UnknownWeightError(misuse) from error
         if any(isinstance(value, Tensor) for value in tree_leaves(result)) or (result is None and not is_attribute):
-            raise UnknownWeightError(f"{unloaded.path} is used by another module than its own")
+            raise UnknownWeightError(misuse)
         return result
 
 
