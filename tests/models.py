@@ -64,10 +64,10 @@ class Family:
         return KINDS[self.kind].is_linear(tensor)
 
 
-def make_family(kind: str, folder: Path) -> Family:
+def make_family(kind: str, folder: Path, **settings) -> Family:
     """Write everything under a folder. The same call always writes the same numbers."""
     tokenizer = make_tokenizer(kind)
-    base = make_model(KINDS[kind].model, model_config(kind, len(tokenizer)))
+    base = make_model(KINDS[kind].model, model_config(kind, len(tokenizer), **settings))
     return save_family(kind, base, tokenizer, write_texts(folder), folder)
 
 
@@ -174,7 +174,7 @@ def model_config(kind: str, vocabulary: int, **more) -> transformers.PretrainedC
             vocab_size=vocabulary,
             hidden_size=48,
             intermediate_size=112,
-            num_hidden_layers=3,
+            num_hidden_layers=more.pop("num_hidden_layers", 3),
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=64,
