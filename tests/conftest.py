@@ -32,7 +32,7 @@ if os.environ.get("PRETEND_DEVICE"):  # any test can be run on it; tests/test_de
     pretend_device.take_all_merges()
 
     @pytest.fixture(autouse=True)
-    def nothing_is_left_on_the_device():
+    def nothing_is_left_on_the_device(undrawn):
         with pretend_device.all_freed():
             yield
 
@@ -52,6 +52,15 @@ def no_card_pictures():
 @pytest.fixture
 def card_pictures(monkeypatch):
     monkeypatch.setattr(wrap, "draw_ranks", draw_ranks)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """The plots of a page are made, but not drawn, which takes most of its time."""
+    from mergekit_pave.report.page import render
+
+    monkeypatch.setattr(render, "png", lambda plot: b"")
+    monkeypatch.setattr(render, "svg", lambda plot: "<svg/>")
 
 
 @pytest.fixture(scope="session")

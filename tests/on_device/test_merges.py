@@ -10,7 +10,6 @@ from reference import weights
 from test_methods import METHODS, method_config
 
 # How a merge may be told to use the device, and which devices that means.
-CARDLESS = "--no-write-model-card"  # and no picture for it, which takes longer than such a merge
 USES = {
     "cuda": (("--cuda",), {"npu:0"}),
     "low_cpu_memory": (("--cuda", "--low-cpu-memory"), {"npu:0"}),
@@ -47,7 +46,7 @@ def test_every_way_to_use_it(llama, tmp_path, cache, on_cpu, use):
     options, devices = USES[use]
     for run in ("cold", "warm"):
         memory.devices.clear()
-        result = invoke(config_for(llama, {}), tmp_path / run, "--quiet", CARDLESS, *options)
+        result = invoke(config_for(llama, {}), tmp_path / run, "--quiet", *options)
         assert result.exit_code == 0, (run, result.output, result.exception)
         assert memory.devices == devices, run
     report = json.loads((tmp_path / "cold" / "pave_report.json").read_text())
@@ -63,23 +62,22 @@ def test_methods(llama, tmp_path, measured, method):
         config = method_config(llama, method, measured)
     else:
         config = config_for(llama, measured, models=3, merge_method=method)
-    options = {"random_seed": 1, "write_model_card": False}
-    on_device = merge(config, tmp_path / "device", device="npu", **options)
+    on_device = merge(config, tmp_path / "device", device="npu", random_seed=1)
     assert memory.allocations
-    for name, tensor in merge(config, tmp_path / "cpu", device="cpu", **options).items():
+    for name, tensor in merge(config, tmp_path / "cpu", device="cpu", random_seed=1).items():
         assert torch.equal(tensor, on_device[name]), name
 
 
 def test_low_cpu_memory_moves_every_tensor_once(llama, tmp_path, cache):
     """Inputs and tails go to the device, and what is written comes back; otherwise values make the way at every step."""
     config = config_for(llama, {})
-    assert invoke(config, tmp_path / "cold", "--cuda", "--quiet", CARDLESS).exit_code == 0
+    assert invoke(config, tmp_path / "cold", "--cuda", "--quiet").exit_code == 0
     written = sum(tensor.nbytes for tensor in weights(tmp_path / "cold").values())
     tails = sum(file.stat().st_size for file in cache.rglob("tail-*.safetensors"))
     moved = {}
     for options in ((), ("--low-cpu-memory",)):
         before = memory.moved
-        assert invoke(config, tmp_path / "warm", "--cuda", "--quiet", CARDLESS, *options).exit_code == 0
+        assert invoke(config, tmp_path / "warm", "--cuda", "--quiet", *options).exit_code == 0
         moved[options] = memory.moved - before
     # Three models and their tails go there, and one model comes back.
     assert moved["--low-cpu-memory",] <= 4 * written + tails < moved[()]

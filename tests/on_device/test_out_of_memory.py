@@ -43,18 +43,17 @@ PLACES = {0.02: "calibration", 0.4: "decomposing model", 0.7: "decomposing model
 def test_a_merge_that_fails_and_goes_on(llama, tmp_path, cache):
     """Whatever fails is told in a line, also where mergekit moves tensors or merges; what is in the cache is whole."""
     start, config = memory.allocations, config_for(llama, {})
-    cardless = "--no-write-model-card"  # its picture takes longer than such a merge
-    assert invoke(config, tmp_path / "whole", cardless).exit_code == 0
+    assert invoke(config, tmp_path / "whole").exit_code == 0
     asked = memory.allocations - start
     for place, work in PLACES.items():
         other = config | {"pave": config["pave"] | {"cache_dir": str(tmp_path / f"cache{place}")}}
         memory.failing = range(first := memory.allocations + round(place * asked), first + 1)
-        result = invoke(other, tmp_path / f"out{place}", cardless)
+        result = invoke(other, tmp_path / f"out{place}")
         told = result.output.strip().splitlines()[-1]
         assert isinstance(result.exception, SystemExit) and re.search(rf"{work}.* ran out of memory on npu", told), told
         assert not [*(tmp_path / f"out{place}").glob("*.safetensors"), *(tmp_path / f"out{place}").glob("*.json")]
         memory.failing = range(0)
-        assert invoke(other, tmp_path / f"out{place}", cardless).exit_code == 0
+        assert invoke(other, tmp_path / f"out{place}").exit_code == 0
         found, expected = weights(tmp_path / f"out{place}"), weights(tmp_path / "whole")
         assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 

@@ -34,8 +34,7 @@ def without_float64():
 def assert_as_on_a_cpu(config, tmp_path, plain=None, **options):
     """Cold and warm, with an error far below what purification removes of `plain`."""
     plain = plain or merge({key: value for key, value in config.items() if key != "pave"}, tmp_path / "plain", device="cpu")
-    options["write_model_card"] = False  # its picture takes longer than such a merge
-    expected = merge(config, tmp_path / "cpu", device="cpu", write_model_card=False)
+    expected = merge(config, tmp_path / "cpu", device="cpu")
     for place in ("cold", "warm"):
         found = merge(config, tmp_path / place, **options)
         for name, tensor in expected.items():
