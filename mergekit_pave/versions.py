@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.metadata import version
 
 from packaging.specifiers import SpecifierSet
@@ -10,6 +11,7 @@ PACKAGES = ("mergekit-pave", "mergekit", "torch", "transformers", "datasets")
 MERGEKIT = SpecifierSet(">=0.1.5,<0.2")  # the versions of mergekit that this one works with
 
 
+@cache
 def installed() -> dict[str, str]:
     """The version of each package."""
     return {package: version(package) for package in PACKAGES}

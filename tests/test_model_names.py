@@ -49,7 +49,7 @@ def assert_same(written, expected):
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_plan_calibrate_merge_and_report(folder, named, expected, tmp_path, cache):
+def test_plan_calibrate_merge_and_report(folder, named, expected, tmp_path, cache, undrawn):
     config = named(folder)
     path = str(write_config(config, tmp_path / folder / "config.yml"))
     models = [entry["model"] for entry in config["models"]]
