@@ -135,7 +135,7 @@ def test_names_with_characters_that_xml_may_not_have(tmp_path):
     assert "bell\ufffd\ufffd" in (tmp_path / "page" / "index.html").read_text()
 
 
-def test_a_config_beside_it_that_somebody_changed(tmp_path):
+def test_a_config_beside_it_that_somebody_changed(tmp_path, undrawn):
     for text in ("- a list", "{", "3", ""):
         page = render.write(tmp_path / "page", "name", read(tmp_path, whole()), None, text)
         assert "<html" in page.read_text()

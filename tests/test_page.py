@@ -76,14 +76,19 @@ def measured(config: dict):
     return measure(plan_merge(MergeConfiguration.model_validate(config), options), options)
 
 
-def test_a_config_gives_the_report_that_its_merge_wrote(merged):
-    config, out, _ = merged
-    assert json.loads(json.dumps(measured(config)[0])) == read_report(str(out))
+@pytest.fixture(scope="module")
+def seen(merged):
+    """What the models and caches of that merge tell."""
+    return measured(merged[0])
 
 
-def test_interference_agrees_with_the_reference(merged, llama):
-    config, _, expected = merged
-    overlaps = {overlap.output: overlap for overlap in measured(config)[1].overlaps}
+def test_a_config_gives_the_report_that_its_merge_wrote(merged, seen):
+    assert json.loads(json.dumps(seen[0])) == read_report(str(merged[1]))
+
+
+def test_interference_agrees_with_the_reference(merged, seen, llama):
+    expected = merged[2]
+    overlaps = {overlap.output: overlap for overlap in seen[1].overlaps}
     assert overlaps.keys() == expected[0].keys()
     plain = {model: reference.weights(model) for model in (llama.base, *llama.tuned)}
     for tensor, overlap in overlaps.items():
@@ -101,9 +106,8 @@ def test_interference_agrees_with_the_reference(merged, llama):
             assert abs(overlap.before.cosines()[0, 2] - overlap.after.cosines()[0, 2]) > 1e-6
 
 
-def test_spectra_and_covariances_agree_with_the_reference(merged, llama):
-    config, _, _ = merged
-    _, found = measured(config)
+def test_spectra_and_covariances_agree_with_the_reference(seen, llama):
+    _, found = seen
     sources = {str(model): (model, (data, "text", "text")) for model, data in zip(llama.tuned, llama.data)}
     assert len(found.spectra) == 3 * 7 + 3 * 6  # all layers, there are but three
     for one in found.spectra:
@@ -183,7 +187,7 @@ def test_pictures_have_the_colours_of_the_page(whole):
     assert colours == set(drawing.THEMED.values())
 
 
-def test_an_output_needs_nothing_but_its_json(merged, tmp_path):
+def test_an_output_needs_nothing_but_its_json(merged, tmp_path, undrawn):
     """Not even the models: it may have been made on another machine."""
     _, out, _ = merged
     (tmp_path / "out").mkdir()
@@ -196,12 +200,12 @@ def test_an_output_needs_nothing_but_its_json(merged, tmp_path):
     assert "merge_method: task_arithmetic" in written(tmp_path / "out")
 
 
-def test_without_covariances_the_cached_tails_are_shown(merged, tmp_path):
+def test_without_covariances_the_cached_tails_are_shown(merged, seen, tmp_path, undrawn):
     config, out, _ = merged
     shutil.copytree(out.parent / "cache", tmp_path / "cache")
     shutil.rmtree(tmp_path / "cache" / "covariance")
     other = config | {"pave": config["pave"] | {"cache_dir": str(tmp_path / "cache")}}
-    full = {(one.model, one.output): one for one in measured(config)[1].spectra}
+    full = {(one.model, one.output): one for one in seen[1].spectra}
     _, found = measured(other)
     assert not found.inputs and found.overlaps
     for one in found.spectra:
@@ -212,7 +216,7 @@ def test_without_covariances_the_cached_tails_are_shown(merged, tmp_path):
     assert not (tmp_path / "cache" / "covariance").exists()
 
 
-def test_what_would_take_too_long_is_left_out_and_said(merged, tmp_path, monkeypatch):
+def test_what_would_take_too_long_is_left_out_and_said(merged, tmp_path, monkeypatch, undrawn):
     from mergekit_pave.planning import measured as module
 
     monkeypatch.setattr(module, "_OPERATIONS", 1.0)
@@ -249,7 +253,7 @@ def test_without_matplotlib_it_says_how_to_install_it(merged, tmp_path, monkeypa
     ]
 
 
-def test_nothing_of_others_is_overwritten(merged, tmp_path):
+def test_nothing_of_others_is_overwritten(merged, tmp_path, undrawn):
     _, out, _ = merged
     (tmp_path / "index.html").write_text("mine")
     done = run(out, "-o", tmp_path)
@@ -345,7 +349,7 @@ def test_large_models_make_no_large_page(layers, models, tmp_path):
     assert all(Image.open(file).height < 6000 for file in page.parent.glob("*.png"))
 
 
-def test_towers_and_decoders_have_pictures_of_their_own(tmp_path):
+def test_towers_and_decoders_have_pictures_of_their_own(tmp_path, undrawn):
     rows = rows_of(4, 2, ("model.language_model.layers", "model.visual.blocks"))
     render.write(tmp_path / "page", "two towers", report_of(rows), None, None)
     names = {file.stem for file in (tmp_path / "page").glob("*.png")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,10 +76,8 @@ def check(folder: Path, files: Sequence[str] = (PAGE_NAME,)) -> None:
 
 
 def _html(name: str, report: dict[str, Any], measured: Measurements | None, config: str | None, sections: list[Section]) -> str:
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    template = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
     notes = left_experts(report) + left_weights(report)
-    return template.render(
+    return _template().render(
         generator=GENERATOR,
         paper=card.PAPER,
         name=name,
@@ -97,6 +96,12 @@ def _html(name: str, report: dict[str, Any], measured: Measurements | None, conf
         table=_table,
         svg=svg,
     )
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    return environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
 
 
 def _merge_method(config: str | None) -> str | None:
