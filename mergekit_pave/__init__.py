@@ -3,8 +3,8 @@
 The rooms, from the top. Each imports only what is below it, and `lint-imports` checks that (see pyproject.toml):
 
     cli           the command `mergekit-pave`
-    hook          makes mergekit know us: the field `pave`, and what is added to its modules when they are imported
-    plugin        the only room that touches mergekit's inside: wraps the planner, and runs the phases before a merge
+    hook          gets into mergekit: the field `pave`, and what is added to its modules when they are imported
+    plugin        wraps mergekit's planner and executor, and runs the phases before a merge
     planning      decides what to do to which weight of which model, and checks everything first
     tasks         does it, as tasks of mergekit's graph (`in_memory` does the same to a model in memory)
     calibration   data -> samples -> batches -> model -> covariances

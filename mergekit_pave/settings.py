@@ -1,4 +1,4 @@
-"""The data types of a `pave:` block that need nothing of mergekit, and the names of our merge methods."""
+"""The data types of a `pave:` block that need nothing of mergekit."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from mergekit_pave.errors import unknown
-
-REGMEAN, TSV = "regmean", "tsv"
-METHODS = (REGMEAN, TSV)
 
 
 class Block(BaseModel, frozen=True):

@@ -1,4 +1,4 @@
-"""What is kept on the disk between two runs, and how models are told apart without reading all of their weights."""
+"""What is kept on the disk between two runs, and how models are distinguished without reading all of their weights."""
 
 from mergekit_pave.cache.artefact import MANIFEST, Artefact, cache_root, require_space
 from mergekit_pave.cache.entries import Entry, copy, entries

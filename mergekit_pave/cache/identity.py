@@ -36,7 +36,7 @@ def weights_fingerprint(folder: str, shards: list[str]) -> str:
 
 
 def weights_identity(folder: str, shards: list[str]) -> str:
-    """Key that also differs for checkpoints with the same samples: the fingerprint, the configuration and a mark of each file.
+    """Key that also differs for checkpoints with the same samples: the fingerprint, the configuration, and a hash or time of each file.
 
     The mark of a file in the Hub's cache is its name, which is a hash. That of any other file is the time of its last change.
     """

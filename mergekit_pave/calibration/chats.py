@@ -140,6 +140,8 @@ def _from_json(text: str, problem: str) -> Any:
 
 
 def _read_turn(turn: dict[str, Any]) -> dict[str, Any]:
+    # Templates print a content that is null, and look into calls of tools that are.
+    turn = {key: value for key, value in turn.items() if value is not None}
     if "role" not in turn and "from" in turn:
         name = str(turn["from"]).lower()
         if name not in _ROLES:

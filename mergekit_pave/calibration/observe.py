@@ -233,7 +233,7 @@ class Observer:
     def _counted(self, layer: str, x: Tensor) -> Tensor | None:
         """Which rows of x belong to counted tokens, bool (rows,); None if x is not aligned with the tokens and all rows count.
 
-        The length of x tells which of an encoder-decoder model's two sequences it belongs to: in a batch their lengths differ.
+        The length of x shows which of an encoder-decoder model's two sequences it belongs to: in a batch their lengths differ.
 
         Raises:
             UnalignedInputError: x is not aligned with the tokens, and the batch may have padding.

@@ -19,7 +19,7 @@ from mergekit import config
 live = "pave" in config.MergeConfiguration.model_fields
 from mergekit_pave.hook import host, refusals
 from mergekit_pave.methods import registry
-from mergekit_pave.settings import METHODS
+from mergekit_pave.names import METHODS
 if problem := host.problem():
     raise SystemExit(problem)
 if not live:

@@ -1,1 +1,4 @@
-"""How mergekit comes to know us. What is loaded for everybody who uses torch or mergekit is in this room, and is light."""
+"""How this package gets into mergekit.
+
+Everything but `host` is loaded for everybody who uses torch or mergekit, so it is light and may break nothing.
+"""

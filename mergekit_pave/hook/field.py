@@ -1,7 +1,7 @@
 """The field `pave` of mergekit's `MergeConfiguration`: what makes mergekit see the block at all.
 
 It is added for everybody who uses mergekit, as soon as the configuration class is there, so it imports little and may break
-nothing. The rest of this package is loaded when a config with a block, or with one of our merge methods, is validated.
+nothing. What honours the block is loaded when a config with a block, or with one of our merge methods, is validated.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _read(value: Any, _, info) -> Any:
 
 def _register_method(merge_method: str | None, otherwise: str) -> None:
     """Plan merges by one of our methods. Another package may have a method of that name; then the log says so."""
-    from mergekit_pave.settings import METHODS
+    from mergekit_pave.names import METHODS
 
     if merge_method in METHODS:
         from mergekit_pave.methods import registry

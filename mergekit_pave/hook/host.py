@@ -60,7 +60,8 @@ PARTS = {
     "mergekit.merge_methods.base": (
         "BasePolicy GroupMergeMethod InputContract MergeMethodSpec ParameterScope ParameterSpec TensorEntry TensorGroup"
     ),
-    "mergekit.merge_methods.base:MergeMethodSpec": "name",
+    "mergekit.merge_methods.base:MergeMethodSpec": "name parameters",
+    "mergekit.merge_methods.base:ParameterSpec": "name",
     "mergekit.merge_methods.base:TensorGroup": "entries metadata base non_base",
     "mergekit.merge_methods.task_adapter": "ExecuteMergeMethodTask",
     "mergekit.merge_methods.task_adapter:ExecuteMergeMethodTask": (

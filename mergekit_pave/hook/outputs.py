@@ -4,7 +4,7 @@ mergekit leaves everything else in an existing folder as it is, so the report wo
 that has a `pave:` block or not. It is removed once the new weights are complete. Until then the old weights are there, so a merge
 that fails destroys nothing.
 
-Like `field`, this is there for everybody who uses mergekit, so it imports only Python's own modules, and may break nothing.
+Like `field`, this is there for everybody who uses mergekit, so it imports only light modules, and may break nothing.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from mergekit_pave import versions
-from mergekit_pave.settings import METHODS
+from mergekit_pave.names import METHODS
 
 LOG = logging.getLogger(__name__)
 

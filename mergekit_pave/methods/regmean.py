@@ -26,7 +26,7 @@ from mergekit_pave.core.failures import advising
 from mergekit_pave.core.projection import matrices
 from mergekit_pave.core.regmean import merge_changes, metric
 from mergekit_pave.errors import PaveError, unknown
-from mergekit_pave.settings import REGMEAN
+from mergekit_pave.names import REGMEAN
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from mergekit_pave.core.failures import advising
 from mergekit_pave.core.tsv import merge_changes
 from mergekit_pave.errors import PaveError
 from mergekit_pave.methods.regmean import looks_like_matrices, task_arithmetic
-from mergekit_pave.settings import TSV
+from mergekit_pave.names import TSV
 
 
 class Tsv(GroupMergeMethod):

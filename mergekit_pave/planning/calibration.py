@@ -177,9 +177,9 @@ def _given(config: PaveConfig, source: Source, layers: Iterable[Linear]) -> Plan
     if manifest["weights"] != cache.weights_fingerprint(checkpoint.folder, list(checkpoint.files.values())):
         raise PaveError(f"{yaml_key}: these were measured on other weights, those of {manifest['model']}; use `data` instead")
     if missing := sorted({linear.module for linear in layers}.difference(manifest["watched"])):
+        version = manifest["versions"].get("transformers", "of another version")
         raise PaveError(
-            f"{yaml_key}: these were measured with transformers {manifest['versions']['transformers']}, which has no layer "
-            f"{missing[0]}; use `data` instead"
+            f"{yaml_key}: these were measured with transformers {version}, which has no layer {missing[0]}; use `data`"
         )
     return PlannedCalibration(
         source=source,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from mergekit.common import ModelReference
 
@@ -97,9 +98,9 @@ def _by_tensor(weights: list[PlannedWeight]) -> dict[int, list[PlannedWeight]]:
 
 def _once_a_folder(tasks: Iterable[CalibrateModel | GivenCovariance]) -> list[CalibrateModel | GivenCovariance]:
     """Two names of one model share what is measured."""
-    folders: dict[str, CalibrateModel | GivenCovariance] = {}
-    for task in tasks:
-        folders.setdefault(task.folder, task)
+    folders: dict[Any, CalibrateModel | GivenCovariance] = {}
+    for task in tasks:  # given covariances are checked for each of their models
+        folders.setdefault(task.folder if isinstance(task, CalibrateModel) else task, task)
     return list(folders.values())
 
 

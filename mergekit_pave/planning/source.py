@@ -40,7 +40,7 @@ class Source:
 
     @functools.cached_property
     def identity(self) -> str:
-        """Tells its weights from those of any other checkpoint."""
+        """A key that differs between checkpoints."""
         return weights_identity(self.checkpoint)
 
 

@@ -1,4 +1,4 @@
-"""Every place where we touch mergekit's inside, for mergekit >=0.1.5,<0.2; `hook.host` lists what is relied on.
+"""Wraps mergekit's planner and executor, for mergekit >=0.1.5,<0.2; `hook.host` lists what is relied on.
 
 wrap          what of mergekit is wrapped, and when each of the others is called
 inputs        whether the device, the models and their layers are there

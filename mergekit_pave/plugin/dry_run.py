@@ -84,6 +84,8 @@ def _try_tokenizer(task: BuildTokenizer, vocabularies: list[PermutedVocabulary])
                     shape[vocabulary.vocabulary_axis] = rows[model]
                 tensors = {model: torch.zeros(shape) for model, shape in shapes.items()}
                 vocabulary.execute(tokenizer_info=built, tensors=tensors)
+        except PaveError:
+            raise
         except Exception as error:  # transformers, the Hub and mergekit raise a dozen kinds
             reason = in_a_line(error)
             raise PaveError(f"tokenizer: mergekit cannot make the output's tokenizer as configured: {reason}") from error

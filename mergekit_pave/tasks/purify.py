@@ -37,23 +37,24 @@ class AllocateRanks(Task[dict]):
         return hash((AllocateRanks, self.output))
 
     def arguments(self) -> dict[str, Task]:
-        return {str(tail.model): tail for tail in self.tails}
+        return {str(place): tail for place, tail in enumerate(self.tails)}
 
     def group_label(self) -> Optional[str]:
         return self.tails[-1].group_label()
 
     def execute(self, **tails: dict[str, Any]) -> dict[ModelReference, list[int]]:
-        experts: dict[Any, list[tuple[LoadTail, int, int]]] = {}  # by expert: (tail, share, number of the slice)
-        for task, share in zip(self.tails, self.shares):
-            for i, of_slice in enumerate(tails[str(task.model)]["slices"]):
-                experts.setdefault(of_slice["expert"], []).append((task, share, i))
-        drops = {task.model: [0] * len(tails[str(task.model)]["slices"]) for task in self.tails}
+        values = [tails[str(place)] for place in range(len(self.tails))]
+        experts: dict[Any, list[tuple[int, int]]] = {}  # by expert: (place of the model, number of the slice)
+        for place, tail in enumerate(values):
+            for i, of_slice in enumerate(tail["slices"]):
+                experts.setdefault(of_slice["expert"], []).append((place, i))
+        drops = [[0] * len(tail["slices"]) for tail in values]
         for of_expert in experts.values():
-            spectra = [_spectrum(tails[str(task.model)], i) for task, _, i in of_expert]
-            shares, caps = [share for _, share, _ in of_expert], [task.count for task, _, _ in of_expert]
-            for (task, _, i), drop in zip(of_expert, allocate_ranks(spectra, shares, caps)):
-                drops[task.model][i] = drop
-        return drops
+            spectra = [_spectrum(values[place], i) for place, i in of_expert]
+            shares, caps = [self.shares[place] for place, _ in of_expert], [self.tails[place].count for place, _ in of_expert]
+            for (place, i), drop in zip(of_expert, allocate_ranks(spectra, shares, caps)):
+                drops[place][i] = drop
+        return {task.model: of_model for task, of_model in zip(self.tails, drops)}
 
 
 def _spectrum(tail: dict[str, Any], i: int) -> list[float]:
