@@ -36,9 +36,9 @@ def weights_fingerprint(folder: str, shards: list[str]) -> str:
 
 
 def weights_identity(folder: str, shards: list[str]) -> str:
-    """Key that also differs for checkpoints with the same samples: the fingerprint, the configuration, and a hash or time of each file.
+    """Key that also differs for checkpoints with the same samples: of the fingerprint, the configuration, and each file.
 
-    The mark of a file in the Hub's cache is its name, which is a hash. That of any other file is the time of its last change.
+    A file in the Hub's cache stands in the key by its name, which is a hash, and any other by the time of its last change.
     """
     parts: list[Any] = [weights_fingerprint(folder, shards), Path(folder, "config.json").read_bytes()]
     for shard in sorted(set(shards)):
