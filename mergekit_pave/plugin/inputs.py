@@ -91,8 +91,8 @@ def _of_device(device: str) -> Iterator[None]:
         yield
     except Exception as error:  # each kind of device has errors of its own
         raise PaveError(
-            f"the device {device!r} cannot be used here ({in_short(error)}); name another one, such as --device cuda:1, or "
-            "leave --device and --cuda out to use the CPU"
+            f"the device {device!r} cannot be used here ({in_short(error)}); name one that is "
+            "there, such as --device cuda:0, or leave --device and --cuda out to use the CPU"
         ) from error
 
 
