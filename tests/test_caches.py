@@ -66,6 +66,21 @@ def watch(cache, tmp_path):
 PAVE = {"regularization": 0.1}
 
 
+@pytest.fixture(scope="module")
+def measured(families, tmp_path_factory):
+    """A cache that a merge has filled, and what the merge wrote."""
+    folder = tmp_path_factory.mktemp("measured")
+    written = merge(config_for(families["llama"], PAVE | {"cache_dir": str(folder / "cache")}), folder / "out")
+    return folder / "cache", written
+
+
+@pytest.fixture
+def first(measured, cache):
+    """What a first merge wrote. The test's own cache is as it left it."""
+    shutil.copytree(measured[0], cache)
+    return measured[1]
+
+
 def test_the_first_run_measures_and_the_second_does_not(llama, watch):
     first, covariances, tails = watch(config_for(llama, PAVE))
     assert covariances > 0
@@ -90,8 +105,7 @@ REUSED = {
 }
 
 
-def test_what_needs_no_new_measurement(llama, watch, tmp_path):
-    first, *_ = watch(config_for(llama, PAVE))
+def test_what_needs_no_new_measurement(llama, first, watch, tmp_path):
     for name, change in REUSED.items():
         config = config_for(llama, PAVE)
         change(config)
@@ -105,15 +119,13 @@ def test_what_needs_no_new_measurement(llama, watch, tmp_path):
                 assert torch.allclose(value, written[tensor], rtol=1e-5, atol=1e-6), tensor
 
 
-def test_a_larger_cut_decomposes_again_from_the_same_measurements(llama, watch):
-    watch(config_for(llama, PAVE))
+def test_a_larger_cut_decomposes_again_from_the_same_measurements(llama, first, watch):
     _, covariances, tails = watch(config_for(llama, PAVE | {"rank_ratio": 0.5}))
     assert covariances == 0
     assert tails == 42
 
 
-def test_another_regularization_decomposes_again_from_the_same_measurements(llama, watch):
-    first, *_ = watch(config_for(llama, PAVE))
+def test_another_regularization_decomposes_again_from_the_same_measurements(llama, first, watch):
     second, covariances, tails = watch(config_for(llama, {"regularization": {"relative": 0.1}}))
     assert (covariances, tails) == (0, 42)
     differ(first, second)
@@ -131,8 +143,7 @@ def test_changed_data_is_measured(family, watch):
 
 
 @pytest.mark.parametrize("setting", [{"max_tokens": 90}, {"max_length": 10}, {"samples": 2}])
-def test_changed_calibration_is_measured(llama, watch, setting):
-    first, *_ = watch(config_for(llama, PAVE))
+def test_changed_calibration_is_measured(llama, first, watch, setting):
     second, covariances, tails = watch(config_for(llama, PAVE | {"calibration": setting}))
     assert covariances > 0
     assert tails == 42
@@ -182,8 +193,7 @@ DAMAGE = {"truncated": truncate, "flipped": flip, "empty": empty, "gone": Path.u
 
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("kind", ["covariance", "subspace"])
-def test_damaged_tensors_are_made_again(llama, watch, cache, kind, damage):
-    first, *_ = watch(config_for(llama, PAVE))
+def test_damaged_tensors_are_made_again(llama, first, watch, cache, kind, damage):
     # A new decomposition reads the covariances; without one nobody has to notice.
     if kind == "covariance":
         shutil.rmtree(cache / "subspace")
@@ -212,8 +222,7 @@ MANIFEST_DAMAGE = [Path.unlink, cut_short, empty, other_json, incomplete]
 
 
 @pytest.mark.parametrize("damage", MANIFEST_DAMAGE, ids=["gone", "cut-short", "empty", "other-json", "incomplete"])
-def test_damaged_manifests_are_made_again(llama, watch, cache, damage):
-    first, *_ = watch(config_for(llama, PAVE))
+def test_damaged_manifests_are_made_again(llama, first, watch, cache, damage):
     for path in cache.rglob("manifest.json"):
         damage(path)
     second, covariances, tails = watch(config_for(llama, PAVE))
@@ -223,9 +232,8 @@ def test_damaged_manifests_are_made_again(llama, watch, cache, damage):
 
 
 @pytest.mark.parametrize(("kind", "key"), [("subspace", "largest"), ("covariance", "tokens")])
-def test_a_wrong_number_in_a_manifest_is_noticed(llama, watch, cache, kind, key):
+def test_a_wrong_number_in_a_manifest_is_noticed(llama, first, watch, cache, kind, key):
     """A manifest holds numbers that decide ranks and means; one that has changed must not be believed."""
-    first, *_ = watch(config_for(llama, PAVE))
 
     def spoil(value):
         if isinstance(value, dict):

@@ -161,14 +161,6 @@ def test_the_packed_triangle_goes_row_by_row():
     assert Covariance(9, gram=gram).to_tensors()["triangle"].tolist() == [1, 2, 3, 4, 5, 6]
 
 
-def test_to_another_device_is_the_same_covariance():
-    for count in FORMS.values():
-        covariance = Covariance.from_rows(draw(count, 24))
-        moved = covariance.to(torch.device("cpu"))
-        assert moved.tokens == covariance.tokens
-        assert torch.equal(moved.matrix(), covariance.matrix())
-
-
 def test_one_row():
     row = draw(1, 24)
     covariance = Covariance.from_rows(row)

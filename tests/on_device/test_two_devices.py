@@ -8,7 +8,7 @@ from merging import TOLERANCE
 from models import make_model
 from test_in_memory import batches_of, load
 
-from mergekit_pave import purify_model
+from mergekit_pave import Covariance, purify_model
 from mergekit_pave.calibration import distributed
 from mergekit_pave.core.covariance import SecondMoment
 
@@ -77,3 +77,13 @@ def test_each_process_takes_a_device_of_its_own(monkeypatch, device, rank, own):
     assert distributed.local_device(device) == device
     monkeypatch.setattr(distributed, "world_size", lambda: 4)
     assert distributed.local_device(device) == own
+
+
+@pytest.mark.parametrize("tokens", [5, 500], ids=["rows", "gram"])
+def test_a_covariance_that_is_moved(tokens):
+    covariance = Covariance.from_rows(torch.randn(tokens, 24, generator=torch.Generator().manual_seed(0)))
+    assert (covariance.rows is None) == (tokens == 500)
+    moved = covariance.to(torch.device("npu:1"))
+    assert (moved.rows is None, moved.gram is None) == (covariance.rows is None, covariance.gram is None)
+    assert moved.matrix().device == torch.device("npu:1")
+    assert (moved.tokens, moved.dim) == (tokens, 24) and torch.equal(moved.matrix().cpu(), covariance.matrix())

@@ -89,3 +89,8 @@ def test_a_single_weight():
     found = purify(weight.to("npu:0"), Covariance.from_rows(rows.to("npu:0")), 56)
     assert found.device == torch.device("npu:0")
     assert (found.cpu() - expected).norm() <= TOLERANCE * (expected - weight).norm()
+
+
+def test_a_covariance_that_is_moved_stays_on_the_cpu():
+    moved = Covariance.from_rows(torch.randn(500, 24)).to(torch.device("npu:0"))
+    assert moved.gram.device == torch.device("cpu")
