@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 
 from mergekit_pave import versions
 from mergekit_pave.errors import PaveError
+from mergekit_pave.names import METHODS
 
 
 def add(module: ModuleType) -> None:
@@ -55,8 +56,6 @@ def _read(value: Any, _, info) -> Any:
 
 def _register_method(merge_method: str | None, otherwise: str) -> None:
     """Plan merges by one of our methods. Another package may have a method of that name; then the log says so."""
-    from mergekit_pave.names import METHODS
-
     if merge_method in METHODS:
         from mergekit_pave.methods import registry
 

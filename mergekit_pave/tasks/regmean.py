@@ -96,22 +96,17 @@ class MergeByRegMean(ExecuteMergeMethodTask):
                     reasons[i] = f"{FEW_TOKENS} ({tokens}, {of.model})" if has_experts else f"{NEVER_CALLED} ({of.model})"
         return reasons
 
-    def as_task_arithmetic(self) -> dict[str, str]:
-        """The matrices that are merged as task_arithmetic does although their layer has a form, and why.
+    def report(self) -> tuple[Optional[dict[str, Any]], dict[str, str]]:
+        """The tensor's row of the report, and the matrices that are merged as task_arithmetic does, with the reason.
 
-        The covariances have to be there.
+        The row is None where no matrix is merged in closed form. The covariances have to be there.
         """
-        name, layer = self.output_weight.name, self.form.layer
-        reasons = enumerate(self._reasons())
-        return {f"{name}[{layer.experts[i]}]" if layer.stacked else name: reason for i, reason in reasons if reason}
-
-    def row(self) -> Optional[dict[str, Any]]:
-        """The tensor's row of the report; None where no matrix of it is merged in closed form."""
-        if None not in self._reasons():
-            return None
-        return {
-            "tensor": self.output_weight.name,
+        name, layer, reasons = self.output_weight.name, self.form.layer, self._reasons()
+        row = {
+            "tensor": name,
             "covariance": data_share(self.parameters["covariance"], self.base_model is not None),
             "lambda": self.parameters["lambda"],
             "reduce_off_diagonal": self.parameters["reduce_off_diagonal"],
         }
+        matrices = [f"{name}[{expert}]" for expert in layer.experts] if layer.stacked else [name]
+        return row if None in reasons else None, {matrix: reason for matrix, reason in zip(matrices, reasons) if reason}

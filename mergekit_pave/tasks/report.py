@@ -57,9 +57,11 @@ class WriteReport(Task[None]):
         done = ((str(task.model), stats[str(i)]) for i, task in enumerate(self.stats))
         report = complete(json.loads(self.header), done)
         if "regmean" in report:
-            report["regmean"]["closed_form"] = [row for merge in self.closed_forms if (row := merge.row())]
+            report["regmean"]["closed_form"] = []
             for merge in self.closed_forms:
-                report["regmean"]["as_task_arithmetic"] |= merge.as_task_arithmetic()
+                row, reasons = merge.report()
+                report["regmean"]["closed_form"] += [row] if row else []
+                report["regmean"]["as_task_arithmetic"] |= reasons
             report["warnings"] += regmean_warnings(report["regmean"])
         folder = Path(self.out_path)
         content = report | {"weights": written_weights(folder, _files_of(writer))}
