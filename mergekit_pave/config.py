@@ -72,6 +72,7 @@ class PaveModel(Block):
     _elsewhere: ClassVar[dict[str, str]] = {
         "allocation": "is between models, so it holds for all of them: put it directly under `pave`",
         "cache_dir": "holds for all models: put it directly under `pave`",
+        "vocabulary": "holds for all models: put it directly under `pave`",
     }
 
     model: ModelReference
@@ -125,6 +126,7 @@ class PaveConfig(Block):
     target: Literal["weights", "task_vector"] = "weights"
     exclude: Patterns = Field(default=[])
     include: Patterns = Field(default=[])
+    vocabulary: Literal["counts", "method"] | None = None
     cache_dir: str | None = None
     calibration: Calibration = Calibration()
     models: list[PaveModel] = Field(min_length=1)
@@ -159,6 +161,14 @@ class PaveConfig(Block):
         """A setting of one model: that of its entry if there is one, else that of the block."""
         of_entry = getattr(self.listed(model), key)
         return getattr(self, key) if of_entry is None else of_entry
+
+    def counts_rows(self, data_share: float | None) -> bool:
+        """Whether embeddings are merged by token counts. By default that is so where `regmean` uses data.
+
+        Args:
+            data_share: how much of regmean's metric is to be C; None with any other merge method.
+        """
+        return bool(data_share) if self.vocabulary is None else self.vocabulary == "counts"
 
     def least_tokens(self, model: ModelReference, experts: tuple[int, ...]) -> int:
         """How many tokens each matrix of a layer must have seen: `min_tokens` for experts, 0 for an ordinary layer."""

@@ -332,6 +332,8 @@ def unpurified(family, models=2):
 
 
 def regmean_config(family, pave=None, *, weight=(0.5, 0.8), parameters=None, **more):
+    """A merge of layers alone; test_vocabulary.py looks at the embeddings that are merged by token counts otherwise."""
+    pave = None if pave is None else {"vocabulary": "method"} | pave
     config = config_for(family, pave, models=len(weight), weight=weight, merge_method="regmean", dtype="float64", **more)
     return config | {"parameters": parameters or {}}
 
@@ -627,7 +629,9 @@ def test_covariances_that_somebody_else_has_measured(llama, tmp_path, cache):
     measured = merge(config, tmp_path / "measured")
     folders = {json.loads((path / "manifest.json").read_text())["model"]: path for path in (cache / "covariance").glob("[!.]*")}
     given = [{"model": str(m), "purify": False, "covariance": str(folders[str(m)])} for m in llama.tuned[:2]]
-    written = merge(config | {"pave": {"models": given, "cache_dir": str(tmp_path / "other")}}, tmp_path / "out")
+    written = merge(
+        config | {"pave": {"vocabulary": "method", "models": given, "cache_dir": str(tmp_path / "other")}}, tmp_path / "out"
+    )
     assert all(torch.equal(measured[name], tensor) for name, tensor in written.items())
     assert not (tmp_path / "other").exists()
 

@@ -14,6 +14,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightTransform, apply_converters
 
 from mergekit_pave.calibration.computation import computation
+from mergekit_pave.calibration.embeddings import find_embeddings
 from mergekit_pave.calibration.experts import part_of_experts
 from mergekit_pave.calibration.linears import backbone_prefix, find_linears
 from mergekit_pave.calibration.models import backbone, empty_model, find_blocks, model_class, renaming
@@ -34,6 +35,7 @@ class Architecture:
         linears: the linear layers of the backbone, by the name of their weight.
         heads: names of the weights of linear layers outside the backbone, and of weights that something else uses, too.
         routers: names of the weights that choose among experts.
+        embeddings: see `find_embeddings`.
         weights: the shape of every parameter, by its name.
         tensors: the names in a complete checkpoint: every parameter under the first of its names, and persistent buffers.
         prefix: the start of each name, with its dot, that a checkpoint of the bare backbone leaves out.
@@ -55,6 +57,7 @@ class Architecture:
     linears: dict[str, Linear]
     heads: frozenset[str]
     routers: frozenset[str]
+    embeddings: dict[str, tuple[str, ...]]
     weights: dict[str, tuple[int, ...]]
     tensors: frozenset[str]
     prefix: str
@@ -125,6 +128,7 @@ def describe(
     model.tie_weights()
     linears, heads, routers = find_linears(model)
     weights = {name: tuple(value.shape) for name, value in model.named_parameters(remove_duplicate=False)}
+    shift = _target_shift(model, path)
     num_experts = max((len(linear.experts) for linear in linears.values()), default=0)
     return Architecture(
         cls=cls,
@@ -132,6 +136,7 @@ def describe(
         linears=linears,
         heads=heads,
         routers=routers,
+        embeddings=find_embeddings(model, has_decoder=shift is not None),
         weights=weights,
         tensors=frozenset(dict(model.named_parameters())) | (model.state_dict().keys() - weights.keys()),
         prefix=f"{model.base_model_prefix}." if model.base_model_prefix else "",
@@ -145,7 +150,7 @@ def describe(
         blocks=_num_weights(model),
         conversions=get_model_conversion_mapping(model, add_legacy=False),
         inputs=frozenset(inspect.signature(backbone(model).forward).parameters),
-        shift=_target_shift(model, path),
+        shift=shift,
     )
 
 

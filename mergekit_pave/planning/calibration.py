@@ -13,6 +13,7 @@ import transformers
 
 from mergekit_pave import cache, versions
 from mergekit_pave.calibration.batches import Encoded, encode
+from mergekit_pave.calibration.counts import TokenCounts, count_tokens
 from mergekit_pave.calibration.data import Sample, load_samples
 from mergekit_pave.calibration.job import Job, Runtime, covariance_key
 from mergekit_pave.calibration.models import inference_dtype
@@ -38,6 +39,7 @@ class PlannedCalibration:
         tokens: how many of them count.
         dtype: the precision that the model runs in.
         job: what the calibration needs; None where the covariances are given.
+        counts: of the samples' tokens, where rows may be merged by them and it is known.
         contents: the samples' contents, to find samples that two models share.
         elsewhere: by precision, other covariances of the same samples that the cache has.
     """
@@ -50,6 +52,7 @@ class PlannedCalibration:
     tokens: int
     dtype: str
     job: Job | None = None
+    counts: TokenCounts | None = None
     contents: frozenset[Any] = frozenset()
     elsewhere: dict[str, Path] = field(default_factory=dict)
 
@@ -94,6 +97,7 @@ def check_given(config: PaveConfig) -> None:
 def _of_data(config: PaveConfig, source: Source, merge: Merge) -> PlannedCalibration:
     model, architecture, checkpoint = source.model, source.architecture, source.checkpoint
     settings = config.calibration_of(model)
+    counted = any(config.counts_rows(tensor.data_share) for tensor in merge.tensors)
     samples = load_samples(source.entry.sources, settings, str(model))
     processor = _load_processor(source, samples, merge)
     encoded = encode(samples, processor, settings, architecture.positions, str(model), architecture.shift)
@@ -139,6 +143,7 @@ def _of_data(config: PaveConfig, source: Source, merge: Merge) -> PlannedCalibra
             batch_size=settings.batch_size,
             about=about,
         ),
+        counts=count_tokens(encoded, getattr(processor, "tokenizer", processor)) if counted else None,
         contents=frozenset(sample.content for sample in samples if sample.problem is None),
         elsewhere=elsewhere,
     )

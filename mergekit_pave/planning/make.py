@@ -19,6 +19,7 @@ from mergekit_pave.planning.plan import Plan, PlannedWeight, Reasons
 from mergekit_pave.planning.select import models_to_purify, select
 from mergekit_pave.planning.source import open_source
 from mergekit_pave.planning.unchanged import leave_never_called, leave_unchanged
+from mergekit_pave.planning.vocabulary import models_to_count, plan_vocabulary
 from mergekit_pave.planning.warnings import base_is_merged, precision_warnings, sample_warnings, unchanged_warnings
 from mergekit_pave.tasks.calibrate import CalibrateModel, GivenCovariance
 
@@ -31,7 +32,8 @@ def make_plan(config: PaveConfig, merge: Merge) -> Plan:
     """
     check_given(config)
     to_purify = models_to_purify(config, merge)
-    measurable = dict.fromkeys([*to_purify, *models_with_data(config, merge)])
+    counted = models_to_count(config, merge)
+    measurable = dict.fromkeys([*to_purify, *models_with_data(config, merge), *counted])
     sources = {model: open_source(config, model, merge) for model in measurable}
     if sources:
         check_sizes(merge)
@@ -42,8 +44,9 @@ def make_plan(config: PaveConfig, merge: Merge) -> Plan:
     calibrations = {
         model: plan_calibration(config, source, layers, merge)
         for model, source in sources.items()
-        if (layers := _layers_of(model, selected) + regmean.measured_of(model))
+        if (layers := _layers_of(model, selected) + regmean.measured_of(model)) or model in counted
     }
+    vocabulary = plan_vocabulary(config, merge, sources, calibrations)
     compared = leave_unchanged(config, merge, selected, sources)
     layers_used = {
         model: layers for model in calibrations if (layers := _layers_of(model, compared.weights) + regmean.measured_of(model))
@@ -66,10 +69,15 @@ def make_plan(config: PaveConfig, merge: Merge) -> Plan:
         *unchanged_warnings(selected, compared.weights),
         *base_is_merged(merge, compared.weights),
     ]
-    header = header_of(config, merge, calibrations, layers_used, _joined(reasons, compared.reasons, never_called))
+    used = {*layers_used, *(model for rows in vocabulary.rows.values() for model in rows.counts)}
+    header = header_of(config, merge, calibrations, used, _joined(reasons, compared.reasons, never_called))
     header["warnings"] = warnings
     if merge.is_regmean:
-        header["regmean"] = {"as_task_arithmetic": regmean.reasons}
+        by_counts = {merge.tensors[number].name for number in vocabulary.rows}
+        others = {name: reason for name, reason in regmean.reasons.items() if name not in by_counts}
+        header["regmean"] = {"as_task_arithmetic": others}
+    if vocabulary.report:
+        header["vocabulary"] = vocabulary.report
     return Plan(
         weights=[weight for chain in chains.values() for weight in chain.weights],
         gathers={number: chain.gather for number, chain in chains.items()},
@@ -78,6 +86,7 @@ def make_plan(config: PaveConfig, merge: Merge) -> Plan:
         stats=[task for chain in chains.values() for task in chain.stats],
         header=header,
         closed_forms=closed_forms(config, regmean, calibrations),
+        rows=vocabulary.rows,
         warnings=warnings,
         compared=compared.is_complete,
     )

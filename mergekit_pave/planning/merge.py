@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Optional
 
 from mergekit.common import ModelReference
@@ -24,6 +24,8 @@ class PlannedTensor:
         base: the base model of this tensor.
         t: its position in its slice, from 0 to 1, for gradients.
         data_share: how much of regmean's metric is to be C; None with any other merge method.
+        weights: the `weight` of each fine-tuned model; 1 for a method that has none.
+        scale: regmean's `lambda`; 1 with any other merge method.
     """
 
     name: str
@@ -32,6 +34,8 @@ class PlannedTensor:
     base: Optional[ModelReference]
     t: float
     data_share: Optional[float] = None
+    weights: dict[ModelReference, float] = field(default_factory=dict)
+    scale: float = 1.0
 
     @property
     def fine_tuned(self) -> list[ModelReference]:

@@ -17,6 +17,7 @@ from mergekit_pave.tasks.calibrate import CalibrateModel, GivenCovariance
 from mergekit_pave.tasks.decompose import DecomposeWeight
 from mergekit_pave.tasks.purify import GatherPurified, PurificationStats
 from mergekit_pave.tasks.regmean import ClosedForm
+from mergekit_pave.tasks.vocabulary import Rows
 
 LOG = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ class Plan:
         stats: the tasks that make the rows of the report.
         header: the report without its rows.
         closed_forms: what regmean merges in closed form, by the output tensor's number.
+        rows: what is merged by token counts, by the output tensor's number.
         warnings: what should make a user look twice before any work is done.
         compared: it is known of all weights whether they equal the base model's; otherwise only of those in the cache.
     """
@@ -73,6 +75,7 @@ class Plan:
     stats: list[PurificationStats]
     header: dict[str, Any]
     closed_forms: dict[int, ClosedForm]
+    rows: dict[int, Rows]
     warnings: list[str]
     compared: bool
 

@@ -13,7 +13,7 @@ from mergekit_pave.core.exact import float64_device
 from mergekit_pave.core.linear import Linear
 from mergekit_pave.files import readable
 from mergekit_pave.planning.plan import Plan
-from mergekit_pave.report.summary import by_model, kind, regmean_reasons, warnings
+from mergekit_pave.report.summary import by_model, kind, regmean_reasons, vocabulary_lines, warnings
 
 
 def preview(plan: Plan, device: str, samples: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -71,6 +71,7 @@ def preview(plan: Plan, device: str, samples: dict[str, list[dict[str, Any]]]) -
         "compared": plan.compared,
         "models": models,
         **({"regmean": {"closed_form": len(plan.closed_forms)} | regmean} if regmean else {}),
+        **({"vocabulary": plan.header["vocabulary"]} if "vocabulary" in plan.header else {}),
         "warnings": plan.warnings + of_samples,
     }
 
@@ -113,6 +114,8 @@ def as_text(preview: dict[str, Any]) -> str:
     if "regmean" in preview:
         others = regmean_reasons(preview["regmean"]) or "none"
         lines.append(f"{preview['regmean']['closed_form']} will be merged in closed form; as task_arithmetic does: {others}.")
+    if "vocabulary" in preview:
+        lines += [f"{line[0].upper()}{line[1:]}." for line in vocabulary_lines(preview["vocabulary"])]
     for name, model in preview["models"].items():
         sets = [" / ".join(filter(None, (data["path"], data.get("name"), data["split"]))) for data in model["data"]]
         data = ", ".join(sets) or "not needed"

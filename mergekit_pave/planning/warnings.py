@@ -13,7 +13,7 @@ from mergekit_pave.planning.merge import Merge
 from mergekit_pave.planning.plan import PlannedWeight
 
 # Merge methods whose base model is one of the two models that are merged.
-_BETWEEN_TWO = {"slerp", "nearswap", "arcee_fusion"}
+BETWEEN_TWO = {"slerp", "nearswap", "arcee_fusion"}
 
 
 def sample_warnings(
@@ -77,7 +77,7 @@ def unchanged_warnings(selected: list[PlannedWeight], changed: list[PlannedWeigh
 
 def base_is_merged(merge: Merge, weights: list[PlannedWeight]) -> list[str]:
     """What purification and its figures mean where the base model is one of the two models that are merged."""
-    if merge.method not in _BETWEEN_TWO or not weights:
+    if merge.method not in BETWEEN_TWO or not weights:
         return []
     bases = " and ".join(dict.fromkeys(str(tensor.base) for tensor in merge.tensors if tensor.base))
     return [

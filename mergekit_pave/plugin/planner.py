@@ -41,6 +41,8 @@ def merge_of(planner: MergePlanner) -> Merge:
                 base=task.base_model,
                 t=t,
                 data_share=data_share_of(task) if is_regmean(planner) else None,
+                weights=_weights_of(task),
+                scale=task.parameters["lambda"] if is_regmean(planner) else 1.0,
             )
             for (weight, task), t in zip(planner._tensors, planner._pave_positions, strict=True)
         ],
@@ -56,6 +58,13 @@ def merge_of(planner: MergePlanner) -> Merge:
 def data_share_of(task: ExecuteMergeMethodTask) -> float:
     """How much of regmean's metric is to be C in one output tensor."""
     return data_share(task.parameters["covariance"], task.base_model is not None)
+
+
+def _weights_of(task: ExecuteMergeMethodTask) -> dict[ModelReference, float]:
+    """Only their ratios matter. So one that is not given is that of a mean, as in `regmean`."""
+    models = [model for model in task.model_order if model != task.base_model]
+    given = {model: dict(task.input_parameters[model].items()).get("weight") for model in models}
+    return {model: 1 / len(models) if weight is None else weight for model, weight in given.items()}
 
 
 def inputs_of(planner: MergePlanner) -> Iterator[tuple[ModelReference, WeightInfo]]:

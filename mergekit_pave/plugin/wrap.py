@@ -5,7 +5,7 @@
 - `MergePlanner.plan_tensor` notes the position of a tensor in its slice, which gradients need and the plan forgets. It also
   plans every optional tensor that all of its inputs have.
 - `MergePlanner._plan` gets an architecture whose tensors have the names that the checkpoints use (see `stored_names`). Then it
-  swaps the gather tasks of purified tensors, and all merge tasks of `regmean`.
+  swaps the gather tasks of purified tensors, all merge tasks of `regmean`, and those of embeddings merged by token counts.
 - `Executor._run` adds advice to an error where memory runs out.
 - `MergePlanner.plan_to_disk` fills the caches with what the merge will read (see `phases`). What fails there leaves nothing
   behind, as mergekit has not opened its output. Each phase has a progress bar of its own, because mergekit's bar counts tasks
@@ -53,6 +53,7 @@ from mergekit_pave.report.page.picture import draw_ranks
 from mergekit_pave.report.stored import read_report
 from mergekit_pave.tasks.regmean import ClosedForm, MergeByRegMean
 from mergekit_pave.tasks.report import WriteReport
+from mergekit_pave.tasks.vocabulary import MergeRows
 
 LOG = logging.getLogger(__name__)
 
@@ -155,6 +156,9 @@ def _with_purification(plan):
         if is_regmean(self):
             for number, (weight, task) in enumerate(self._tensors):
                 self._tensors[number] = weight, _by_regmean(task, closed_forms.get(number))
+        for number, rows in self._pave_plan.rows.items() if self.config.pave is not None else ():
+            weight, task = self._tensors[number]
+            self._tensors[number] = weight, MergeRows(merged=task, rows=rows)
 
     return wrapper
 

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 
 from mergekit_pave.report.outputs import REPORT_NAME
 from mergekit_pave.report.places import place, short, short_models
-from mergekit_pave.report.summary import by_model, num_purified, regmean_reasons
+from mergekit_pave.report.summary import by_model, num_purified, regmean_reasons, vocabulary_reasons
 from mergekit_pave.report.tables import (
     calibration_data,
     common_settings,
@@ -19,6 +19,7 @@ from mergekit_pave.report.tables import (
     is_repository,
     model_settings,
     regmean_parameters,
+    vocabulary_table,
 )
 
 PAPER = "https://arxiv.org/abs/2510.14697"
@@ -57,6 +58,8 @@ def section(report: dict, picture: str | None = None) -> str:
         lines += [f"![Share of rank kept, by model, layer and projection]({picture})", ""] if picture else []
     if "regmean" in report:
         lines += _regmean(report)
+    if "vocabulary" in report:
+        lines += _vocabulary(report)
     lines += [line for warning in report["warnings"] for line in (f"> {_escape(warning)}.", "")]
     lines += _calibration(report)
     if report["purified"]:
@@ -103,6 +106,24 @@ def _regmean(report: dict) -> list[str]:
     ]
     if reasons := regmean_reasons(regmean):
         lines += [f"Merged as `task_arithmetic` does, by reason: {_escape(reasons)}.", ""]
+    return lines
+
+
+def _vocabulary(report: dict) -> list[str]:
+    """Which embeddings were merged by token counts."""
+    head, rows = vocabulary_table(report)
+    lines = []
+    if rows:
+        lines += [
+            f"mergekit-pave {report['versions']['mergekit-pave']} merged rows of embeddings by how often each model's samples "
+            "have the token: `W[v] = W_base[v] + λ Σ wᵢ sᵢ(v) Δᵢ[v] / Σ wᵢ sᵢ(v)`, with sᵢ(v) the share of the token v in the "
+            "samples of model i. Rows that no sample shows are as the merge method gives them.",
+            "",
+            *_table(head, rows),
+            "",
+        ]
+    if reasons := vocabulary_reasons(report["vocabulary"]):
+        lines += [f"Vocabulary that is left to the merge method, by reason: {_escape(reasons)}.", ""]
     return lines
 
 

@@ -69,6 +69,19 @@ class _RegMean(_Strict):
     as_task_arithmetic: dict[str, str]
 
 
+class _Rows(_Strict):
+    tensor: str
+    rows: PositiveCount
+    shown: Count
+    tokens: dict[str, Count]
+    lambda_: Number = Field(alias="lambda")
+
+
+class _Vocabulary(_Strict):
+    by_counts: list[_Rows]
+    by_method: dict[str, str]
+
+
 class _Versions(_Strict, extra="allow"):
     __pydantic_extra__: dict[str, str]
 
@@ -84,6 +97,7 @@ class _Report(_Strict):
     tensors: Count
     purified: list[_Row]
     regmean: _RegMean = None  # not there without regmean, but never null
+    vocabulary: _Vocabulary = None  # likewise
     weights: Optional[dict[str, Optional[str]]] = None
 
 

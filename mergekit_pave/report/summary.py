@@ -101,6 +101,22 @@ def regmean_summary(regmean: dict[str, Any]) -> str:
     return f"{line}; as task_arithmetic does: {reasons}" if reasons else line
 
 
+def vocabulary_lines(vocabulary: dict[str, Any]) -> list[str]:
+    """A line for each tensor that was merged by token counts, and one for the vocabulary that was not."""
+    lines = []
+    for row in vocabulary["by_counts"]:
+        tokens = ", ".join(f"{count} of {model}" for model, count in row["tokens"].items())
+        lines.append(f"{row['tensor']}: {row['shown']} of {row['rows']} rows merged by token counts ({tokens})")
+    if reasons := vocabulary_reasons(vocabulary):
+        lines.append(f"vocabulary that is left to the merge method: {reasons}")
+    return lines
+
+
+def vocabulary_reasons(vocabulary: dict[str, Any]) -> str:
+    """How many tensors of the vocabulary are as the merge method gives them, by reason."""
+    return ", ".join(f"{count} {reason}" for reason, count in count_reasons(vocabulary["by_method"]))
+
+
 def regmean_warnings(regmean: dict[str, Any]) -> list[str]:
     """A warning where calibration did not reach most of the weights that could have been merged in closed form."""
     num_missed = sum(reason.startswith(NEVER_CALLED) for reason in regmean["as_task_arithmetic"].values())

@@ -9,6 +9,8 @@ from typing import Any
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from mergekit_pave.report.places import short_models
+
 _LOADERS = ("json", "csv", "parquet", "text", "imagefolder")  # of `datasets`, which read data_files
 _SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zst", ".bz2", ".xz")
 
@@ -43,6 +45,22 @@ def regmean_parameters(rows: list[dict[str, Any]]) -> dict[str, str]:
         ends = dict.fromkeys((min(values), max(values))) if values else ()
         ranges[parameter] = " to ".join(f"{value:g}" for value in ends) or "-"
     return ranges
+
+
+def vocabulary_table(report: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple]]:
+    """What was merged by token counts, with the tokens of each model. There are no rows if nothing was."""
+    merged = report.get("vocabulary", {"by_counts": []})["by_counts"]
+    names = short_models(dict.fromkeys(model for row in merged for model in row["tokens"]))
+    head = ("tensor", "rows by counts", "lambda (λ)", *(f"tokens of {name}" for name in names.values()))
+    return head, [
+        (
+            row["tensor"],
+            f"{row['shown']} of {row['rows']}",
+            f"{row['lambda']:g}",
+            *(row["tokens"].get(model, "-") for model in names),
+        )
+        for row in merged
+    ]
 
 
 def count_reasons(reasons: dict[str, str]) -> list[tuple[str, int]]:

@@ -23,6 +23,7 @@ from mergekit_pave.report.summary import (
     regmean_summary,
     regmean_warnings,
     summary,
+    vocabulary_lines,
     warnings,
 )
 from mergekit_pave.tasks.purify import PurificationStats
@@ -72,6 +73,8 @@ class WriteReport(Task[None]):
                 LOG.info(summary(report))
             if "regmean" in report:
                 LOG.info(regmean_summary(report["regmean"]))
+            for line in vocabulary_lines(report["vocabulary"]) if "vocabulary" in report else ():
+                LOG.info(line)
             for line in left_experts(report) + left_weights(report):
                 LOG.info(line)
             for warning in warnings(report) + (regmean_warnings(report["regmean"]) if "regmean" in report else []):

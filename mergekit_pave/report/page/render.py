@@ -39,7 +39,7 @@ def write(folder: Path, name: str, report: dict[str, Any], measured: Measurement
     Raises:
         PaveError: there is nothing to show, a file of somebody else is in the way, or the folder cannot be written.
     """
-    if not report["purified"] and "closed_form" not in report.get("regmean", {}):
+    if not report["purified"] and "closed_form" not in report.get("regmean", {}) and not _only_vocabulary(report):
         raise PaveError(f"{name}: {_nothing(report)}")
     sections = sections_of(report, measured)
     files = {f"{plot.name}.png": png(plot) for section in sections for plot in section.plots}
@@ -53,6 +53,11 @@ def write(folder: Path, name: str, report: dict[str, Any], measured: Measurement
     except OSError as error:
         raise PaveError(f"the report cannot be written to {folder}: {error}") from error
     return folder / PAGE_NAME
+
+
+def _only_vocabulary(report: dict[str, Any]) -> bool:
+    """Whether rows of embeddings were merged by counts, and nothing else was done."""
+    return not report["purified"] and "regmean" not in report and "vocabulary" in report
 
 
 def _nothing(report: dict[str, Any]) -> str:
@@ -143,6 +148,8 @@ def _tiles(report: dict[str, Any]) -> list[tuple[str, str]]:
             (f"{100 * kept:.2f} %", "of rank kept"),
             (scientific(sum(row["energy_dropped"] for row in rows) / len(rows)), "of energy dropped, mean"),
         ]
+    for row in report.get("vocabulary", {"by_counts": []})["by_counts"]:
+        tiles.append((f"{row['shown']} of {row['rows']}", f"rows of {row['tensor']} merged by token counts"))
     ratios = [sums["removed_over_change"] for sums in by_model(report).values() if sums["change_norm"]]
     if ratios:
         tiles.append((f"{max(ratios):.2g} x", "removed / change of a model, at most"))
@@ -167,6 +174,8 @@ def _models(report: dict[str, Any]) -> Table:
 
 def _settings(report: dict[str, Any]) -> Table:
     """The settings of purification, or of `regmean` if nothing was purified."""
+    if _only_vocabulary(report):
+        return ("setting", "value"), [("vocabulary", "counts")]
     if not report["purified"]:
         return ("parameter", "value"), list(tables.regmean_parameters(report["regmean"]["closed_form"]).items())
     names = short_models(report["models"])

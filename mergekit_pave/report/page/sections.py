@@ -34,6 +34,8 @@ def sections_of(report: dict[str, Any], measured: Measurements | None) -> list[S
     sections = []
     if "closed_form" in report.get("regmean", {}):
         sections.append(_closed_form(report))
+    if "vocabulary" in report:
+        sections.append(_vocabulary(report))
     if report["purified"]:
         sections += _purified(report)
     if report["purified"] and measured is not None:
@@ -56,6 +58,18 @@ def _closed_form(report: dict[str, Any]) -> Section:
         "number of a layer or an expert."
     )
     return Section("closed-form", "Closed form", text, tables=merged + others)
+
+
+def _vocabulary(report: dict[str, Any]) -> Section:
+    """Which embeddings were merged by token counts."""
+    merged = tables.vocabulary_table(report)
+    reasons = tables.count_reasons(report["vocabulary"]["by_method"])
+    others = [(("left to the merge method, because it is", "tensors"), reasons)] if reasons else []
+    text = (
+        "Rows of an embedding that some model's samples show are merged by how often the samples have the token. All others are "
+        "as the merge method gives them."
+    )
+    return Section("vocabulary", "Vocabulary", text, tables=([merged] if merged[1] else []) + others)
 
 
 def _purified(report: dict[str, Any]) -> list[Section]:

@@ -1,0 +1,167 @@
+"""Which embeddings are merged by token counts, and why each other vocabulary tensor is left to the merge method."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any, Optional
+
+from mergekit.common import ModelReference
+
+from mergekit_pave.calibration.counts import TokenCounts, conflict
+from mergekit_pave.config import PaveConfig
+from mergekit_pave.core.vocabulary import seen
+from mergekit_pave.errors import PaveError
+from mergekit_pave.planning.calibration import PlannedCalibration
+from mergekit_pave.planning.merge import Merge, PlannedTensor
+from mergekit_pave.planning.names import own_names
+from mergekit_pave.planning.source import Source
+from mergekit_pave.planning.warnings import BETWEEN_TWO
+from mergekit_pave.tasks.vocabulary import Rows
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What is merged by token counts.
+
+    Attributes:
+        rows: by the output tensor's number.
+        report: its part of the report; None where counts are not wanted.
+    """
+
+    rows: dict[int, Rows]
+    report: Optional[dict[str, Any]]
+
+
+def models_to_count(config: PaveConfig, merge: Merge) -> list[ModelReference]:
+    """The models whose tokens are to be counted, whether they are purified or not."""
+    wanted = [tensor for tensor in merge.tensors if _is_wanted(config, tensor)]
+    models = dict.fromkeys(model for tensor in wanted for model in tensor.fine_tuned)
+    return [model for model in models if (entry := config.listed(model)) and (entry.data or entry.covariance)]
+
+
+def plan_vocabulary(
+    config: PaveConfig,
+    merge: Merge,
+    sources: dict[ModelReference, Source],
+    calibrations: dict[ModelReference, PlannedCalibration],
+) -> Vocabulary:
+    """
+    Raises:
+        PaveError: counts are asked for, but no tensor can be merged by them.
+    """
+    counts = {model: calibration.counts for model, calibration in calibrations.items() if calibration.counts}
+    tensors = [_Tensor(planned, _parameters(planned, sources), sources) for planned in merge.tensors]
+    rows: dict[int, Rows] = {}
+    report: dict[str, Any] = {"by_counts": [], "by_method": {}}
+    for number, tensor in enumerate(tensors):
+        if not _is_wanted(config, tensor.planned) or not tensor.has_vocabulary:
+            continue
+        reason = _reason(tensor, tensors, merge.method) or _missing_counts(tensor.planned, counts)
+        if reason:
+            report["by_method"][tensor.planned.name] = reason
+            continue
+        rows[number] = made = _rows_of(tensor, counts)
+        report["by_counts"].append(_row_of_report(tensor.planned.name, made))
+    if config.vocabulary == "counts" and not rows:
+        why = "; ".join(f"{name} is left to {merge.method} ({reason})" for name, reason in report["by_method"].items())
+        raise PaveError(f"pave.vocabulary: nothing can be merged by token counts: {why or 'no tensor is a token embedding'}")
+    return Vocabulary(rows, report if rows or report["by_method"] else None)
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """An output tensor.
+
+    Attributes:
+        parameters: by model, the name of its parameter in transformers. Models without a source have none.
+    """
+
+    planned: PlannedTensor
+    parameters: dict[ModelReference, str]
+    sources: dict[ModelReference, Source]
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """See `find_embeddings`; empty if it is no embedding."""
+        return next((self.sides_in(model) for model in self.parameters), ())
+
+    @property
+    def is_head(self) -> bool:
+        return any(name in self.sources[model].architecture.heads for model, name in self.parameters.items())
+
+    @property
+    def has_vocabulary(self) -> bool:
+        gather = self.planned.gather
+        return bool(self.sides) or gather is None or any(info.vocabulary_axis is not None for info in gather.weight_info.values())
+
+    def sides_in(self, model: ModelReference) -> tuple[str, ...]:
+        return self.sources[model].architecture.embeddings.get(self.parameters[model], ())
+
+    def num_rows(self, model: ModelReference) -> int:
+        return self.sources[model].architecture.weights[self.parameters[model]][0]
+
+
+def _is_wanted(config: PaveConfig, planned: PlannedTensor) -> bool:
+    return config.counts_rows(planned.data_share)
+
+
+def _parameters(planned: PlannedTensor, sources: dict[ModelReference, Source]) -> dict[ModelReference, str]:
+    names = {}
+    for model in planned.fine_tuned:
+        own = list(own_names(planned.gather.weight_info[model])) if planned.gather else [planned.name]
+        if model in sources and (name := sources[model].architecture.weight_name(own)):
+            names[model] = name
+    return names
+
+
+def _reason(tensor: _Tensor, others: list[_Tensor], method: str) -> Optional[str]:
+    """Why a vocabulary tensor is not merged by counts, as far as that is not for want of them."""
+    planned, sides = tensor.planned, tensor.sides
+    if not sides:
+        return "a head" if tensor.is_head else "not a token embedding"
+    if any(other.sides == sides and other.is_head != tensor.is_head for other in others):
+        return "stored twice, as an embedding and as a head that is tied with it"
+    if planned.gather is None:
+        return "rearranged by mergekit to fit another vocabulary"
+    if any(info.optional or info.vocabulary_axis for info in planned.gather.weight_info.values()):
+        return "not stored in every model with a row for each token"
+    if len({tensor.num_rows(model) for model in tensor.parameters}) > 1:
+        return "of different sizes in the models"
+    if method in BETWEEN_TWO:
+        return f"the base model is one of the two that {method} merges"
+    if not planned.has_base and planned.data_share is None:
+        return "there is no base model"
+    if lowest := next((model for model, weight in planned.weights.items() if not weight >= 0), None):
+        return f"a weight is below 0 ({lowest})"
+    if not any(planned.weights.values()):
+        return "every weight is 0"
+    return None
+
+
+def _missing_counts(planned: PlannedTensor, counts: dict[ModelReference, TokenCounts]) -> Optional[str]:
+    for model in planned.fine_tuned:
+        if model not in counts:
+            return f"no tokens were counted for one of the models ({model})"
+    for one, other in itertools.combinations(planned.fine_tuned, 2):
+        token = conflict(counts[one], counts[other])
+        if token is not None:
+            return f"a token id stands for different tokens ({token} in {one} and {other})"
+    return None
+
+
+def _rows_of(tensor: _Tensor, counts: dict[ModelReference, TokenCounts]) -> Rows:
+    planned = tensor.planned
+    of_models = {model: counts[model].of(tensor.sides_in(model), tensor.num_rows(model)) for model in planned.fine_tuned}
+    return Rows(planned.base, of_models, planned.weights, planned.scale)
+
+
+def _row_of_report(name: str, rows: Rows) -> dict[str, Any]:
+    shown = seen(list(rows.counts.values()), [rows.weights[model] for model in rows.counts])
+    return {
+        "tensor": name,
+        "rows": len(shown),
+        "shown": int(shown.sum()),
+        "tokens": {str(model): int(of_model.sum()) for model, of_model in rows.counts.items()},
+        "lambda": rows.scale,
+    }
