@@ -27,6 +27,7 @@ from mergekit_pave.settings import (
     Block,
     Calibration,
     Data,
+    Refine,
     Regularization,
     RelativeRegularization,
     reject_string,
@@ -73,6 +74,7 @@ class PaveModel(Block):
         "allocation": "is between models, so it holds for all of them: put it directly under `pave`",
         "cache_dir": "holds for all models: put it directly under `pave`",
         "vocabulary": "holds for all models: put it directly under `pave`",
+        "refine": "is about the merged model: put it directly under `pave`",
     }
 
     model: ModelReference
@@ -127,6 +129,8 @@ class PaveConfig(Block):
     exclude: Patterns = Field(default=[])
     include: Patterns = Field(default=[])
     vocabulary: Literal["counts", "method"] | None = None
+    purify: bool = True
+    refine: bool | Refine = False
     cache_dir: str | None = None
     calibration: Calibration = Calibration()
     models: list[PaveModel] = Field(min_length=1)
@@ -139,6 +143,22 @@ class PaveConfig(Block):
             return handler(self)
         return {"block": _Shielded(self), "models": [entry.model for entry in self.models]}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _purify_by_default(cls, value: Any) -> Any:
+        """What the block says holds for each model that does not say otherwise."""
+        if isinstance(value, dict) and isinstance(value.get("purify"), bool) and isinstance(value.get("models"), list):
+            entries = [{"purify": value["purify"], **entry} if isinstance(entry, dict) else entry for entry in value["models"]]
+            return value | {"models": entries}
+        return value
+
+    @model_validator(mode="after")
+    def _data_if_refined(self) -> PaveConfig:
+        without = [entry.model for entry in self.models if not entry.data]
+        if self.refine and without:
+            raise ValueError(f"refine needs data for each model, and {without[0]} has none: give it `data`")
+        return self
+
     @model_validator(mode="after")
     def _each_model_once(self) -> PaveConfig:
         seen = set()
@@ -147,6 +167,11 @@ class PaveConfig(Block):
                 raise ValueError(f"{entry.model} is listed twice under models")
             seen.add(entry.model)
         return self
+
+    @property
+    def refinement(self) -> Refine | None:
+        """How the merge is to be refined; None where it is not."""
+        return (Refine() if self.refine is True else self.refine) or None
 
     def listed(self, model: ModelReference) -> PaveModel | None:
         """The model's entry, or None."""
@@ -163,12 +188,12 @@ class PaveConfig(Block):
         return getattr(self, key) if of_entry is None else of_entry
 
     def counts_rows(self, data_share: float | None) -> bool:
-        """Whether embeddings are merged by token counts. By default that is so where `regmean` uses data.
+        """Whether embeddings are merged by token counts. By default that is so where `regmean` uses data, or a merge is refined.
 
         Args:
             data_share: how much of regmean's metric is to be C; None with any other merge method.
         """
-        return bool(data_share) if self.vocabulary is None else self.vocabulary == "counts"
+        return bool(data_share or self.refine) if self.vocabulary is None else self.vocabulary == "counts"
 
     def least_tokens(self, model: ModelReference, experts: tuple[int, ...]) -> int:
         """How many tokens each matrix of a layer must have seen: `min_tokens` for experts, 0 for an ordinary layer."""

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from mergekit_pave.calibration.batches import Batch
 from mergekit_pave.calibration.blame import NotFiniteError, explained
+from mergekit_pave.calibration.forward import UnalignedInputError
 from mergekit_pave.calibration.given import Tensors, as_batch, as_batches, one_by_one
 from mergekit_pave.calibration.linears import find_linears
-from mergekit_pave.calibration.observe import DivergedError, UnalignedInputError
+from mergekit_pave.calibration.observe import DivergedError
 from mergekit_pave.calibration.run import measure_model
 from mergekit_pave.config import PaveConfig
 from mergekit_pave.core.allocation import fair_share

@@ -16,11 +16,12 @@ class Block(BaseModel, frozen=True):
     @classmethod
     def _reject_unknown_keys(cls, value: Any) -> Any:
         if isinstance(value, dict):
+            known = [field.alias or name for name, field in cls.model_fields.items()]
             for key in value:
                 if key in cls._elsewhere:
                     raise ValueError(f"{key} {cls._elsewhere[key]}")
-                if key not in cls.model_fields:
-                    raise ValueError(unknown("key", key, cls.model_fields))
+                if key not in known:
+                    raise ValueError(unknown("key", key, known))
         return value
 
 
@@ -54,6 +55,18 @@ Regularization = Annotated[
     Annotated[Positive, Tag("absolute")] | Annotated[RelativeRegularization, Tag("relative")],
     Discriminator(lambda value: "relative" if isinstance(value, (dict, RelativeRegularization)) else "absolute"),
 ]
+
+
+class Refine(Block):
+    """How a merge is refined.
+
+    Attributes:
+        covariance: how much of the metric is to come from the inputs, the rest being free of data. As in `regmean`.
+        lambda_: what the fitted change is multiplied by.
+    """
+
+    covariance: Annotated[float, BeforeValidator(_reject_bool), Field(ge=0, le=1)] = 0.5
+    lambda_: Positive = Field(default=1.0, alias="lambda")
 
 
 class Calibration(Block):

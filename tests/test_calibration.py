@@ -21,12 +21,13 @@ from mergekit_pave.calibration import lockstep, run
 from mergekit_pave.calibration.architecture import describe
 from mergekit_pave.calibration.batches import Batch, Encoded, draw_positions, encode, make_batches
 from mergekit_pave.calibration.data import load_samples, share_evenly
+from mergekit_pave.calibration.forward import runner
 from mergekit_pave.calibration.job import Job, Runtime
 from mergekit_pave.calibration.models import inference_dtype
 from mergekit_pave.calibration.observe import DivergedError, Observer
 from mergekit_pave.calibration.run import calibrate, measure_in_lockstep, measure_whole
 from mergekit_pave.calibration.stored import StoredCovariances
-from mergekit_pave.calibration.weights import UnknownWeightError
+from mergekit_pave.calibration.weights import Checkpoint, StreamedModel, UnknownWeightError
 from mergekit_pave.errors import PaveError
 from mergekit_pave.settings import DEFAULT_CALIBRATION, Data
 
@@ -82,7 +83,7 @@ def test_padding_and_batch_size_change_nothing_but_rounding(families, kind):
 
 def test_one_block_at_a_time_is_loaded(llama):
     job = job_for(llama.tuned[0], texts())
-    streamed = run.StreamedModel(job.architecture.cls, job.config, job.folder, torch.float32, "cpu")
+    streamed = StreamedModel(job.architecture.cls, job.config, Checkpoint(job.folder), torch.float32, "cpu")
     layers = streamed.model.model.layers
     most = []
 
@@ -94,8 +95,8 @@ def test_one_block_at_a_time_is_loaded(llama):
     batches = make_batches(job.encoded, 4)
     assert len(batches) > 1
     with torch.no_grad():
-        order = list(lockstep.run_in_lockstep(streamed, batches, run._runner(streamed.model, 4), lambda batch: None))
-    assert order == [None, "model.layers.0", "model.layers.1", "model.layers.2"]
+        stops = list(lockstep.run_in_lockstep(streamed, batches, runner(streamed.model, unpadded=False)))
+    assert [stop.path for stop in stops] == [None, "model.layers.0", "model.layers.1", "model.layers.2"]
     assert most == [[i] for i in range(3) for _ in batches]
     assert all(p.is_meta for p in streamed.model.parameters())
 
@@ -137,7 +138,7 @@ def test_a_weight_that_a_module_keeps_elsewhere_is_never_missed(llama, monkeypat
 
 def test_a_weight_without_values_gives_none(llama):
     job = job_for(llama.tuned[0], texts())
-    streamed = run.StreamedModel(transformers.LlamaForCausalLM, job.config, job.folder, torch.float32, "cpu")
+    streamed = StreamedModel(transformers.LlamaForCausalLM, job.config, Checkpoint(job.folder), torch.float32, "cpu")
     weight, x = streamed.model.lm_head.weight, torch.ones(48)
     for use in (lambda: x @ weight.T, lambda: weight[0], lambda: weight.data, lambda: x.copy_(weight[0]), lambda: +weight):
         with pytest.raises(UnknownWeightError, match="lm_head"):

@@ -1,6 +1,6 @@
 """What is kept on the disk between two runs, and how models are distinguished without reading all of their weights."""
 
-from mergekit_pave.cache.artefact import MANIFEST, Artefact, cache_root, require_space
+from mergekit_pave.cache.artefact import MANIFEST, Artefact, cache_root, require_space, writable
 from mergekit_pave.cache.entries import Entry, copy, entries
 from mergekit_pave.cache.identity import weights_fingerprint, weights_identity
 from mergekit_pave.cache.keys import FORMATS, digest, key
@@ -20,4 +20,5 @@ __all__ = [
     "require_space",
     "weights_fingerprint",
     "weights_identity",
+    "writable",
 ]

@@ -34,6 +34,8 @@ class Architecture:
         computation: a digest of what the backbone computes, apart from weights.
         linears: the linear layers of the backbone, by the name of their weight.
         heads: names of the weights of linear layers outside the backbone, and of weights that something else uses, too.
+        head: the path of a language model's head, which makes scores of tokens from last hidden states; None for other models.
+        tied: the names of the head's weight, among them that of the token embeddings where both are one parameter.
         routers: names of the weights that choose among experts.
         embeddings: see `find_embeddings`.
         weights: the shape of every parameter, by its name.
@@ -56,6 +58,8 @@ class Architecture:
     computation: str
     linears: dict[str, Linear]
     heads: frozenset[str]
+    head: str | None
+    tied: frozenset[str]
     routers: frozenset[str]
     embeddings: dict[str, tuple[str, ...]]
     weights: dict[str, tuple[int, ...]]
@@ -129,12 +133,16 @@ def describe(
     linears, heads, routers = find_linears(model)
     weights = {name: tuple(value.shape) for name, value in model.named_parameters(remove_duplicate=False)}
     shift = _target_shift(model, path)
+    head = model.get_output_embeddings()
+    head = head if isinstance(head, nn.Linear) else None
     num_experts = max((len(linear.experts) for linear in linears.values()), default=0)
     return Architecture(
         cls=cls,
         computation=computation(backbone(model), config),
         linears=linears,
         heads=heads,
+        head=next((path for path, module in model.named_modules() if head is not None and module is head), None),
+        tied=frozenset(name for name, value in model.named_parameters(remove_duplicate=False) if head and value is head.weight),
         routers=routers,
         embeddings=find_embeddings(model, has_decoder=shift is not None),
         weights=weights,

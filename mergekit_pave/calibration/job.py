@@ -10,7 +10,6 @@ import transformers
 from mergekit_pave import cache
 from mergekit_pave.calibration.architecture import Architecture
 from mergekit_pave.calibration.batches import Encoded
-from mergekit_pave.calibration.counts import TokenCounts
 from mergekit_pave.calibration.estimate import Estimate, estimate
 from mergekit_pave.calibration.models import inference_dtype
 
@@ -27,7 +26,6 @@ class Job:
         encoded: its tokenised samples.
         batch_size: samples in one forward pass.
         about: the part of the manifest that describes model and data, JSON-serialisable.
-        counts: of the samples' tokens, to be kept with the covariances.
     """
 
     name: str
@@ -37,7 +35,6 @@ class Job:
     encoded: list[Encoded]
     batch_size: int
     about: dict[str, Any]
-    counts: TokenCounts | None = None
 
     @property
     def layers(self) -> list[str]:

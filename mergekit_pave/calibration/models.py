@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -128,23 +128,38 @@ def inference_dtype(config: transformers.PretrainedConfig, device: str) -> torch
 
 
 def load_model(cls: Any, config: transformers.PretrainedConfig, folder: str, device: str) -> nn.Module:
-    """The whole model, ready for inference.
+    """The whole model of a checkpoint, ready for inference.
 
     Raises:
         PaveError: the checkpoint lacks weights of the backbone, which would be filled with random numbers.
     """
+    return _load(cls, config, device, folder, "the checkpoint")
+
+
+def load_tensors(cls: Any, config: transformers.PretrainedConfig, tensors: dict[str, Tensor], device: str) -> nn.Module:
+    """The whole model with these tensors, which have the names that a checkpoint would have.
+
+    Raises:
+        PaveError: weights of the backbone are missing.
+    """
+    return _load(cls, config, device, None, "the merge", state_dict=tensors)
+
+
+def _load(
+    cls: Any, config: transformers.PretrainedConfig, device: str, folder: str | None, source: str, **more: Any
+) -> nn.Module:
     dtype = inference_dtype(config, device)
     try:
-        model, info = cls.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
+        model, info = cls.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True, **more)
     except (RuntimeError, OSError, ValueError) as error:
         if is_out_of_memory(error):
             raise
-        raise PaveError(f"{folder}: transformers cannot load it as {cls.__name__}: {error}") from error
+        raise PaveError(f"{folder or source}: transformers cannot load it as {cls.__name__}: {error}") from error
     inside = {id(parameter) for parameter in backbone(model).parameters()}
     missing = [name for name in sorted(info["missing_keys"]) if id(model.get_parameter(name)) in inside]
     if missing:
         raise PaveError(
-            f"{folder}: {len(missing)} weights of {cls.__name__} are not in the checkpoint (the first: {missing[0]}), "
+            f"{folder or source}: {len(missing)} weights of {cls.__name__} are not in {source} (the first: {missing[0]}), "
             "so it cannot be run for calibration"
         )
     return model.eval().requires_grad_(False).to(device)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mergekit_pave.calibration.batches import Batch
 from mergekit_pave.calibration.blame import NotFiniteError
 from mergekit_pave.calibration.experts import find_experts, run_experts
+from mergekit_pave.calibration.forward import counted_rows, version
 from mergekit_pave.core.covariance import Covariance, Measurement, SecondMoment
 from mergekit_pave.errors import PaveError
 
@@ -72,10 +73,6 @@ class DivergedError(Exception):
 
 def _role(layer: str) -> str:
     return layer.rpartition(".")[2]
-
-
-class UnalignedInputError(Exception):
-    """The rows of a layer's input are not the tokens of the batch, so padding among them cannot be recognised."""
 
 
 class Observer:
@@ -150,7 +147,7 @@ class Observer:
             raise ReenteredError(layer)
         group = self._groups.get(layer)
         last = self._last
-        same = last is not None and last[0]() is x and last[1] == _version(x)
+        same = last is not None and last[0]() is x and last[1] == version(x)
         if same and group is last[2] and layer != group.layers[0]:
             group.calls[layer] += 1
             return
@@ -165,10 +162,10 @@ class Observer:
             raise DivergedError(layer)
         else:
             group.check()
-        flat, counted = x.reshape(-1, x.shape[-1]), self._counted(layer, x)
+        flat, counted = x.reshape(-1, x.shape[-1]), counted_rows(self._batch, layer, x, self._unpadded)
         self._add(group, layer, flat.clone() if counted is None else flat[counted], x)
         group.calls[layer] += 1
-        self._last = (weakref.ref(x), _version(x), group)
+        self._last = (weakref.ref(x), version(x), group)
 
     def _see_experts(self, path: str, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Replaces the forward pass of a module of experts.
@@ -178,7 +175,7 @@ class Observer:
         """
         if path in self._taken:
             raise ReenteredError(path)
-        counted = self._counted(path, hidden_states)
+        counted = counted_rows(self._batch, path, hidden_states, self._unpadded)
 
         def see(projection: str, expert: int, rows: Tensor, tokens: Tensor) -> None:
             layer = f"{path}.{projection}.{expert}"
@@ -230,23 +227,6 @@ class Observer:
             everywhere = not some_are_finite and self._begun <= set(failure.rows)
             raise NotFiniteError(failure.layer, failure.rows, failure.exact, everywhere)
 
-    def _counted(self, layer: str, x: Tensor) -> Tensor | None:
-        """Which rows of x belong to counted tokens, bool (rows,); None if x is not aligned with the tokens and all rows count.
-
-        The length of x shows which of an encoder-decoder model's two sequences it belongs to: in a batch their lengths differ.
-
-        Raises:
-            UnalignedInputError: x is not aligned with the tokens, and the batch may have padding.
-        """
-        for counted in self._batch.counted:
-            aligned = [n for n in x.shape[:-1] if n > 1] == [n for n in counted.shape if n > 1]
-            if aligned or (x.dim() == 2 and x.shape[0] == counted.numel()):
-                return counted.flatten().to(x.device)
-        pooled = x.dim() == 2 and x.shape[0] == len(self._batch.origins)
-        if self._batch.counted and not pooled and not self._unpadded:
-            raise UnalignedInputError(layer)
-        return None  # images, and inputs that are pooled to one row per sample
-
     def _culprits(self, x: Tensor) -> list[str]:
         """The samples for which a layer's input is not finite; empty if x does not tell samples apart."""
         for counted in self._batch.counted:
@@ -288,8 +268,3 @@ def _restore_forward(module: nn.Module, forward: Callable | None) -> None:
     del module.forward
     if forward is not None:
         module.forward = forward
-
-
-def _version(x: Tensor) -> int:
-    """How often a tensor has been written to. One from inference mode cannot be written to here, outside of that mode."""
-    return 0 if x.is_inference() else x._version

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,11 +15,13 @@ from mergekit_pave import cache
 from mergekit_pave.calibration import distributed
 from mergekit_pave.calibration.batches import Batch
 from mergekit_pave.calibration.blame import NotFiniteError, explained
+from mergekit_pave.calibration.forward import UnalignedInputError, runner
 from mergekit_pave.calibration.job import Job, Runtime
 from mergekit_pave.calibration.lockstep import run_in_lockstep
-from mergekit_pave.calibration.models import backbone, find_blocks, inference_dtype, load_model
-from mergekit_pave.calibration.observe import DivergedError, Observer, ReenteredError, UnalignedInputError
-from mergekit_pave.calibration.weights import StreamedModel, UnknownWeightError, stored_weights
+from mergekit_pave.calibration.masks import packed_masks
+from mergekit_pave.calibration.models import find_blocks, inference_dtype, load_model
+from mergekit_pave.calibration.observe import DivergedError, Observer, ReenteredError
+from mergekit_pave.calibration.weights import Checkpoint, StreamedModel, UnknownWeightError, stored_weights
 from mergekit_pave.core.covariance import Measurement
 from mergekit_pave.core.failures import is_out_of_memory
 from mergekit_pave.errors import PaveError
@@ -28,8 +29,6 @@ from mergekit_pave.files import readable
 from mergekit_pave.progress import bar
 
 LOG = logging.getLogger(__name__)
-
-COUNTS = "counts.safetensors"  # a file of the artefact; those of other versions may have none
 
 
 def calibrate(job: Job, artefact: cache.Artefact, runtime: Runtime) -> None:
@@ -72,11 +71,7 @@ def _measure_and_store(job: Job, artefact: cache.Artefact, runtime: Runtime) -> 
     for name in files.keys() - used:
         del files[name]
         artefact.remove(name)
-    manifest = {"files": files, "layers": layers, **job.about}
-    if job.counts:
-        files[COUNTS] = artefact.write(COUNTS, job.counts.to_tensors())
-        manifest["counts"] = COUNTS
-    return manifest
+    return {"files": files, "layers": layers, **job.about}
 
 
 def _out_of_memory(job: Job, device: str) -> str:
@@ -130,8 +125,8 @@ def measure_in_lockstep(
         NotFiniteError: a layer's input is not finite.
     """
     dtype = inference_dtype(job.config, runtime.device)
-    streamed = StreamedModel(job.architecture.cls, job.config, job.folder, dtype, runtime.device)
-    run = _runner(streamed.model, unpadded=batch_size == 1)
+    streamed = StreamedModel(job.architecture.cls, job.config, Checkpoint(job.folder), dtype, runtime.device)
+    run = runner(streamed.model, unpadded=batch_size == 1)
     observer = Observer(streamed.model, job.layers, job.name, apart, unpadded=batch_size == 1)
     batches = [batch.to(runtime.device) for batch in distributed.share(job.encoded, batch_size)]
     tokens = sum(sample.length for sample in job.encoded) / distributed.world_size()
@@ -139,11 +134,12 @@ def measure_in_lockstep(
     with (
         torch.inference_mode(False),  # in that mode tensors do not count how often they are written to
         torch.no_grad(),
+        packed_masks(),
         observer.watching() as begin,
         bar(blocks, f"Calibrating {job.name}", "blocks", runtime.quiet) as progress,
     ):
         start = time.monotonic()
-        for block in run_in_lockstep(streamed, batches, run, begin):
+        for block, _ in run_in_lockstep(streamed, batches, run, begin):
             if block is not None:
                 yield from distributed.add_up(distributed.together(lambda path=block: observer.take(path)))
                 speed = tokens * (progress.n + 1) / blocks / (time.monotonic() - start)
@@ -186,7 +182,7 @@ def measure_model(
         DivergedError: the role of a layer has to be added to `apart`.
         NotFiniteError: a layer's input is not finite.
     """
-    run = _runner(model, unpadded)
+    run = runner(model, unpadded)
     observer = Observer(model, layers, name, apart, unpadded)
     with (
         torch.inference_mode(False),  # see `measure_in_lockstep`
@@ -200,27 +196,3 @@ def measure_model(
             run(batch)
             progress.update()
         return observer.take()
-
-
-def _runner(model: nn.Module, unpadded: bool) -> Callable[[Batch], None]:
-    """A function that runs the model on a batch.
-
-    Only the backbone is run. Heads are not measured, and that of a language model is often the most expensive layer.
-
-    Raises:
-        UnalignedInputError: the model takes no attention mask, so padding would be read as text.
-    """
-    if hasattr(model.config, "use_cache"):
-        model.config.use_cache = False
-    base = backbone(model)
-    accepted = inspect.signature(base.forward).parameters
-    if "input_ids" in accepted and "attention_mask" not in accepted and not unpadded:
-        raise UnalignedInputError("a model without attention_mask")
-
-    # Some parts of encoder-decoder models have a configuration of their own.
-    options = {"use_cache": False} if "use_cache" in accepted else {}
-
-    def run(batch: Batch) -> None:
-        base(**{name: values for name, values in batch.inputs.items() if name in accepted}, **options)
-
-    return run

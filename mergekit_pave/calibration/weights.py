@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Collection, Iterator
+from typing import Any, Protocol
 
 import torch
 import transformers
@@ -63,6 +63,44 @@ class _Unloaded(nn.Parameter):
         return result
 
 
+class Tensors(Protocol):
+    """Where the weights of a model come from.
+
+    Attributes:
+        names: of its tensors.
+    """
+
+    names: Collection[str]
+
+    def find(self, names: list[str]) -> Tensor | None:
+        """The tensor with the first of these names that there is."""
+
+    def flush(self) -> None:
+        """Let go of what has been read."""
+
+
+class Checkpoint:
+    """The tensors of a checkpoint.
+
+    Raises:
+        UnknownWeightError: it cannot be read in parts.
+    """
+
+    def __init__(self, folder: str):
+        self._reference = ModelReference(model=ModelPath(path=folder))
+        index = LoaderCache().get(self._reference).index
+        if not index.is_safetensors:
+            raise UnknownWeightError("its weights are not in safetensors files, which can be read in parts")
+        self.names = index.tensor_paths
+
+    def find(self, names: list[str]) -> Tensor | None:
+        return LoadTensor(model=self._reference, tensor=names[0], aliases=tuple(names[1:]), optional=True).execute()
+
+    def flush(self) -> None:
+        """Close files: open ones are mapped to memory, which counts as ours."""
+        LoaderCache().get(self._reference).flush()
+
+
 class StreamedModel:
     """A transformers model on the meta device, with weights that are loaded module by module.
 
@@ -70,14 +108,12 @@ class StreamedModel:
         model: the model. Its buffers are real. Its parameters have values only while they are loaded.
 
     Raises:
-        UnknownWeightError: the checkpoint cannot be read in parts.
+        UnknownWeightError: the model cannot do without some of its weights.
     """
 
-    def __init__(self, cls: Any, config: transformers.PretrainedConfig, folder: str, dtype: torch.dtype, device: str):
-        self._reference = ModelReference(model=ModelPath(path=folder))
+    def __init__(self, cls: Any, config: transformers.PretrainedConfig, tensors: Tensors, dtype: torch.dtype, device: str):
+        self._tensors = tensors
         self._dtype, self._device = dtype, device
-        if not LoaderCache().get(self._reference).index.is_safetensors:
-            raise UnknownWeightError("its weights are not in safetensors files, which can be read in parts")
         self.model = empty_model(cls, config, dtype)
         self.model.tie_weights()
         self.model.eval().requires_grad_(False)
@@ -90,7 +126,7 @@ class StreamedModel:
         for module in self.model.modules():
             module._parameters.update({leaf: unloaded[p] for leaf, p in module._parameters.items() if p is not None})
         renamed = renaming(self.model)
-        self._stored = {renamed(name): name for name in LoaderCache().get(self._reference).index.tensor_paths}
+        self._stored = {renamed(name): name for name in tensors.names}
         self._loaded: list[tuple[nn.Module, str, nn.Parameter]] = []
         self._load_buffers()
 
@@ -110,8 +146,7 @@ class StreamedModel:
                     owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
                     self._loaded.append((owner, leaf, parameter))
         if len(self._loaded) > before:
-            # Open files are mapped to memory, which counts as ours until they are closed.
-            LoaderCache().get(self._reference).flush()
+            self._tensors.flush()
 
     def release(self) -> None:
         """Drop the values of all parameters that are loaded."""
@@ -137,11 +172,10 @@ class StreamedModel:
         # A checkpoint of the bare backbone lacks the prefix, and one of a model with a head may have an additional prefix.
         aliases = [variant for name in names for variant in (name, prefix + name, name.removeprefix(prefix))]
         aliases += [self._stored[variant] for variant in aliases if variant in self._stored]
-        task = LoadTensor(model=self._reference, tensor=aliases[0], aliases=tuple(aliases[1:]), optional=True)
-        value = task.execute()
+        value = self._tensors.find(aliases)
         if value is None:
             return None
-        # Always a copy: the original is mapped from the file and would keep it open.
+        # Always a copy: the original may be mapped from a file, and would keep it open.
         return value.to(self._device, self._dtype if value.is_floating_point() else value.dtype, copy=True)
 
 

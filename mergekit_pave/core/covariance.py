@@ -132,7 +132,7 @@ class SecondMoment:
     """Accumulates a `Covariance` batch by batch, in memory of at most one float64 (d, d) matrix and a few batches."""
 
     CHUNK = 1024  # rows in one product: fewer would spend their time on reading the sum, more would lose precision
-    _EXACT = 2048  # rows that are multiplied in float64
+    EXACT = 2048  # rows that are multiplied in float64
     _RANGE = 1e-12, 1e15  # of the largest magnitude in a product in float32, so that squares of much smaller values are in range
 
     def __init__(self, dim: int):
@@ -180,7 +180,7 @@ class SecondMoment:
         pending = self._rows[0] if len(self._rows) == 1 else torch.cat(self._rows)  # `cat` copies even a single tensor
         fits = self._RANGE[0] < self._largest < self._RANGE[1]
         for rows in pending.split(self.CHUNK):
-            precision = torch.float32 if fits and summed >= self._EXACT else torch.float64
+            precision = torch.float32 if fits and summed >= self.EXACT else torch.float64
             with float32_products(rows.device):
                 add_upper_gram(self._gram, rows.to(torch.promote_types(rows.dtype, precision)))
             summed += rows.shape[0]

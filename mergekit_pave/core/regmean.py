@@ -8,9 +8,9 @@ minimises sum w_i tr((D - D_i) M_i (D - D_i)^T) + e ||D||^2 over D, and is then 
 et al., arXiv 2212.09849) with each C scaled to trace 1: it changes the outputs on each model's own inputs least. At a = 0 it is
 the closed form of WUDI-Merging's objective (Cheng et al., arXiv 2503.08099), which needs no data.
 
-Sums and the solution are float64. e is `RIDGE` times the mean of the diagonal of sum w_i M_i. Because of it, directions along
-which all metrics are zero keep W_base. Without a base model the weighted mean of the W_i takes its place, which changes only
-what becomes of these directions (in RegMean's own form they would be lost).
+Sums and the solution are float64. e is `RIDGE` of `core.ridge` times the mean of the diagonal of sum w_i M_i. Because of it,
+directions along which all metrics are zero keep W_base. Without a base model the weighted mean of the W_i takes its place, which
+changes only what becomes of these directions (in RegMean's own form they would be lost).
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ import torch
 from torch import Tensor
 
 from mergekit_pave.core.covariance import Covariance
-
-# Far above the rounding of the smallest eigenvalues of a sum of rank-deficient metrics, far below the eigenvalues that matter.
-RIDGE = 1e-6
+from mergekit_pave.core.ridge import divide
 
 
 def metric(
@@ -68,17 +66,4 @@ def merge_changes(terms: Iterable[tuple[float, Tensor, Tensor]]) -> Tensor:
         mixed.addmm_(change, metric_of_model, alpha=weight)
         total.add_(metric_of_model, alpha=weight)
         del change, metric_of_model  # or they would be in memory while the next term is made
-    shift = RIDGE * total.diagonal().mean().item()
-    if shift == 0:
-        return mixed
-    total.diagonal().add_(shift)
-    factor, failed = torch.linalg.cholesky_ex(total)
-    # In a sum of semidefinite metrics no square of a pivot lies below the shift. If one does, rounding in the covariances has
-    # made the sum indefinite. Then eigenvalues smaller than the most negative one are noise, and the shift has to be larger.
-    if not failed and factor.diagonal().square().min() > shift / 2:
-        del total  # the solver copies the factor
-        return torch.cholesky_solve(mixed.mT, factor).mT
-    del factor
-    values, vectors = torch.linalg.eigh(total)
-    noise = (shift - values[0]).clamp(min=0)
-    return (mixed @ vectors / (values + 2 * noise)) @ vectors.mT
+    return divide(mixed, total)

@@ -10,6 +10,7 @@ from typing import Any
 
 import huggingface_hub
 import transformers
+from mergekit.common import ModelReference
 
 from mergekit_pave import cache, versions
 from mergekit_pave.calibration.batches import Encoded, encode
@@ -39,7 +40,7 @@ class PlannedCalibration:
         tokens: how many of them count.
         dtype: the precision that the model runs in.
         job: what the calibration needs; None where the covariances are given.
-        counts: of the samples' tokens, where they may be needed and are known.
+        counts: of the samples' tokens, where rows may be merged by them and it is known.
         contents: the samples' contents, to find samples that two models share.
         elsewhere: by precision, other covariances of the same samples that the cache has.
     """
@@ -97,10 +98,13 @@ def check_given(config: PaveConfig) -> None:
 def _of_data(config: PaveConfig, source: Source, merge: Merge) -> PlannedCalibration:
     model, architecture, checkpoint = source.model, source.architecture, source.checkpoint
     settings = config.calibration_of(model)
+    counted = any(config.counts_rows(tensor.data_share) for tensor in merge.tensors)
     samples = load_samples(source.entry.sources, settings, str(model))
     processor = _load_processor(source, samples, merge)
     encoded = encode(samples, processor, settings, architecture.positions, str(model), architecture.shift)
     _check_token_ids(source, encoded)
+    if config.refinement:
+        _check_meanings(source, processor, encoded, merge)
     watched = sorted(linear.module for linear in architecture.linears.values())
     dtype, *others = (_precision(source, device) for device in (merge.runtime.device, "cpu", "cuda"))
 
@@ -109,11 +113,8 @@ def _of_data(config: PaveConfig, source: Source, merge: Merge) -> PlannedCalibra
         return covariance_key(cache.digest(source.identity, architecture.computation, watched, dtype), encoded)
 
     key, entries = key_for(dtype), cache.cache_root(config.cache_dir) / "covariance"
-    elsewhere, counts = {}, None
-    is_new = cache.Artefact(entries / key).manifest() is None
-    if is_new or any(config.counts_rows(tensor.data_share) for tensor in merge.tensors):
-        counts = count_tokens(encoded, getattr(processor, "tokenizer", processor))
-    if is_new:
+    elsewhere = {}
+    if cache.Artefact(entries / key).manifest() is None:
         folders = {other: entries / key_for(other) for other in others if other != dtype}
         elsewhere = {other: folder for other, folder in folders.items() if cache.Artefact(folder).manifest()}
     about = {
@@ -144,9 +145,8 @@ def _of_data(config: PaveConfig, source: Source, merge: Merge) -> PlannedCalibra
             encoded=encoded,
             batch_size=settings.batch_size,
             about=about,
-            counts=counts,
         ),
-        counts=counts,
+        counts=count_tokens(encoded, getattr(processor, "tokenizer", processor)) if counted else None,
         contents=frozenset(sample.content for sample in samples if sample.problem is None),
         elsewhere=elsewhere,
     )
@@ -161,6 +161,30 @@ def _check_token_ids(source: Source, encoded: list[Encoded]) -> None:
             f"{source.model}: its tokenizer gives the token id {largest}, but the model knows only {vocabulary}; the tokenizer "
             "beside it belongs to another model"
         )
+
+
+def _check_meanings(source: Source, processor: Any, encoded: list[Encoded], merge: Merge) -> None:
+    """Refuse token ids that stand for other tokens in the merged model, which refining shows the same ids."""
+    ids = {token for sample in encoded for token in sample.inputs.get("input_ids", ())}
+    if not ids:
+        return
+    advice = f"set `tokenizer: {{source: {source.model}}}`, or leave `refine` out"
+    if merge.tokenizer is None:
+        raise PaveError(
+            f"pave.refine: the merged model gets a new tokenizer, in which the token ids of {source.model} may be other tokens; "
+            f"{advice}"
+        )
+    if merge.tokenizer == source.model:
+        return
+    theirs = _load("tokenizer", transformers.AutoTokenizer, merge.tokenizer, merge)
+    ours = getattr(processor, "tokenizer", processor)
+    for token in sorted(ids):
+        meanings = [tokenizer.convert_ids_to_tokens(token) for tokenizer in (ours, theirs)]
+        if meanings[0] != meanings[1]:
+            raise PaveError(
+                f"pave.refine: the token id {token} is {meanings[0]!r} in the samples of {source.model}, but {meanings[1]!r} "
+                f"for the merged model, which has the tokenizer of {merge.tokenizer}; {advice}"
+            )
 
 
 def _given(config: PaveConfig, source: Source, layers: Iterable[Linear]) -> PlannedCalibration:
@@ -197,24 +221,7 @@ def _given(config: PaveConfig, source: Source, layers: Iterable[Linear]) -> Plan
         samples=manifest["samples"],
         tokens=manifest["tokens"],
         dtype=manifest["dtype"],
-        counts=_given_counts(folder, manifest, source),
     )
-
-
-def _given_counts(folder: Path, manifest: dict[str, Any], source: Source) -> TokenCounts | None:
-    """The token counts that were kept with covariances, if there are any."""
-    name = manifest.get("counts")
-    if name is None:
-        return None
-    artefact = cache.Artefact(folder)
-    intact = artefact.has_files({"files": {name: manifest["files"][name]}})
-    try:
-        counts = TokenCounts.from_tensors(artefact.read(name) if intact else {})
-    except (ValueError, cache.DamagedError) as error:
-        raise PaveError(f"{_yaml_key(source.model)}: {folder / name} is damaged; fetch the covariances again") from error
-    if source.architecture.vocabulary and max(map(len, counts.sides.values())) > source.architecture.vocabulary:
-        raise PaveError(f"{_yaml_key(source.model)}: {folder / name} counts tokens that the model does not know")
-    return counts
 
 
 def _tails(config: PaveConfig, source: Source, covariances: str) -> Path:
@@ -238,8 +245,12 @@ def _load_processor(source: Source, samples: list[Sample], merge: Merge) -> Any:
         has_texts = any(sample.text is not None for sample in samples)
         kind = "processor" if has_texts else "image processor"
         loader = transformers.AutoProcessor if has_texts else transformers.AutoImageProcessor
+    return _load(kind, loader, source.model, merge)
+
+
+def _load(kind: str, loader: Any, model: ModelReference, merge: Merge) -> Any:
     # An adapter may bring a tokenizer of its own.
-    for path in filter(None, (source.model.lora, source.model.model)):
+    for path in filter(None, (model.lora, model.model)):
         try:
             return loader.from_pretrained(
                 path.path,
@@ -250,7 +261,7 @@ def _load_processor(source: Source, samples: list[Sample], merge: Merge) -> Any:
         except (OSError, ValueError, KeyError, ImportError) as error:
             failure = error
     reason = in_a_line(failure)
-    raise PaveError(f"{source.model}: its {kind} cannot be loaded, and calibration needs it: {reason}") from failure
+    raise PaveError(f"{model}: its {kind} cannot be loaded, and calibration needs it: {reason}") from failure
 
 
 def _precision(source: Source, device: str) -> str:

@@ -29,7 +29,7 @@ def header_of(
     Args:
         used: the models whose calibration plays a part. The others have nothing to purify, so they are not calibrated.
     """
-    block = json.loads(config.model_dump_json(exclude={"models", "cache_dir", "calibration", "vocabulary"}))
+    block = json.loads(config.model_dump_json(exclude={"models", "cache_dir", "calibration", "vocabulary", "purify", "refine"}))
     return {
         "format": FORMAT,
         "versions": versions.installed(),

@@ -16,6 +16,7 @@ from mergekit_pave.planning.closed_form import closed_forms, find_layers, models
 from mergekit_pave.planning.header import header_of
 from mergekit_pave.planning.merge import Merge
 from mergekit_pave.planning.plan import Plan, PlannedWeight, Reasons
+from mergekit_pave.planning.refine import models_to_refine, plan_refinement
 from mergekit_pave.planning.select import models_to_purify, select
 from mergekit_pave.planning.source import open_source
 from mergekit_pave.planning.unchanged import leave_never_called, leave_unchanged
@@ -32,8 +33,8 @@ def make_plan(config: PaveConfig, merge: Merge) -> Plan:
     """
     check_given(config)
     to_purify = models_to_purify(config, merge)
-    counted = models_to_count(config, merge)
-    measurable = dict.fromkeys([*to_purify, *models_with_data(config, merge), *counted])
+    counted, to_refine = models_to_count(config, merge), models_to_refine(config, merge)
+    measurable = dict.fromkeys([*to_purify, *models_with_data(config, merge), *counted, *to_refine])
     sources = {model: open_source(config, model, merge) for model in measurable}
     if sources:
         check_sizes(merge)
@@ -44,12 +45,16 @@ def make_plan(config: PaveConfig, merge: Merge) -> Plan:
     calibrations = {
         model: plan_calibration(config, source, layers, merge)
         for model, source in sources.items()
-        if (layers := _layers_of(model, selected) + regmean.measured_of(model)) or model in counted
+        if (layers := _layers_of(model, selected) + regmean.measured_of(model)) or model in counted or model in to_refine
     }
     vocabulary = plan_vocabulary(config, merge, sources, calibrations)
+    refinement, unrefined = plan_refinement(config, merge, calibrations)
+    refined = [layer.linear for layer in refinement.layers.values()] if refinement else []
     compared = leave_unchanged(config, merge, selected, sources)
     layers_used = {
-        model: layers for model in calibrations if (layers := _layers_of(model, compared.weights) + regmean.measured_of(model))
+        model: layers
+        for model in calibrations
+        if (layers := _layers_of(model, compared.weights) + regmean.measured_of(model) + refined * (model in to_refine))
     }
     tasks = {
         model: calibration.task(_layers_of(model, compared.weights), merge.runtime) for model, calibration in calibrations.items()
@@ -78,6 +83,8 @@ def make_plan(config: PaveConfig, merge: Merge) -> Plan:
         header["regmean"] = {"as_task_arithmetic": others}
     if vocabulary.report:
         header["vocabulary"] = vocabulary.report
+    if refinement:
+        header["refined"] = {"settings": refinement.settings.model_dump(by_alias=True), "left": unrefined}
     return Plan(
         weights=[weight for chain in chains.values() for weight in chain.weights],
         gathers={number: chain.gather for number, chain in chains.items()},
@@ -85,6 +92,7 @@ def make_plan(config: PaveConfig, merge: Merge) -> Plan:
         decompositions=decompositions,
         stats=[task for chain in chains.values() for task in chain.stats],
         header=header,
+        refinement=refinement,
         closed_forms=closed_forms(config, regmean, calibrations),
         rows=vocabulary.rows,
         warnings=warnings,

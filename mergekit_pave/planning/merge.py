@@ -8,6 +8,7 @@ from typing import Optional
 
 from mergekit.common import ModelReference
 from mergekit.io.tasks import GatherTensors
+from transformers import PretrainedConfig
 
 from mergekit_pave.cache.checkpoint import Checkpoint
 from mergekit_pave.calibration.job import Runtime
@@ -23,6 +24,7 @@ class PlannedTensor:
         models: the models in the order of the config.
         base: the base model of this tensor.
         t: its position in its slice, from 0 to 1, for gradients.
+        names: all names that the output's tensor may have.
         data_share: how much of regmean's metric is to be C; None with any other merge method.
         weights: the `weight` of each fine-tuned model; 1 for a method that has none.
         scale: regmean's `lambda`; 1 with any other merge method.
@@ -33,6 +35,7 @@ class PlannedTensor:
     models: tuple[ModelReference, ...]
     base: Optional[ModelReference]
     t: float
+    names: tuple[str, ...]
     data_share: Optional[float] = None
     weights: dict[ModelReference, float] = field(default_factory=dict)
     scale: float = 1.0
@@ -54,6 +57,8 @@ class Merge:
 
     Attributes:
         method: the name of the merge method.
+        config: that of the merged model.
+        tokenizer: the model whose tokenizer the merged model gets; None where it gets a new one, whose token ids may be others.
         tensors: all output tensors. A tensor's number, in this list, identifies it everywhere in the plan.
         checkpoint: gives the checkpoint of a model.
         names_read: gives, for each tensor of a model that a merge of whole models reads, all names that it may have.
@@ -62,6 +67,8 @@ class Merge:
     """
 
     method: str
+    config: PretrainedConfig
+    tokenizer: Optional[ModelReference]
     tensors: list[PlannedTensor]
     runtime: Runtime
     transformers_cache: Optional[str]

@@ -16,6 +16,7 @@ from mergekit_pave.settings import RelativeRegularization
 from mergekit_pave.tasks.calibrate import CalibrateModel, GivenCovariance
 from mergekit_pave.tasks.decompose import DecomposeWeight
 from mergekit_pave.tasks.purify import GatherPurified, PurificationStats
+from mergekit_pave.tasks.refine import Refinement
 from mergekit_pave.tasks.regmean import ClosedForm
 from mergekit_pave.tasks.vocabulary import Rows
 
@@ -64,6 +65,7 @@ class Plan:
         header: the report without its rows.
         closed_forms: what regmean merges in closed form, by the output tensor's number.
         rows: what is merged by token counts, by the output tensor's number.
+        refinement: how the merge is refined; None where it is not.
         warnings: what should make a user look twice before any work is done.
         compared: it is known of all weights whether they equal the base model's; otherwise only of those in the cache.
     """
@@ -76,6 +78,7 @@ class Plan:
     header: dict[str, Any]
     closed_forms: dict[int, ClosedForm]
     rows: dict[int, Rows]
+    refinement: Refinement | None
     warnings: list[str]
     compared: bool
 

@@ -14,6 +14,7 @@ from mergekit.plan import MergePlanner
 from mergekit_pave.calibration.job import Runtime
 from mergekit_pave.methods.regmean import RegMean, data_share
 from mergekit_pave.planning.merge import Merge, PlannedTensor
+from mergekit_pave.planning.names import all_names
 from mergekit_pave.plugin.checkpoints import checkpoint_of, names_read
 from mergekit_pave.plugin.parameters import unread_parameters
 
@@ -32,6 +33,8 @@ def merge_of(planner: MergePlanner) -> Merge:
     options = planner.options
     return Merge(
         method=planner.config.merge_method,
+        config=planner.out_model_config,
+        tokenizer=_tokenizer_of(planner),
         tensors=[
             PlannedTensor(
                 name=weight.name,
@@ -40,6 +43,7 @@ def merge_of(planner: MergePlanner) -> Merge:
                 models=task.model_order,
                 base=task.base_model,
                 t=t,
+                names=all_names(weight),
                 data_share=data_share_of(task) if is_regmean(planner) else None,
                 weights=_weights_of(task),
                 scale=task.parameters["lambda"] if is_regmean(planner) else 1.0,
@@ -53,6 +57,14 @@ def merge_of(planner: MergePlanner) -> Merge:
         compares=planner.__dict__.get("_pave_compares", True),
         warnings=unread_parameters(planner),
     )
+
+
+def _tokenizer_of(planner: MergePlanner) -> ModelReference | None:
+    """See `Merge.tokenizer`."""
+    source = planner._tokenizer_task.tokenizer_source if planner._tokenizer_task else "base"
+    if source == "base":
+        return planner.config.base_model or planner.config.referenced_models()[0]
+    return source if isinstance(source, ModelReference) else None
 
 
 def data_share_of(task: ExecuteMergeMethodTask) -> float:

@@ -33,11 +33,13 @@ from mergekit.io.tasks import FinalizeModel, LoaderCache
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.plan import MergePlanner
 
+from mergekit_pave.cache import cache_root
 from mergekit_pave.core.failures import is_out_of_memory, ran_out
 from mergekit_pave.methods.regmean import check_baseless, check_weights
 from mergekit_pave.planning.checks import check_present
 from mergekit_pave.planning.closed_form import plan_without_data
 from mergekit_pave.planning.make import make_plan
+from mergekit_pave.planning.names import all_names, own_names
 from mergekit_pave.plugin.checkpoints import has, missing_from, without_aliases
 from mergekit_pave.plugin.dry_run import try_out
 from mergekit_pave.plugin.inputs import check_inputs, check_layers, planning_errors
@@ -51,8 +53,10 @@ from mergekit_pave.report.card import with_section
 from mergekit_pave.report.licence import common_licence
 from mergekit_pave.report.page.picture import draw_ranks
 from mergekit_pave.report.stored import read_report
+from mergekit_pave.tasks.refine import refine_merge
 from mergekit_pave.tasks.regmean import ClosedForm, MergeByRegMean
 from mergekit_pave.tasks.report import WriteReport
+from mergekit_pave.tasks.store import ReadTensor, TensorStore
 from mergekit_pave.tasks.vocabulary import MergeRows
 
 LOG = logging.getLogger(__name__)
@@ -159,8 +163,24 @@ def _with_purification(plan):
         for number, rows in self._pave_plan.rows.items() if self.config.pave is not None else ():
             weight, task = self._tensors[number]
             self._tensors[number] = weight, MergeRows(merged=task, rows=rows)
+        if self.config.pave is not None and self._pave_plan.refinement:
+            _read_refined(self)
 
     return wrapper
+
+
+def _read_refined(planner: MergePlanner) -> None:
+    """Have the output tensors that are refined, and those that the refined model is run with, read from a store."""
+    store = TensorStore(cache_root(planner.config.pave.cache_dir))
+    planner._pave_merged = {}, {}, store
+    tasks, names, _ = planner._pave_merged
+    for number in planner._pave_plan.refinement.numbers:
+        weight, tasks[number] = planner._tensors[number]
+        names.update(dict.fromkeys(own_names(weight), number))
+        planner._tensors[number] = weight, ReadTensor(store=store, number=number)
+    for number in tasks:  # a tensor stands in for those that are tied with it only where they are not stored
+        for name in all_names(planner._tensors[number][0]):
+            names.setdefault(name, number)
 
 
 def _by_regmean(task: ExecuteMergeMethodTask, form: ClosedForm | None) -> MergeByRegMean:
@@ -180,7 +200,14 @@ def _with_phases(plan_to_disk):
             plan = self._pave_plan
             calibrate_all(plan, self.options)
             decompose_all(plan.decompositions, self.options)
-            closed = tuple(task for _, task in self._tensors if isinstance(task, MergeByRegMean) and task.form)
+            merges = [task for _, task in self._tensors]
+            if plan.refinement:
+                of_merged, names, store = self._pave_merged
+                storage = self.options.device if self.options.low_cpu_memory else "cpu"
+                refined = refine_merge(plan.refinement, of_merged, names, store, storage)
+                plan.header["refined"] |= {"layers": refined.rows, "left": plan.header["refined"]["left"] | refined.left}
+                merges += of_merged.values()
+            closed = tuple(task for task in merges if isinstance(task, MergeByRegMean) and task.form)
             header = json.dumps(plan.header)
             finalize = next(task for task in tasks if isinstance(task, FinalizeModel))
             written = {"out_path": out_path, "finalize": finalize}

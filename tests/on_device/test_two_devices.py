@@ -40,7 +40,7 @@ def test_padded_batches(llama, target):
 
 def test_under_autocast(llama, monkeypatch):
     """The model runs in bfloat16, our sums and products do not: on the device as on a CPU."""
-    monkeypatch.setattr(SecondMoment, "_EXACT", 0)  # as of many tokens, whose products are float32
+    monkeypatch.setattr(SecondMoment, "EXACT", 0)  # as of many tokens, whose products are float32
     here, there = load("llama", llama.tuned[0]), dispatched(load("llama", llama.tuned[0]), "npu:1", "npu:0")
     batches = list(batches_of(llama.tuned[0], llama.data[0]))
     first = "model.layers.0.self_attn.q_proj.weight"  # what it sees has been in no product

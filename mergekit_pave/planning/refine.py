@@ -1,0 +1,183 @@
+"""What is refined, why other tensors are not, and which merges cannot be refined."""
+
+from __future__ import annotations
+
+from mergekit.common import ModelReference
+from torch import Tensor
+
+from mergekit_pave.calibration.architecture import NO_BLOCK, Architecture, describe
+from mergekit_pave.calibration.job import Job
+from mergekit_pave.config import PaveConfig
+from mergekit_pave.core.linear import Linear
+from mergekit_pave.core.vocabulary import shares as token_shares
+from mergekit_pave.errors import PaveError
+from mergekit_pave.planning.calibration import PlannedCalibration
+from mergekit_pave.planning.merge import Merge, PlannedTensor
+from mergekit_pave.planning.select import linear_of
+from mergekit_pave.planning.warnings import BETWEEN_TWO
+from mergekit_pave.tasks.refine import RefinedHead, RefinedLayer, Refinement
+
+SHARED = "its weight is used by several layers"
+OUTSIDE = "in no block"
+EXPERTS = "experts of a mixture"
+
+
+def models_to_refine(config: PaveConfig, merge: Merge) -> list[ModelReference]:
+    """The experts of a merge that is to be refined.
+
+    Raises:
+        PaveError: refining does not go with this merge.
+    """
+    if config.refinement is None:
+        return []
+    if merge.method in BETWEEN_TWO:
+        raise PaveError(f"pave.refine: {merge.method} merges a model with the base model, so there are not several experts")
+    for planned in merge.tensors:
+        if planned.base is None:
+            raise PaveError(
+                f"pave.refine: {merge.method} merges without a base model here; set base_model to the one that they share"
+            )
+        for model in planned.fine_tuned:
+            if planned.weights[model] < 0:
+                raise PaveError(
+                    f"pave.refine: {model} has a negative weight ({planned.weights[model]:g}) in {planned.name}, so there is no "
+                    "expert whose outputs could be kept; leave `refine` out"
+                )
+    return list(dict.fromkeys(model for planned in merge.tensors for model in planned.fine_tuned))
+
+
+def plan_refinement(
+    config: PaveConfig, merge: Merge, calibrations: dict[ModelReference, PlannedCalibration]
+) -> tuple[Refinement | None, dict[str, str]]:
+    """What is to be refined, and by tensor why each other one keeps what the method gives it.
+
+    Args:
+        calibrations: of all `models_to_refine`.
+
+    Raises:
+        PaveError: the models cannot be followed side by side.
+    """
+    models = models_to_refine(config, merge)
+    if not models:
+        return None, {}
+    experts = {model: calibrations[model].job for model in models}
+    base = merge.tensors[0].base
+    architecture = describe(merge.config, base.model.path, merge.runtime.trust_remote_code, base.model.revision)
+    for model, job in experts.items():
+        _check_samples(model, job, architecture)
+    layers: dict[str, RefinedLayer] = {}
+    reasons: dict[str, str] = {}
+    for number, planned in enumerate(merge.tensors):
+        linear, reason = _layer(planned, models, experts)
+        reason = reason or _unfit(linear, architecture)
+        if reason:
+            reasons[planned.name] = reason
+            continue
+        shares = {model: planned.weights[model] for model in planned.fine_tuned}
+        layers[linear.module] = RefinedLayer(
+            number=number,
+            name=planned.name,
+            linear=linear,
+            gather=planned.gather,
+            base=planned.base,
+            shares={model: share for model, share in shares.items() if share > 0},
+        )
+    if not layers:
+        raise PaveError(
+            "pave.refine: no tensor of this merge is the weight of a linear layer in a block, so nothing would be refined"
+        )
+    head = _head(merge, architecture, experts, calibrations)
+    if head:
+        for number in head.numbers:
+            reasons.pop(merge.tensors[number].name)
+    refinement = Refinement(
+        settings=config.refinement,
+        layers=layers,
+        head=head,
+        experts=experts,
+        config=merge.config,
+        architecture=architecture,
+        numbers=tuple(
+            number
+            for number, planned in enumerate(merge.tensors)
+            if (head and number in head.numbers) or architecture.weight_name(list(planned.names)) not in architecture.heads
+        ),
+        runtime=merge.runtime,
+    )
+    return refinement, reasons
+
+
+def _head(
+    merge: Merge,
+    architecture: Architecture,
+    experts: dict[ModelReference, Job],
+    calibrations: dict[ModelReference, PlannedCalibration],
+) -> RefinedHead | None:
+    """The language model's head, if all models have one of the same size whose weight mergekit merges row by row."""
+    of_models = [architecture, *(job.architecture for job in experts.values())]
+    if architecture.head is None or len({(one.head, one.vocabulary, one.tied) for one in of_models}) > 1:
+        return None
+    numbers = [i for i, planned in enumerate(merge.tensors) if architecture.weight_name(list(planned.names)) in architecture.tied]
+    planned = merge.tensors[numbers[0]] if numbers else None
+    if planned is None or not planned.has_base or not set(planned.fine_tuned) <= experts.keys():
+        return None
+    shares = {model: share for model, share in planned.weights.items() if share > 0}
+    embedded: dict[ModelReference, Tensor] = {}
+    if sides := architecture.embeddings.get(architecture.weight_name(list(planned.names))):
+        counts = {model: calibrations[model].counts for model in shares}
+        if None in counts.values():
+            return None
+        embedded = {model: token_shares(of_model.of(sides, architecture.vocabulary)) for model, of_model in counts.items()}
+    return RefinedHead(
+        path=architecture.head,
+        numbers=tuple(numbers),
+        name=planned.name,
+        gather=planned.gather,
+        base=planned.base,
+        shares=shares,
+        embedded=embedded,
+    )
+
+
+def _check_samples(model: ModelReference, job: Job, architecture: Architecture) -> None:
+    if any(sample.is_pictured for sample in job.encoded):
+        raise PaveError(
+            f"pave.refine: {model} reads images with texts, and such models cannot be refined yet; leave `refine` out"
+        )
+    largest = max((max(sample.inputs.get("input_ids", [0])) for sample in job.encoded), default=0)
+    if architecture.vocabulary and largest >= architecture.vocabulary:
+        raise PaveError(
+            f"pave.refine: the samples of {model} have the token id {largest}, but the merged model has only "
+            f"{architecture.vocabulary}; set `tokenizer: {{source: union}}`, or leave `refine` out"
+        )
+
+
+def _layer(
+    planned: PlannedTensor, models: list[ModelReference], experts: dict[ModelReference, Job]
+) -> tuple[Linear | None, str | None]:
+    """The layer that an output tensor is the weight of, in all models; or why it is not refined.
+
+    Raises:
+        PaveError: the tensor has another place in one of the models.
+    """
+    found: Linear | None = None
+    for model in planned.fine_tuned or models:
+        info = planned.gather.weight_info[model] if planned.gather and model in planned.gather.weight_info else None
+        linear, reason = linear_of(experts[model].architecture, info)
+        if linear is None:
+            return None, reason
+        if info.name != planned.name or (found and linear != found):
+            raise PaveError(
+                f"pave.refine: {planned.name} is merged from {info.name} of {model}. Refining runs the models side by side, so "
+                "each layer has to have the same place in all of them; leave `refine` out"
+            )
+        found = linear
+    return found, None if planned.has_base else "the base model's weight is not part of its merge"
+
+
+def _unfit(linear: Linear, architecture: Architecture) -> str | None:
+    if linear.experts:
+        return EXPERTS
+    if linear.shared:
+        return SHARED
+    return OUTSIDE if architecture.block_of(linear.module) == NO_BLOCK else None

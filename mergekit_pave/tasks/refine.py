@@ -1,0 +1,297 @@
+"""Refining a merge block by block, before mergekit writes it."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from mergekit.common import ModelReference
+from mergekit.graph import Executor, Task
+from mergekit.io.tasks import GatherTensors, LoaderCache
+from torch import Tensor, nn
+
+from mergekit_pave.calibration.architecture import Architecture
+from mergekit_pave.calibration.forward import UnalignedInputError
+from mergekit_pave.calibration.job import Job, Runtime
+from mergekit_pave.calibration.lockstep import Loads, WholeModel
+from mergekit_pave.calibration.models import find_blocks, inference_dtype, load_model, load_tensors
+from mergekit_pave.calibration.side_by_side import Expert, Reached, run_side_by_side
+from mergekit_pave.calibration.weights import Checkpoint, StreamedModel, UnknownWeightError
+from mergekit_pave.core import refine
+from mergekit_pave.core.failures import advising
+from mergekit_pave.core.head import ExpertHead, probabilities, refine_head
+from mergekit_pave.core.linear import Linear
+from mergekit_pave.core.reasons import NEVER_CALLED
+from mergekit_pave.errors import PaveError
+from mergekit_pave.progress import bar
+from mergekit_pave.settings import Refine
+from mergekit_pave.tasks.store import TensorStore
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RefinedLayer:
+    """A layer that is to be fitted.
+
+    Attributes:
+        number: of the output tensor that is its weight.
+        name: of that tensor.
+        linear: the layer, the same in all models.
+        gather: gives the weights of the base model and of the experts.
+        shares: the weight of each expert in the merge.
+    """
+
+    number: int
+    name: str
+    linear: Linear
+    gather: GatherTensors
+    base: ModelReference
+    shares: dict[ModelReference, float]
+
+
+@dataclass(frozen=True)
+class RefinedHead:
+    """A language model's head that is to be fitted.
+
+    Attributes:
+        path: of the module.
+        numbers: of the output tensors that are its weight: two where a tied weight is stored twice.
+        name: of the first of them.
+        embedded: the share of each token in the expert's samples, for a head that is also the token embedding; otherwise empty.
+    """
+
+    path: str
+    numbers: tuple[int, ...]
+    name: str
+    gather: GatherTensors
+    base: ModelReference
+    shares: dict[ModelReference, float]
+    embedded: dict[ModelReference, Tensor]
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """What is to be refined.
+
+    Attributes:
+        layers: by the layer's path.
+        head: None where the models have none that could be fitted.
+        experts: what each expert is run on.
+        config, architecture: of the merged model.
+        numbers: of the output tensors that make up the merged model's backbone.
+    """
+
+    settings: Refine
+    layers: dict[str, RefinedLayer]
+    head: RefinedHead | None
+    experts: dict[ModelReference, Job]
+    config: transformers.PretrainedConfig
+    architecture: Architecture
+    numbers: tuple[int, ...]
+    runtime: Runtime
+
+
+@dataclass
+class Refined:
+    """What refining did: rows of the report, and by tensor why a layer keeps what the method gave it."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
+
+
+class MergedTensors:
+    """The output tensors of a merge as the weights of a model: each is merged once, and kept in a store."""
+
+    def __init__(self, tasks: dict[int, Task], names: dict[str, int], store: TensorStore, run: Callable[[Task], Any]):
+        """
+        Args:
+            tasks: those that merge them, by number.
+            names: the number of a tensor by each of its names.
+            run: executes a task.
+        """
+        self.names, self._tasks, self._store, self._run = names, tasks, store, run
+
+    def find(self, names: list[str]) -> Tensor | None:
+        number = next((self.names[name] for name in names if name in self.names), None)
+        return None if number is None else self.get(number)
+
+    def get(self, number: int) -> Tensor | None:
+        if number not in self._store:
+            self._store.put(number, self._run(self._tasks[number]))
+        return self._store.get(number)
+
+    def flush(self) -> None:
+        LoaderCache().flush_all()
+
+
+def refine_merge(planned: Refinement, tasks: dict[int, Task], names: dict[str, int], store: TensorStore, storage: str) -> Refined:
+    """Fit the layers in the order in which the model calls them. Afterwards the store has all of `planned.numbers`.
+
+    Args:
+        tasks: mergekit's, by the output tensor's number.
+        names: the numbers by the tensors' names.
+        storage: where mergekit's executor keeps tensors between tasks.
+
+    Raises:
+        PaveError: the models cannot be run side by side, memory runs out, or something is not finite.
+    """
+    run = functools.partial(_value, device=planned.runtime.device, storage=storage)
+    merged = MergedTensors(tasks, names, store, run)
+    batch_size, open_model = max(job.batch_size for job in planned.experts.values()), _streamed
+    while True:
+        try:
+            refined = _refine(planned, merged, open_model, batch_size, store, run)
+            break
+        except UnknownWeightError as error:
+            LOG.info("refining cannot load the models block by block (%s), loading them whole", error)
+            open_model = _whole
+        except UnalignedInputError as error:
+            LOG.info("refining runs samples one by one, because padding cannot be told from tokens in %s", error)
+            batch_size = 1
+        store.clear()
+    for number in planned.numbers:
+        merged.get(number)
+    for layer in planned.layers.values():
+        if layer.name not in refined.left and all(row["tensor"] != layer.name for row in refined.rows):
+            refined.left[layer.name] = NEVER_CALLED
+    return refined
+
+
+def _value(task: Task, device: str, storage: str) -> Any:
+    return next(value for done, value in Executor([task], math_device=device, storage_device=storage).run(quiet=True))
+
+
+def _streamed(planned: Refinement, merged: MergedTensors) -> tuple[Loads, list[Loads]]:
+    device = planned.runtime.device
+    opened = [
+        StreamedModel(job.architecture.cls, job.config, Checkpoint(job.folder), inference_dtype(job.config, device), device)
+        for job in planned.experts.values()
+    ]
+    dtype = inference_dtype(planned.config, device)
+    return StreamedModel(planned.architecture.cls, planned.config, merged, dtype, device), opened
+
+
+def _whole(planned: Refinement, merged: MergedTensors) -> tuple[Loads, list[Loads]]:
+    device = planned.runtime.device
+    opened = [load_model(job.architecture.cls, job.config, job.folder, device) for job in planned.experts.values()]
+    numbers = {number: name for name, number in reversed(merged.names.items())}
+    tensors = {numbers[number]: merged.get(number) for number in planned.numbers}
+    present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    model = load_tensors(planned.architecture.cls, planned.config, present, device)
+    return WholeModel(model), [WholeModel(model) for model in opened]
+
+
+def _refine(
+    planned: Refinement,
+    merged: MergedTensors,
+    open_model: Callable[[Refinement, MergedTensors], tuple[Loads, list[Loads]]],
+    batch_size: int,
+    store: TensorStore,
+    run: Callable[[Task], Any],
+) -> Refined:
+    device, result, head = planned.runtime.device, Refined(), planned.head
+    ours, theirs = open_model(planned, merged)
+    experts = [Expert(job.name, model, job.encoded) for job, model in zip(planned.experts.values(), theirs)]
+    inputs: dict[ModelReference, refine.Inputs | None] = {}
+    with (
+        torch.inference_mode(False),  # in that mode tensors do not count how often they are written to
+        torch.no_grad(),
+        bar(len(find_blocks(ours.model)), "Refining", "blocks", planned.runtime.quiet) as progress,
+    ):
+        for reached in run_side_by_side(ours, experts, planned.layers, head and head.path, batch_size, device):
+            if reached.pairs is None:
+                inputs = {}
+                progress.update()
+                continue
+            if head and reached.path == head.path:
+                with advising(f"refining {head.name}", device):
+                    weight = _fit_head(head, planned, reached, run(head.gather), merged.get(head.numbers[0]).to(device), result)
+                for number in head.numbers:
+                    store.put(number, weight)
+                continue
+            layer = planned.layers[reached.path]
+            with advising(f"refining {layer.name}", device):
+                if reached.is_new:
+                    inputs = {}  # let go before new ones are made
+                    inputs = {model: _summed(reached, i, job) for i, (model, job) in enumerate(planned.experts.items())}
+                weight = _fit(layer, planned.settings, inputs, run(layer.gather), store.get(layer.number).to(device), result)
+            if weight is not None:
+                store.put(layer.number, weight)
+                parameters = ours.model.get_submodule(reached.path)._parameters
+                value = weight.to(parameters["weight"].device, parameters["weight"].dtype)
+                parameters["weight"] = nn.Parameter(value, requires_grad=False)
+            del reached  # and with it the layer's inputs
+    return result
+
+
+def _summed(reached: Reached, number: int, job: Job) -> refine.Inputs | None:
+    """
+    Raises:
+        PaveError: an input is not finite.
+    """
+    try:
+        return refine.summed(reached.pairs(number))
+    except ValueError as error:
+        raise PaveError(
+            f"refine: the inputs of {reached.path} on the samples of {job.name} are not finite ({error}). Look whether the merge "
+            "without `refine` gives a model that works; on a GPU, run it in float32 or without --cuda"
+        ) from error
+
+
+def _fit(
+    layer: RefinedLayer,
+    settings: Refine,
+    inputs: dict[ModelReference, refine.Inputs | None],
+    weights: dict[ModelReference, Tensor],
+    anchor: Tensor,
+    result: Refined,
+) -> Tensor | None:
+    """The refined weight as it is stored, or None where there is nothing to fit it to."""
+
+    def matrix(weight: Tensor) -> Tensor:
+        weight = weight.to(anchor.device)
+        return weight.mT if layer.linear.transposed else weight
+
+    experts = [refine.Expert(share, matrix(weights[model]), inputs[model]) for model, share in layer.shares.items()]
+    tokens = sum(expert.inputs.tokens for expert in experts if expert.inputs)
+    if not tokens:
+        result.left[layer.name] = NEVER_CALLED
+        return None
+    before = refine.relative_error(matrix(anchor), experts)
+    fitted = refine.refine(matrix(anchor), matrix(weights[layer.base]), experts, settings.covariance, settings.lambda_)
+    if not fitted.isfinite().all():
+        raise PaveError(f"refine: the fit of {layer.name} is not finite. Look for NaN or infinity in the models' weights")
+    weight = matrix(fitted.to(anchor.device, anchor.dtype)).contiguous()
+    after = refine.relative_error(matrix(weight), experts)
+    result.rows.append({"tensor": layer.name, "tokens": tokens, "error_before": before, "error_after": after})
+    return weight
+
+
+def _fit_head(
+    head: RefinedHead,
+    planned: Refinement,
+    reached: Reached,
+    weights: dict[ModelReference, Tensor],
+    anchor: Tensor,
+    result: Refined,
+) -> Tensor:
+    """The refined weight of the head as it is stored."""
+    experts, layers = [], []
+    for number, (model, job) in enumerate(planned.experts.items()):
+        inputs, share = _summed(reached, number, job), head.shares.get(model, 0)
+        if inputs and share:
+            weight = weights[model].to(anchor.device)
+            predicted = probabilities(weight, [rows for _, rows in reached.pairs(number)])
+            experts.append(ExpertHead(share, weight, inputs, head.embedded.get(model), predicted))
+            layers.append(refine.Expert(share, weight, inputs, predicted))
+    fitted = refine_head(anchor, weights[head.base].to(anchor.device), experts, planned.settings.lambda_)
+    errors = [refine.relative_error(weight, layers) for weight in (anchor, fitted)]
+    tokens = sum(expert.inputs.tokens for expert in experts)
+    result.rows.append({"tensor": head.name, "tokens": tokens, "error_before": errors[0], "error_after": errors[1]})
+    return fitted
