@@ -82,6 +82,7 @@ MANIFESTS: dict[str, Callable[[Manifest], Any]] = {
     "a hash that is none": _file(sha256="x" * 64),
     "a file that is a list": lambda manifest: manifest["files"].update({"00000.safetensors": []}),
     "a layer in no file": _layer(file="00001.safetensors"),
+    "counts in no file": lambda manifest: manifest.update(counts="counts.safetensors"),
     "a layer without tokens": _layer(tokens=0),
     "a layer without width": _layer(dim=0),
     **{f"no {key}": _without(key) for key in ("files", "layers", "model", "weights", "data", "samples", "tokens", "dtype")},

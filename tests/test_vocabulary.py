@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from architectures import make_architecture
 from click.testing import CliRunner
 from mergekit.config import MergeConfiguration
 from merging import config_for, entries, forget_checkpoints, invoke, merge, write_config
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 from test_encoder_decoder import block, seq2seq  # noqa: F401
 
 from mergekit_pave import PaveError
+from mergekit_pave.cache import Artefact
 from mergekit_pave.calibration.architecture import describe
 from mergekit_pave.calibration.batches import Encoded
 from mergekit_pave.calibration.counts import count_tokens
@@ -326,15 +328,77 @@ def test_a_vocabulary_that_mergekit_rearranges(llama, tmp_path):
     assert "rearranged by mergekit" in reasons[EMBEDDING["llama"]] and reasons["lm_head.weight"] == "a head"
 
 
-def test_a_model_without_counts(llama, tmp_path, cache):
-    """Given covariances say nothing of tokens."""
-    merge(regmean_with(llama, {}), tmp_path / "measured")
-    folders = {json.loads((path / "manifest.json").read_text())["model"]: path for path in (cache / "covariance").glob("[!.]*")}
+def measured_elsewhere(llama: Family, cache: Path) -> dict:
+    """A block with the covariances of the second model in the place of its data."""
+    manifests = {path.parent: json.loads(path.read_text()) for path in (cache / "covariance").rglob("manifest.json")}
     models = unpurified(llama)["models"]
     del models[1]["data"]
-    models[1]["covariance"] = str(folders[str(llama.tuned[1])])
-    reasons = left(regmean_with(llama, {"models": models}), tmp_path / "out")
+    folder = next(folder for folder, manifest in manifests.items() if manifest["model"] == str(llama.tuned[1]))
+    models[1]["covariance"] = str(folder)
+    return {"models": models}
+
+
+def test_counts_are_kept_with_covariances(llama, tmp_path, cache):
+    """Also by a merge that has no use for them."""
+    merge(config_for(llama, {"models": entries(llama, 2)}), tmp_path / "purified")
+    wanted = merge(regmean_with(llama, {}), tmp_path / "measured")
+    written = merge(regmean_with(llama, measured_elsewhere(llama, cache)), tmp_path / "out")
+    assert all(torch.equal(written[name], tensor) for name, tensor in wanted.items())
+    assert report_of(tmp_path / "out")["vocabulary"] == report_of(tmp_path / "measured")["vocabulary"]
+
+
+def test_given_covariances_without_counts(llama, tmp_path, cache):
+    """As those of earlier versions are."""
+    merge(regmean_with(llama, {}), tmp_path / "measured")
+    pave = measured_elsewhere(llama, cache)
+    artefact = Artefact(Path(pave["models"][1]["covariance"]))
+    manifest = artefact.manifest()
+    del manifest["files"][manifest.pop("counts")]
+    artefact.complete(manifest)
+    reasons = left(regmean_with(llama, pave), tmp_path / "out")
     assert reasons[EMBEDDING["llama"]] == f"no tokens were counted for one of the models ({llama.tuned[1]})"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({}, "damaged"),
+        ({"input_ids": torch.ones(5, dtype=torch.int64)}, "damaged"),
+        ({"names": torch.ones(5, dtype=torch.int64)}, "damaged"),
+        ({"names": torch.ones(5), "input_ids": torch.ones(5, dtype=torch.int64)}, "damaged"),
+        ({"names": torch.ones(5, dtype=torch.int64), "input_ids": -torch.ones(5, dtype=torch.int64)}, "damaged"),
+        ({"names": torch.ones(5, dtype=torch.int64), "input_ids": torch.ones(5, 5, dtype=torch.int64)}, "damaged"),
+        ({"names": torch.ones(5, dtype=torch.int64), "input_ids": torch.full((5,), 1 << 62)}, "damaged"),
+        ({"names": torch.ones(5, dtype=torch.int64), "input_ids": torch.ones(900, dtype=torch.int64)}, "does not know"),
+        (None, "damaged"),
+    ],
+)
+def test_given_counts_that_are_none(llama, tmp_path, cache, tensors, words):
+    """Whoever published them wrote a sound manifest; without tensors a bit of the file is flipped."""
+    merge(regmean_with(llama, {}), tmp_path / "measured")
+    pave = measured_elsewhere(llama, cache)
+    artefact = Artefact(Path(pave["models"][1]["covariance"]))
+    manifest = artefact.manifest()
+    path = artefact.folder / manifest["counts"]
+    if tensors is None:
+        content = bytearray(path.read_bytes())
+        content[-3] ^= 1
+        path.write_bytes(content)
+    else:
+        manifest["files"][manifest["counts"]] = artefact.write(manifest["counts"], tensors)
+        artefact.complete(manifest)
+    with pytest.raises(PaveError, match=rf"tuned1\]\.covariance: .*counts\.safetensors.*{words}"):
+        merge(counting(llama, pave), tmp_path / "out")
+
+
+def test_names_that_only_the_checkpoints_have(tmp_path):
+    """A bare backbone, whose tensors mergekit alone does not find. Nothing is purified here."""
+    family = make_architecture("roberta-Model", tmp_path / "models")
+    written = merge(counting(family), tmp_path / "out")
+    unmerged = merge(
+        config_for(family, {"models": entries(family, 2)}, weight=(0.3, 0.5), dtype="float64"), tmp_path / "purified"
+    )
+    check(family, "embeddings.word_embeddings.weight", written, unmerged, (0.3, 0.5))
 
 
 @pytest.mark.parametrize("seen", [True, False])

@@ -52,11 +52,14 @@ class _Covariances(_Manifest):
 
     layers: dict[str, _Layer]
     tokens: _Natural
+    counts: str | None = None
 
     @model_validator(mode="after")
     def _layers_have_files(self) -> _Covariances:
         if others := sorted({layer.file for layer in self.layers.values()}.difference(self.files)):
             raise ValueError(f"layers are in {others[0]!r}, which is not among the files")
+        if self.counts is not None and self.counts not in self.files:
+            raise ValueError(f"counts are in {self.counts!r}, which is not among the files")
         return self
 
 

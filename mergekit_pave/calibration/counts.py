@@ -13,6 +13,8 @@ from torch import Tensor
 from mergekit_pave.calibration.batches import Encoded
 from mergekit_pave.calibration.embeddings import SIDES
 
+_MOST = 1 << 62  # the sum of integers below it is exact
+
 
 @dataclass(frozen=True, eq=False)
 class TokenCounts:
@@ -25,6 +27,24 @@ class TokenCounts:
 
     sides: dict[str, Tensor]
     names: Tensor
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """What is kept beside covariances."""
+        return {"names": self.names, **self.sides}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> TokenCounts:
+        """
+        Raises:
+            ValueError: these are no counts.
+        """
+        names, sides = tensors.get("names"), {side: tensors[side] for side in SIDES if side in tensors}
+        if names is None or len(tensors) != 1 + len(sides) or not sides:
+            raise ValueError(f"it has tensors called {', '.join(sorted(tensors))}")
+        for values in tensors.values():
+            if values.dtype != torch.int64 or values.dim() != 1 or (values < 0).any() or values.double().sum() > _MOST:
+                raise ValueError("it has numbers that are no counts")
+        return cls(sides, names)
 
     def of(self, sides: Sequence[str], rows: int) -> Tensor:
         """The counts, int64 (rows,), of all ids that some of the model's inputs have.

@@ -10,6 +10,7 @@ import transformers
 from mergekit_pave import cache
 from mergekit_pave.calibration.architecture import Architecture
 from mergekit_pave.calibration.batches import Encoded
+from mergekit_pave.calibration.counts import TokenCounts
 from mergekit_pave.calibration.estimate import Estimate, estimate
 from mergekit_pave.calibration.models import inference_dtype
 
@@ -26,6 +27,7 @@ class Job:
         encoded: its tokenised samples.
         batch_size: samples in one forward pass.
         about: the part of the manifest that describes model and data, JSON-serialisable.
+        counts: of the samples' tokens, to be kept with the covariances.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Job:
     encoded: list[Encoded]
     batch_size: int
     about: dict[str, Any]
+    counts: TokenCounts | None = None
 
     @property
     def layers(self) -> list[str]:

@@ -30,6 +30,8 @@ from mergekit_pave.progress import bar
 
 LOG = logging.getLogger(__name__)
 
+COUNTS = "counts.safetensors"  # a file of the artefact; those of other versions may have none
+
 
 def calibrate(job: Job, artefact: cache.Artefact, runtime: Runtime) -> None:
     """Make sure that the covariances of a model are in the cache, intact.
@@ -71,7 +73,11 @@ def _measure_and_store(job: Job, artefact: cache.Artefact, runtime: Runtime) -> 
     for name in files.keys() - used:
         del files[name]
         artefact.remove(name)
-    return {"files": files, "layers": layers, **job.about}
+    manifest = {"files": files, "layers": layers, **job.about}
+    if job.counts:
+        files[COUNTS] = artefact.write(COUNTS, job.counts.to_tensors())
+        manifest["counts"] = COUNTS
+    return manifest
 
 
 def _out_of_memory(job: Job, device: str) -> str:

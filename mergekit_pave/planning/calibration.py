@@ -40,7 +40,7 @@ class PlannedCalibration:
         tokens: how many of them count.
         dtype: the precision that the model runs in.
         job: what the calibration needs; None where the covariances are given.
-        counts: of the samples' tokens, where rows may be merged by them and it is known.
+        counts: of the samples' tokens, where they may be needed and are known.
         contents: the samples' contents, to find samples that two models share.
         elsewhere: by precision, other covariances of the same samples that the cache has.
     """
@@ -98,7 +98,6 @@ def check_given(config: PaveConfig) -> None:
 def _of_data(config: PaveConfig, source: Source, merge: Merge) -> PlannedCalibration:
     model, architecture, checkpoint = source.model, source.architecture, source.checkpoint
     settings = config.calibration_of(model)
-    counted = any(config.counts_rows(tensor.data_share) for tensor in merge.tensors)
     samples = load_samples(source.entry.sources, settings, str(model))
     processor = _load_processor(source, samples, merge)
     encoded = encode(samples, processor, settings, architecture.positions, str(model), architecture.shift)
@@ -113,8 +112,11 @@ def _of_data(config: PaveConfig, source: Source, merge: Merge) -> PlannedCalibra
         return covariance_key(cache.digest(source.identity, architecture.computation, watched, dtype), encoded)
 
     key, entries = key_for(dtype), cache.cache_root(config.cache_dir) / "covariance"
-    elsewhere = {}
-    if cache.Artefact(entries / key).manifest() is None:
+    elsewhere, counts = {}, None
+    is_new = cache.Artefact(entries / key).manifest() is None
+    if is_new or any(config.counts_rows(tensor.data_share) for tensor in merge.tensors):
+        counts = count_tokens(encoded, getattr(processor, "tokenizer", processor))
+    if is_new:
         folders = {other: entries / key_for(other) for other in others if other != dtype}
         elsewhere = {other: folder for other, folder in folders.items() if cache.Artefact(folder).manifest()}
     about = {
@@ -145,8 +147,9 @@ def _of_data(config: PaveConfig, source: Source, merge: Merge) -> PlannedCalibra
             encoded=encoded,
             batch_size=settings.batch_size,
             about=about,
+            counts=counts,
         ),
-        counts=count_tokens(encoded, getattr(processor, "tokenizer", processor)) if counted else None,
+        counts=counts,
         contents=frozenset(sample.content for sample in samples if sample.problem is None),
         elsewhere=elsewhere,
     )
@@ -221,7 +224,24 @@ def _given(config: PaveConfig, source: Source, layers: Iterable[Linear]) -> Plan
         samples=manifest["samples"],
         tokens=manifest["tokens"],
         dtype=manifest["dtype"],
+        counts=_given_counts(folder, manifest, source),
     )
+
+
+def _given_counts(folder: Path, manifest: dict[str, Any], source: Source) -> TokenCounts | None:
+    """The token counts that were kept with covariances, if there are any."""
+    name = manifest.get("counts")
+    if name is None:
+        return None
+    artefact = cache.Artefact(folder)
+    intact = artefact.has_files({"files": {name: manifest["files"][name]}})
+    try:
+        counts = TokenCounts.from_tensors(artefact.read(name) if intact else {})
+    except (ValueError, cache.DamagedError) as error:
+        raise PaveError(f"{_yaml_key(source.model)}: {folder / name} is damaged; fetch the covariances again") from error
+    if source.architecture.vocabulary and max(map(len, counts.sides.values())) > source.architecture.vocabulary:
+        raise PaveError(f"{_yaml_key(source.model)}: {folder / name} counts tokens that the model does not know")
+    return counts
 
 
 def _tails(config: PaveConfig, source: Source, covariances: str) -> Path:

@@ -50,6 +50,8 @@ def plan_vocabulary(
     Raises:
         PaveError: counts are asked for, but no tensor can be merged by them.
     """
+    if not any(_is_wanted(config, tensor) for tensor in merge.tensors):
+        return Vocabulary({}, None)
     counts = {model: calibration.counts for model, calibration in calibrations.items() if calibration.counts}
     tensors = [_Tensor(planned, _parameters(planned, sources), sources) for planned in merge.tensors]
     rows: dict[int, Rows] = {}

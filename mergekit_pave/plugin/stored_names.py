@@ -36,8 +36,8 @@ def with_stored_names(planner: MergePlanner) -> ModelArchitecture:
     names = sorted(names, key=lambda name: (int(_layer(name) or 0), name), reverse=True)
     stored = {name if name in templates else _template(name): name for name in names}  # by template, the name in one layer
     models = sorted(config.referenced_models(), key=str)
-    model = models[0] if is_regmean(planner) else next(filter(config.pave.entry, models), None)
-    if model is None or not infos or stored.keys() <= templates:
+    model = models[0] if is_regmean(planner) else next(filter(config.pave.entry, models), models[0])
+    if not infos or stored.keys() <= templates:
         return architecture
 
     trust = planner.options.trust_remote_code
