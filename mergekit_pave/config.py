@@ -188,7 +188,7 @@ class PaveConfig(Block):
         return getattr(self, key) if of_entry is None else of_entry
 
     def counts_rows(self, data_share: float | None) -> bool:
-        """Whether embeddings are merged by token counts. By default that is so where `regmean` uses data, or a merge is refined.
+        """Whether the vocabulary is merged by token counts. By default it is where `regmean` uses data, or a merge is refined.
 
         Args:
             data_share: how much of regmean's metric is to be C; None with any other merge method.

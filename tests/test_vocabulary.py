@@ -1,4 +1,4 @@
-"""Embeddings merged by token counts: the mathematics against least squares on one-hot inputs, and merges of real models.
+"""Rows of the vocabulary merged by token counts: the mathematics against least squares on one-hot inputs, and real merges.
 
 The reference knows nothing of counts. It takes each token of a model's samples as a one-hot row, and each row of the table once
 more, which is the smoothing; it solves for the table whose rows differ least from those of the models.
@@ -28,7 +28,7 @@ from mergekit_pave.cache import Artefact
 from mergekit_pave.calibration.architecture import describe
 from mergekit_pave.calibration.batches import Encoded
 from mergekit_pave.calibration.counts import count_tokens
-from mergekit_pave.calibration.embeddings import find_embeddings
+from mergekit_pave.calibration.token_rows import find_token_rows
 from mergekit_pave.cli import main
 from mergekit_pave.core.vocabulary import merge_rows
 
@@ -38,6 +38,7 @@ EMBEDDING = {
     "gpt2": "transformer.wte.weight",
     "bert": "bert.embeddings.word_embeddings.weight",
 }
+HEAD = "lm_head.weight"  # of the untied Llamas
 
 
 def least_squares(base, models, ids, shares_of_models, scale=1.0):
@@ -124,13 +125,14 @@ def family_of(families, tmp_path_factory):
     return make
 
 
-def tokens_of(family: Family, models: int = 2) -> list[torch.Tensor]:
-    """All token ids of each model's samples."""
+def tokens_of(family: Family, predicted: bool = False) -> list[torch.Tensor]:
+    """All token ids of each model's samples, or those that come after another."""
     ids = []
-    for folder, data in zip(family.tuned[:models], family.data):
+    for folder, data in zip(family.tuned[:2], family.data):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         texts = [row["text"] for row in read_rows(data)]
-        ids.append(torch.tensor([i for text in texts for i in tokenizer(text, truncation=True, max_length=64)["input_ids"]]))
+        samples = [tokenizer(text, truncation=True, max_length=64)["input_ids"] for text in texts]
+        ids.append(torch.tensor([i for sample in samples for i in sample[predicted:]]))
     return ids
 
 
@@ -156,7 +158,7 @@ def plain(config: dict, out: Path) -> dict[str, torch.Tensor]:
 def check(family: Family, name: str, written: dict, unmerged: dict, shares_of_models: tuple, scale: float = 1.0) -> None:
     """The rows that the samples show are exact, and all others as the method gives them."""
     base, *tuned = (weights(folder)[name] for folder in (family.base, *family.tuned[:2]))
-    exact, shown = least_squares(base, tuned, tokens_of(family), shares_of_models, scale)
+    exact, shown = least_squares(base, tuned, tokens_of(family, predicted=name == HEAD), shares_of_models, scale)
     change = (exact - base.double())[shown]
     assert 10 < len(shown) < 200
     assert (written[name][shown] - exact[shown]).norm() < 1e-6 * change.norm()
@@ -171,18 +173,21 @@ def report_of(folder: Path) -> dict:
 
 @pytest.mark.parametrize("kind", EMBEDDING)
 def test_merges_are_exact(family_of, tmp_path, cache, kind):
-    """Every other tensor, the head among them if it is one, is as the method gives it; nothing is calibrated."""
+    """The embedding, and a head of its own that predicts the next token. All else is as the method gives it."""
     family, name = family_of(kind), EMBEDDING[kind]
+    names = {name, HEAD} if kind == "llama" else {name}
     config = counting(family)
     written = merge(config, tmp_path / "out")
     unmerged = plain(config, tmp_path / "plain")
     assert written.keys() == unmerged.keys()
-    assert [key for key in written if not torch.equal(written[key], unmerged[key])] == [name]
-    check(family, name, written, unmerged, (0.3, 0.5))
-    assert not cache.exists()
-    (row,) = report_of(tmp_path / "out")["vocabulary"]["by_counts"]
-    tokens = tokens_of(family)
-    assert row["tensor"] == name and row["rows"] == len(written[name]) and row["lambda"] == 1.0
+    assert {key for key in written if not torch.equal(written[key], unmerged[key])} == names
+    for key in names:
+        check(family, key, written, unmerged, (0.3, 0.5))
+    assert not cache.exists(), "something was calibrated"
+    rows = {row["tensor"]: row for row in report_of(tmp_path / "out")["vocabulary"]["by_counts"]}
+    assert rows.keys() == names
+    row, tokens = rows[name], tokens_of(family)
+    assert row["rows"] == len(written[name]) and row["lambda"] == 1.0
     assert row["shown"] == len(set(torch.cat(tokens).tolist()))
     assert row["tokens"] == {str(model): len(ids) for model, ids in zip(family.tuned, tokens)}
 
@@ -207,9 +212,10 @@ def test_beside_purification(llama, tmp_path):
     written = merge(config, tmp_path / "out")
     del config["pave"]["vocabulary"]
     purified = merge(config, tmp_path / "purified")
-    name = EMBEDDING["llama"]
-    assert [key for key in written if not torch.equal(written[key], purified[key])] == [name]
-    check(llama, name, written, purified, (0.3, 0.5))
+    names = {EMBEDDING["llama"], HEAD}
+    assert {key for key in written if not torch.equal(written[key], purified[key])} == names
+    for name in names:
+        check(llama, name, written, purified, (0.3, 0.5))
     assert "vocabulary" not in report_of(tmp_path / "purified")
 
 
@@ -221,9 +227,9 @@ def test_it_is_part_of_regmean(llama, tmp_path, cache):
     written = merge(config, tmp_path / "out")
     check(llama, name, written, plain(config, tmp_path / "plain"), (0.3, 0.5), 1.3)
     report = report_of(tmp_path / "out")
-    assert [row["tensor"] for row in report["vocabulary"]["by_counts"]] == [name]
-    assert report["vocabulary"]["by_method"] == {"lm_head.weight": "a head"}
-    assert name not in report["regmean"]["as_task_arithmetic"] and "lm_head.weight" in report["regmean"]["as_task_arithmetic"]
+    assert {row["tensor"]: row["lambda"] for row in report["vocabulary"]["by_counts"]} == {name: 1.3, HEAD: 1.1}
+    assert report["vocabulary"]["by_method"] == {}
+    assert not {name, HEAD} & report["regmean"]["as_task_arithmetic"].keys()
     for i, off in enumerate(({"vocabulary": "method"}, {})):
         config["pave"] = unpurified(llama) | off
         if not off:
@@ -234,7 +240,7 @@ def test_it_is_part_of_regmean(llama, tmp_path, cache):
             ]
         same = merge(config, tmp_path / f"off{i}")
         assert torch.equal(same[name], plain(config, tmp_path / f"plain{i}")[name])
-        assert all(torch.equal(same[key], written[key]) for key in written if key != name)
+        assert all(torch.equal(same[key], written[key]) for key in written if key not in (name, HEAD))
         report = report_of(tmp_path / f"off{i}")
         assert "vocabulary" not in report and report["regmean"]["as_task_arithmetic"][name] == "vocabulary"
 
@@ -287,11 +293,13 @@ def test_each_side_has_its_own_embedding():
     )
     config.architectures = ["BartForConditionalGeneration"]
     both = ("input_ids", "decoder_input_ids")
-    found = describe(config, "somewhere", False).embeddings
+    found = describe(config, "somewhere", False).token_rows
     assert set(found.values()) == {both} and "lm_head.weight" in found
     model = transformers.BartForConditionalGeneration(config)
     model.model.decoder.embed_tokens = torch.nn.Embedding(50, 16)
-    found = find_embeddings(model, has_decoder=True)
+    model.lm_head = torch.nn.Linear(16, 50)
+    found = find_token_rows(model, has_decoder=True)
+    assert found["lm_head.weight"] == ("predicted",)
     assert found["model.encoder.embed_tokens.weight"] == both[:1] and found["model.decoder.embed_tokens.weight"] == both[1:]
 
 
@@ -325,7 +333,8 @@ def left(config: dict, out: Path) -> dict[str, str]:
 
 def test_a_vocabulary_that_mergekit_rearranges(llama, tmp_path):
     reasons = left(regmean_with(llama, {}, tokenizer={"source": "base"}), tmp_path / "out")
-    assert "rearranged by mergekit" in reasons[EMBEDDING["llama"]] and reasons["lm_head.weight"] == "a head"
+    assert reasons.keys() == {EMBEDDING["llama"], HEAD}
+    assert set(reasons.values()) == {"rearranged by mergekit to fit another vocabulary"}
 
 
 def measured_elsewhere(llama: Family, cache: Path) -> dict:
@@ -489,8 +498,29 @@ def test_a_table_that_is_not_that_of_the_architecture(llama, tmp_path):
             stored[name] = torch.cat([stored[name], stored[name][:8]])
         save_file(stored, folders[-1] / "model.safetensors", {"format": "pt"})
     config = counting(dataclasses.replace(llama, base=folders[0], tuned=tuple(folders[1:])))
-    with pytest.raises(PaveError, match=r"embed_tokens\.weight has 328 rows, but its config\.json speaks of 320"):
+    with pytest.raises(PaveError, match=r"(embed_tokens|lm_head)\.weight has 328 rows, but its config\.json speaks of 320"):
         merge(config, tmp_path / "out")
+
+
+def test_the_head_of_a_masked_language_model():
+    """What its rows predict is not the next token."""
+    for tied in (True, False):
+        config = model_config("bert", 30)
+        config.architectures, config.tie_word_embeddings = ["BertForMaskedLM"], tied
+        rows = describe(config, "somewhere", False).token_rows
+        assert set(rows.values()) == {("input_ids",)} and EMBEDDING["bert"] in rows
+        assert ("cls.predictions.decoder.weight" in rows) == tied
+
+
+def test_the_bias_of_a_head(tmp_path):
+    family = make_architecture("phi-ForCausalLM", tmp_path / "models")
+    written = merge(counting(family), tmp_path / "out")
+    unmerged = plain(counting(family), tmp_path / "plain")
+    for name in (EMBEDDING["llama"], HEAD):
+        check(family, name, written, unmerged, (0.3, 0.5))
+    assert torch.equal(written["lm_head.bias"], unmerged["lm_head.bias"])
+    reasons = report_of(tmp_path / "out")["vocabulary"]["by_method"]
+    assert reasons == {"lm_head.bias": "neither a token embedding nor the head of a language model"}
 
 
 def test_what_cannot_be_counted():
@@ -498,6 +528,10 @@ def test_what_cannot_be_counted():
     tokenizer = make_tokenizer("bert")
     text = Encoded("a", {"input_ids": [5, 6, 6]}, [0])
     assert count_tokens([text], tokenizer).of(("input_ids",), 8).tolist() == [0, 0, 0, 0, 0, 1, 2, 0]
+    assert count_tokens([text], tokenizer).of(("predicted",), 8).tolist() == [0, 0, 0, 0, 0, 0, 2, 0]
+    both = Encoded("a", {"input_ids": [5, 6], "decoder_input_ids": [7, 4]}, [0])
+    assert count_tokens([both], tokenizer).of(("input_ids", "decoder_input_ids"), 8).tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert count_tokens([both], tokenizer).of(("predicted",), 8).tolist() == [0, 0, 0, 0, 1, 0, 0, 0]
     pixels = torch.zeros(1, 3, 4, 4)
     assert count_tokens([Encoded("b", {"pixel_values": pixels}, [0])], tokenizer) is None
     assert count_tokens([text, Encoded("c", {"input_ids": [5], "pixel_values": pixels}, [0])], tokenizer) is None
@@ -509,28 +543,41 @@ def test_what_cannot_be_counted():
 def test_plan_report_card_and_log(llama, tmp_path, cache, caplog, undrawn):
     name, tokens = EMBEDDING["llama"], tokens_of(llama)
     config = regmean_with(llama, {})
-    shown = len(set(torch.cat(tokens).tolist()))
+    shown, predicted = len(set(torch.cat(tokens).tolist())), tokens_of(llama, predicted=True)
     line = f"{name}: {shown} of 320 rows merged by token counts ("
     counts = [f"{len(ids)} of {model}" for ids, model in zip(tokens, llama.tuned)]
     path = write_config(config, tmp_path / "config.yml")
     forget_checkpoints()
     told = CliRunner().invoke(main, ["plan", str(path)]).stdout
     assert f"M{line[1:]}" in told and all(count in told for count in counts)
-    assert "Vocabulary that is left to the merge method: 1 a head." in told
+    assert f"Lm_head.weight: {len(set(torch.cat(predicted).tolist()))} of 320 rows merged by token counts" in told
     forget_checkpoints()
     found = json.loads(CliRunner().invoke(main, ["plan", str(path), "--json"]).stdout)["vocabulary"]
     with caplog.at_level(logging.INFO, "mergekit_pave"):
         assert invoke(config, tmp_path / "out").exit_code == 0
-    assert line in caplog.text and "vocabulary that is left to the merge method: 1 a head" in caplog.text
+    assert line in caplog.text
     assert report_of(tmp_path / "out")["vocabulary"] == found
     card = (tmp_path / "out" / "README.md").read_text()
     section = card[card.index("### PAVE") :]
-    assert f"| {name} | {shown} of 320 |" in section and "1 a head" in section
+    assert f"| {name} | {shown} of 320 |" in section
     forget_checkpoints()
     done = CliRunner().invoke(main, ["report", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
     page = (tmp_path / "out" / "pave_report" / "index.html").read_text()
     assert "Vocabulary" in page and name in page and f"{shown} of 320" in page
+
+
+def test_people_are_told_of_what_is_left(llama, tmp_path, cache, caplog, undrawn):
+    config = regmean_with(llama, {}, tokenizer={"source": "base"})
+    told = "2 rearranged by mergekit to fit another vocabulary"
+    with caplog.at_level(logging.INFO, "mergekit_pave"):
+        assert invoke(config, tmp_path / "out").exit_code == 0
+    assert f"vocabulary that is left to the merge method: {told}" in caplog.text
+    assert f"left to the merge method, by reason: {told}." in (tmp_path / "out" / "README.md").read_text()
+    planned = CliRunner().invoke(main, ["plan", str(tmp_path / "out.yml")]).stdout
+    assert f"Vocabulary that is left to the merge method: {told}." in planned
+    assert CliRunner().invoke(main, ["report", str(tmp_path / "out")]).exit_code == 0
+    assert f"<td class=text>{told[2:]}</td><td>2</td>" in (tmp_path / "out" / "pave_report" / "index.html").read_text()
 
 
 def test_a_merge_of_which_nothing_else_is_told(llama, tmp_path, cache, undrawn):

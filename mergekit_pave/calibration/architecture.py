@@ -14,10 +14,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightTransform, apply_converters
 
 from mergekit_pave.calibration.computation import computation
-from mergekit_pave.calibration.embeddings import find_embeddings
 from mergekit_pave.calibration.experts import part_of_experts
 from mergekit_pave.calibration.linears import backbone_prefix, find_linears
 from mergekit_pave.calibration.models import backbone, empty_model, find_blocks, model_class, renaming
+from mergekit_pave.calibration.token_rows import find_token_rows
 from mergekit_pave.core.failures import is_out_of_memory
 from mergekit_pave.core.linear import Linear
 from mergekit_pave.errors import PaveError, in_a_line
@@ -37,7 +37,7 @@ class Architecture:
         head: the path of a language model's head, which makes scores of tokens from last hidden states; None for other models.
         tied: the names of the head's weight, among them that of the token embeddings where both are one parameter.
         routers: names of the weights that choose among experts.
-        embeddings: see `find_embeddings`.
+        token_rows: see `find_token_rows`.
         weights: the shape of every parameter, by its name.
         tensors: the names in a complete checkpoint: every parameter under the first of its names, and persistent buffers.
         prefix: the start of each name, with its dot, that a checkpoint of the bare backbone leaves out.
@@ -61,7 +61,7 @@ class Architecture:
     head: str | None
     tied: frozenset[str]
     routers: frozenset[str]
-    embeddings: dict[str, tuple[str, ...]]
+    token_rows: dict[str, tuple[str, ...]]
     weights: dict[str, tuple[int, ...]]
     tensors: frozenset[str]
     prefix: str
@@ -144,7 +144,7 @@ def describe(
         head=next((path for path, module in model.named_modules() if head is not None and module is head), None),
         tied=frozenset(name for name, value in model.named_parameters(remove_duplicate=False) if head and value is head.weight),
         routers=routers,
-        embeddings=find_embeddings(model, has_decoder=shift is not None),
+        token_rows=find_token_rows(model, has_decoder=shift is not None),
         weights=weights,
         tensors=frozenset(dict(model.named_parameters())) | (model.state_dict().keys() - weights.keys()),
         prefix=f"{model.base_model_prefix}." if model.base_model_prefix else "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mergekit_pave.calibration.batches import Encoded
-from mergekit_pave.calibration.embeddings import SIDES
+from mergekit_pave.calibration.token_rows import PREDICTED, SIDES
 
 _MOST = 1 << 62  # the sum of integers below it is exact
 
@@ -21,16 +22,16 @@ class TokenCounts:
     """How often each token occurs in a model's samples. All tokens count, also those beyond `max_tokens`.
 
     Attributes:
-        sides: by the model's input, the count of each id, int64 (largest id + 1,).
+        of_use: by the model's input, or `PREDICTED`, the count of each id, int64 (largest id + 1,).
         names: a checksum of each id's token, int64 (largest id of the vocabulary + 1,); 0 where there is none.
     """
 
-    sides: dict[str, Tensor]
+    of_use: dict[str, Tensor]
     names: Tensor
 
     def to_tensors(self) -> dict[str, Tensor]:
         """What is kept beside covariances."""
-        return {"names": self.names, **self.sides}
+        return {"names": self.names, **self.of_use}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> TokenCounts:
@@ -38,23 +39,23 @@ class TokenCounts:
         Raises:
             ValueError: these are no counts.
         """
-        names, sides = tensors.get("names"), {side: tensors[side] for side in SIDES if side in tensors}
-        if names is None or len(tensors) != 1 + len(sides) or not sides:
+        names, of_use = tensors.get("names"), {use: tensors[use] for use in (*SIDES, PREDICTED) if use in tensors}
+        if names is None or len(tensors) != 1 + len(of_use) or not of_use:
             raise ValueError(f"it has tensors called {', '.join(sorted(tensors))}")
         for values in tensors.values():
             if values.dtype != torch.int64 or values.dim() != 1 or (values < 0).any() or values.double().sum() > _MOST:
                 raise ValueError("it has numbers that are no counts")
-        return cls(sides, names)
+        return cls(of_use, names)
 
-    def of(self, sides: Sequence[str], rows: int) -> Tensor:
-        """The counts, int64 (rows,), of all ids that some of the model's inputs have.
+    def of(self, uses: Sequence[str], rows: int) -> Tensor:
+        """The counts, int64 (rows,), over all of these uses.
 
         Raises:
             ValueError: there are ids without a row.
         """
         total = torch.zeros(rows, dtype=torch.int64)
-        for side in sides:
-            counts = self.sides.get(side, total[:0])
+        for use in uses:
+            counts = self.of_use.get(use, total[:0])
             if len(counts) > rows:
                 raise ValueError(f"there is a token with the id {len(counts) - 1}, but only {rows} rows")
             total[: len(counts)] += counts
@@ -63,10 +64,9 @@ class TokenCounts:
     def occurs(self, length: int) -> Tensor:
         """Which of the first ids occur, bool (length,)."""
         result = torch.zeros(length, dtype=torch.bool)
-        for side in SIDES:
-            if side in self.sides:
-                counts = self.sides[side][:length]
-                result[: len(counts)] |= counts > 0
+        for counts in self.of_use.values():
+            counts = counts[:length]
+            result[: len(counts)] |= counts > 0
         return result
 
 
@@ -84,12 +84,16 @@ def count_tokens(encoded: Sequence[Encoded], tokenizer: Any) -> TokenCounts | No
     names = torch.zeros(max(vocabulary.values()) + 1, dtype=torch.int64)
     ids = torch.tensor(list(vocabulary.values()))
     names[ids] = torch.tensor([zlib.crc32(token.encode(errors="surrogatepass")) or 1 for token in vocabulary])
-    sides = {}
+    of_use = {}
     for side in SIDES:
-        ids = [torch.tensor(sample.inputs[side]) for sample in encoded if sample.inputs.get(side)]
-        if ids:
-            sides[side] = torch.cat(ids).bincount()
-    return TokenCounts(sides, names)
+        if side in encoded[0].inputs:
+            of_use[side] = _counts([sample.inputs[side] for sample in encoded])
+            of_use[PREDICTED] = _counts([sample.inputs[side][1:] for sample in encoded])  # in the end by the decoder
+    return TokenCounts(of_use, names)
+
+
+def _counts(sequences: list[list[int]]) -> Tensor:
+    return torch.tensor(list(itertools.chain.from_iterable(sequences)), dtype=torch.int64).bincount()
 
 
 def conflict(one: TokenCounts, other: TokenCounts) -> int | None:

@@ -1,4 +1,4 @@
-"""Embeddings merged row by row, by how often each model's data uses each row.
+"""The vocabulary merged row by row, by how often each model's data uses each row.
 
 An embedding is a linear layer whose inputs are one-hot. So C, the second moment of its inputs, is diagonal: the share of each
 token. RegMean's closed form (see `core.regmean`) then needs no matrix. With the changes D_i = W_i - W_base, the models' weights
@@ -8,6 +8,9 @@ w_i and the shares s_i, row v of the merged embedding is
 
 where n_i(v) counts row v in the T_i tokens of model i's data, and V is the number of rows. A count of 1 more for every row keeps
 a row that was seen once, in the data of one model, from being that model's alone.
+
+A head has a row for each token, too, which matters where that token is to be predicted. If inputs are taken to be alike in all
+models, the same formula merges it, with n_i(v) the count of v among the tokens that are to be predicted.
 """
 
 from __future__ import annotations

@@ -239,7 +239,7 @@ def _given_counts(folder: Path, manifest: dict[str, Any], source: Source) -> Tok
         counts = TokenCounts.from_tensors(artefact.read(name) if intact else {})
     except (ValueError, cache.DamagedError) as error:
         raise PaveError(f"{_yaml_key(source.model)}: {folder / name} is damaged; fetch the covariances again") from error
-    if source.architecture.vocabulary and max(map(len, counts.sides.values())) > source.architecture.vocabulary:
+    if source.architecture.vocabulary and max(map(len, counts.of_use.values())) > source.architecture.vocabulary:
         raise PaveError(f"{_yaml_key(source.model)}: {folder / name} counts tokens that the model does not know")
     return counts
 

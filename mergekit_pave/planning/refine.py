@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mergekit_pave.calibration.architecture import NO_BLOCK, Architecture, describe
 from mergekit_pave.calibration.job import Job
+from mergekit_pave.calibration.token_rows import SIDES
 from mergekit_pave.config import PaveConfig
 from mergekit_pave.core.linear import Linear
 from mergekit_pave.core.vocabulary import shares as token_shares
@@ -123,7 +124,8 @@ def _head(
         return None
     shares = {model: share for model, share in planned.weights.items() if share > 0}
     embedded: dict[ModelReference, Tensor] = {}
-    if sides := architecture.embeddings.get(architecture.weight_name(list(planned.names))):
+    uses = architecture.token_rows.get(architecture.weight_name(list(planned.names)), ())
+    if sides := [use for use in uses if use in SIDES]:
         counts = {model: calibrations[model].counts for model in shares}
         if None in counts.values():
             return None

@@ -1,4 +1,4 @@
-"""Which embeddings are merged by token counts, and why each other vocabulary tensor is left to the merge method."""
+"""Which tensors of the vocabulary are merged by token counts, and why each other one is left to the merge method."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def plan_vocabulary(
         report["by_counts"].append(_row_of_report(tensor.planned.name, made))
     if config.vocabulary == "counts" and not rows:
         why = "; ".join(f"{name} is left to {merge.method} ({reason})" for name, reason in report["by_method"].items())
-        raise PaveError(f"pave.vocabulary: nothing can be merged by token counts: {why or 'no tensor is a token embedding'}")
+        raise PaveError(f"pave.vocabulary: nothing can be merged by token counts: {why or 'no tensor has rows for tokens'}")
     return Vocabulary(rows, report if rows or report["by_method"] else None)
 
 
@@ -84,9 +84,9 @@ class _Tensor:
     sources: dict[ModelReference, Source]
 
     @property
-    def sides(self) -> tuple[str, ...]:
-        """See `find_embeddings`; empty if it is no embedding."""
-        return next((self.sides_in(model) for model in self.parameters), ())
+    def uses(self) -> tuple[str, ...]:
+        """See `find_token_rows`; empty if it has no rows for tokens."""
+        return next((self.uses_in(model) for model in self.parameters), ())
 
     @property
     def is_head(self) -> bool:
@@ -95,10 +95,10 @@ class _Tensor:
     @property
     def has_vocabulary(self) -> bool:
         gather = self.planned.gather
-        return bool(self.sides) or gather is None or any(info.vocabulary_axis is not None for info in gather.weight_info.values())
+        return bool(self.uses) or gather is None or any(info.vocabulary_axis is not None for info in gather.weight_info.values())
 
-    def sides_in(self, model: ModelReference) -> tuple[str, ...]:
-        return self.sources[model].architecture.embeddings.get(self.parameters[model], ())
+    def uses_in(self, model: ModelReference) -> tuple[str, ...]:
+        return self.sources[model].architecture.token_rows.get(self.parameters[model], ())
 
     def num_rows(self, model: ModelReference) -> int:
         return self.sources[model].architecture.weights[self.parameters[model]][0]
@@ -119,10 +119,10 @@ def _parameters(planned: PlannedTensor, sources: dict[ModelReference, Source]) -
 
 def _reason(tensor: _Tensor, others: list[_Tensor], method: str) -> Optional[str]:
     """Why a vocabulary tensor is not merged by counts, as far as that is not for want of them."""
-    planned, sides = tensor.planned, tensor.sides
-    if not sides:
-        return "a head" if tensor.is_head else "not a token embedding"
-    if any(other.sides == sides and other.is_head != tensor.is_head for other in others):
+    planned, uses = tensor.planned, tensor.uses
+    if not uses:
+        return "neither a token embedding nor the head of a language model"
+    if any(other.uses == uses and other.is_head != tensor.is_head for other in others):
         return "stored twice, as an embedding and as a head that is tied with it"
     if planned.gather is None:
         return "rearranged by mergekit to fit another vocabulary"
@@ -154,7 +154,7 @@ def _missing_counts(planned: PlannedTensor, counts: dict[ModelReference, TokenCo
 
 def _rows_of(tensor: _Tensor, counts: dict[ModelReference, TokenCounts]) -> Rows:
     planned = tensor.planned
-    of_models = {model: counts[model].of(tensor.sides_in(model), tensor.num_rows(model)) for model in planned.fine_tuned}
+    of_models = {model: counts[model].of(tensor.uses_in(model), tensor.num_rows(model)) for model in planned.fine_tuned}
     return Rows(planned.base, of_models, planned.weights, planned.scale)
 
 

@@ -5,7 +5,7 @@
 - `MergePlanner.plan_tensor` notes the position of a tensor in its slice, which gradients need and the plan forgets. It also
   plans every optional tensor that all of its inputs have.
 - `MergePlanner._plan` gets an architecture whose tensors have the names that the checkpoints use (see `stored_names`). Then it
-  swaps the gather tasks of purified tensors, all merge tasks of `regmean`, and those of embeddings merged by token counts.
+  swaps the gather tasks of purified tensors, all merge tasks of `regmean`, and those of the vocabulary by token counts.
 - `Executor._run` adds advice to an error where memory runs out.
 - `MergePlanner.plan_to_disk` fills the caches with what the merge will read (see `phases`). What fails there leaves nothing
   behind, as mergekit has not opened its output. Each phase has a progress bar of its own, because mergekit's bar counts tasks

@@ -110,14 +110,14 @@ def _regmean(report: dict) -> list[str]:
 
 
 def _vocabulary(report: dict) -> list[str]:
-    """Which embeddings were merged by token counts."""
+    """What was merged by token counts."""
     head, rows = vocabulary_table(report)
     lines = []
     if rows:
         lines += [
-            f"mergekit-pave {report['versions']['mergekit-pave']} merged rows of embeddings by how often each model's samples "
-            "have the token: `W[v] = W_base[v] + λ Σ wᵢ sᵢ(v) Δᵢ[v] / Σ wᵢ sᵢ(v)`, with sᵢ(v) the share of the token v in the "
-            "samples of model i. Rows that no sample shows are as the merge method gives them.",
+            f"mergekit-pave {report['versions']['mergekit-pave']} merged rows of the vocabulary by how often each model's "
+            "samples have the token: `W[v] = W_base[v] + λ Σ wᵢ sᵢ(v) Δᵢ[v] / Σ wᵢ sᵢ(v)`, with sᵢ(v) the share of the "
+            "token v in the samples of model i. Rows that no sample shows are as the merge method gives them.",
             "",
             *_table(head, rows),
             "",

@@ -1,4 +1,4 @@
-"""An embedding that a merge method has merged, with the rows that calibration data shows merged by token counts."""
+"""A tensor of the vocabulary, of which the rows that calibration data shows are merged by token counts."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def write(folder: Path, name: str, report: dict[str, Any], measured: Measurement
 
 
 def _only_vocabulary(report: dict[str, Any]) -> bool:
-    """Whether rows of embeddings were merged by counts, and nothing else was done."""
+    """Whether the vocabulary was merged by token counts, and nothing else was done."""
     return not report["purified"] and "regmean" not in report and "vocabulary" in report
 
 

@@ -61,12 +61,12 @@ def _closed_form(report: dict[str, Any]) -> Section:
 
 
 def _vocabulary(report: dict[str, Any]) -> Section:
-    """Which embeddings were merged by token counts."""
+    """What was merged by token counts."""
     merged = tables.vocabulary_table(report)
     reasons = tables.count_reasons(report["vocabulary"]["by_method"])
     others = [(("left to the merge method, because it is", "tensors"), reasons)] if reasons else []
     text = (
-        "Rows of an embedding that some model's samples show are merged by how often the samples have the token. All others are "
+        "Rows that some model's samples show are merged by how often the samples have their token. All others are "
         "as the merge method gives them."
     )
     return Section("vocabulary", "Vocabulary", text, tables=([merged] if merged[1] else []) + others)
