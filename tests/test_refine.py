@@ -13,7 +13,7 @@ from merging import config_for, entries, merge
 from models import KINDS
 from reference import _texts, weights
 
-from mergekit_pave.core import head, refine
+from mergekit_pave.core import refine
 
 RIDGE = 1e-4
 
@@ -62,37 +62,6 @@ def test_a_layer_is_fitted_as_least_squares_would(share, d_out, d_in, tokens, mo
     assert (fitted(anchor, base, experts, share) - expected).norm() < 1e-7 * (expected - anchor).norm()
     scaled = fitted(anchor, base, experts, share, scale=1.3)
     assert torch.allclose(scaled, base + 1.3 * (expected - base), rtol=0, atol=1e-6)
-
-
-def test_a_head_is_fitted_row_by_row():
-    """Against dense systems, one for each token, of a head that is also the embedding and of one that is not."""
-    _, _, experts = random_problem(30, 24, 200)
-    generator = torch.Generator().manual_seed(1)
-    anchor, base = (torch.randn(30, 24, generator=generator, dtype=torch.float64) for _ in range(2))
-    draw = lambda: torch.rand(30, generator=generator, dtype=torch.float64)  # noqa: E731
-    for tied in (True, False):
-        predicted, embedded = [draw() for _ in experts], [draw() if tied else None for _ in experts]
-        given = [
-            head.ExpertHead(w, weight, refine.summed([(merged, own)]), n, p)
-            for (w, weight, merged, own), n, p in zip(experts, embedded, predicted)
-        ]
-        fit = head.refine_head(anchor, base, given, 1.0)
-        for v in range(30):
-            rows, targets = [], []
-            for (w, weight, merged, own), n, p in zip(experts, embedded, predicted):
-                prior = head.PRIOR * p[v] if n is None else n[v]
-                size = (w * p[v] * 24).sqrt() / merged.norm()
-                rows += [(w * prior).sqrt() * torch.eye(24, dtype=torch.float64), size * merged]
-                targets += [(w * prior).sqrt() * weight[v], size * (own @ weight[v])]
-            expected = torch.linalg.lstsq(torch.cat(rows), torch.cat(targets)[:, None], driver="gelsd").solution[:, 0]
-            assert (fit[v] - expected).norm() < 1e-5 * (expected - anchor[v]).norm()
-        assert torch.allclose(head.refine_head(anchor, base, given, 1.5), base + 1.5 * (fit - base), rtol=0, atol=1e-9)
-
-
-def test_probabilities_are_means_of_softmax():
-    weight, rows = torch.randn(40, 16), torch.randn(700, 16)
-    expected = (rows.double() @ weight.double().T).softmax(dim=1).mean(dim=0)
-    assert torch.allclose(head.probabilities(weight, rows.split(300)), expected, atol=1e-7)
 
 
 def reference(family, anchors, shares, share=0.5, scale=1.0):
@@ -151,9 +120,7 @@ def test_a_merge_is_refined_as_whole_models_would_be(families, kind, tmp_path, m
     expected = reference(family, plain, weight)
     report = json.loads((tmp_path / "refined/pave_report.json").read_text())["refined"]
     rows = {row["tensor"]: row for row in report["layers"]}
-    heads = rows.keys() - expected.keys()
-    assert heads == {"llama": {"lm_head.weight"}, "gpt2": {"transformer.wte.weight"}, "bert": set()}[kind]
-    assert expected.keys() <= rows.keys() and len(expected) >= 8
+    assert rows.keys() == expected.keys() and len(expected) >= 8
     before, after = (sum(rows[name][key] for name in expected) for key in ("error_before", "error_after"))
     assert after < before
     base = weights(family.base)
@@ -161,4 +128,4 @@ def test_a_merge_is_refined_as_whole_models_would_be(families, kind, tmp_path, m
         if name in expected:
             assert (tensor - expected[name]).norm() < 1e-4 * (expected[name] - base[name]).norm(), name
         else:
-            assert torch.equal(tensor, plain[name]) == (name not in heads)
+            assert torch.equal(tensor, plain[name])

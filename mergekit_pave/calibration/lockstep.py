@@ -78,7 +78,6 @@ def run_in_lockstep(
     run: Callable[[Batch], None],
     begin: Callable[[Batch], None] = lambda batch: None,
     layers: Iterable[str] = (),
-    head: str | None = None,
 ) -> Iterator[Stop]:
     """Run all batches. Stop when all of them have left a block, and before each call of one of the layers.
 
@@ -88,7 +87,6 @@ def run_in_lockstep(
         run: runs the model on a batch.
         begin: is called with a batch whenever it starts or continues.
         layers: paths of modules within blocks that take one tensor. Their weights may be replaced while batches stop there.
-        head: the path of a module after all blocks, where batches stop for good.
 
     Raises:
         UnknownWeightError: the model needs a weight that cannot be found, or uses one that is not loaded.
@@ -105,8 +103,7 @@ def run_in_lockstep(
             scheduler.switch(module, next(iter((*args, *kwargs.values())), None))
 
     # Modules outside the blocks load their weights when they run: embeddings before the first block, norms after the last.
-    last = streamed.model.get_submodule(head) if head else None
-    in_blocks = {module for block in blocks for module in block.modules()} | {last}
+    in_blocks = {module for block in blocks for module in block.modules()}
     outside = [module for module in streamed.model.modules() if module._parameters and module not in in_blocks]
 
     def start() -> list[_Waiting]:
@@ -137,7 +134,7 @@ def run_in_lockstep(
         return still_waiting
 
     with contextlib.ExitStack() as hooks:
-        for module in filter(None, (*block_of, last)):
+        for module in block_of:
             hooks.enter_context(module.register_forward_pre_hook(pause, prepend=True, with_kwargs=True))
         for block in blocks:
             hooks.enter_context(block.register_forward_hook(lambda module, args, output: pack(output)))
@@ -148,9 +145,9 @@ def run_in_lockstep(
         # Batches may call different blocks, as not each has an image: those that are furthest behind come first. Processes may
         # differ in the same way, but all of them go through all blocks side by side.
         while True:
-            ours = min((order[block_of[one.module]] for one in waiting if one.module is not last), default=len(order))
+            ours = min((order[block_of[one.module]] for one in waiting), default=len(order))
             if (number := distributed.lowest(ours)) == len(order):
-                break
+                return
             current = list(blocks)[number]
             waiting = distributed.together(lambda: through(current, waiting))  # noqa: B023
             while layer := next((one.module for one in waiting if one.module in paths and block_of[one.module] is current), None):
@@ -158,5 +155,3 @@ def run_in_lockstep(
                 waiting = through(layer, waiting)
             streamed.release()
             yield Stop(blocks[current], [])
-        if head:
-            yield Stop(head, [(one.batch, one.input) for one in waiting])

@@ -49,27 +49,24 @@ class Reached(NamedTuple):
 
 
 def run_side_by_side(
-    merged: Loads, experts: list[Expert], layers: Iterable[str], head: str | None, batch_size: int, device: str
+    merged: Loads, experts: list[Expert], layers: Iterable[str], batch_size: int, device: str
 ) -> Iterator[Reached]:
     """Run each expert's samples through it and through the merged model.
 
     Args:
         layers: paths of linear layers within blocks. The merged model's weights may be replaced while samples stand before them.
-        head: the path of the language model's head, which is reached last; None where the models are run without one.
 
     Raises:
         UnalignedInputError: samples have to run one by one.
         UnknownWeightError: a model has to be loaded whole.
         PaveError: the models do not call the same layers in the same order, or one of them more than once.
     """
-    unpadded, with_head, layers = batch_size == 1, head is not None, list(layers)
+    unpadded, layers = batch_size == 1, list(layers)
     batches = [[batch.to(device) for batch in make_batches(expert.encoded, batch_size)] for expert in experts]
     total = [len(of_expert) for of_expert in batches]
-    ours = run_in_lockstep(
-        merged, list(itertools.chain(*batches)), runner(merged.model, unpadded, with_head), layers=layers, head=head
-    )
+    ours = run_in_lockstep(merged, list(itertools.chain(*batches)), runner(merged.model, unpadded), layers=layers)
     theirs = [
-        run_in_lockstep(expert.model, of_expert, runner(expert.model.model, unpadded, with_head), layers=layers, head=head)
+        run_in_lockstep(expert.model, of_expert, runner(expert.model.model, unpadded), layers=layers)
         for expert, of_expert in zip(experts, batches)
     ]
     seen: set[str] = set()

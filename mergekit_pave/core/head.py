@@ -1,14 +1,15 @@
-"""Refining the head of a language model: a matrix with a row for each token, fitted row by row.
+"""The vocabulary of a language model merged so that the head predicts what each model predicts on its own data.
 
-The score of token v is E_v x, with the last hidden state x. It matters for how likely v is where an expert expects it, so each
-row has a metric of its own. With p_i(v) the mean probability that expert i gives to v, C_i = X_m X_m^T of the merged model's
-last hidden states and d their width, row v minimises
+A head has a row for each token, whose product with a last hidden state x is the token's score. To second order, the KL divergence
+between the predictions of two heads is the variance, over the tokens that are expected, of what their scores differ by. With the
+mean probability p_i(v) that model i gives to token v on its data, with C_i, the second moment of its last hidden states, and d,
+their width, the merged head E minimises
 
-    sum w_i ( n_i(v) ||E_v - E_i,v||^2 + p_i(v) ||E_v X_m - E_i,v X_e||^2 d / tr(C_i) ).
+    sum w_i ( sum_v n_i(v) ||E_v - E_i,v||^2 + d / tr(C_i) tr(D_i^T (diag(p_i) - p_i p_i^T) D_i C_i) ),    D_i = E - E_i.
 
-n_i(v) is the share of v in the tokens of expert i's data, for a head that is also the token embedding: an embedding is a linear
-layer on one-hot inputs. Any other head has n_i = `PRIOR` p_i instead. The systems of a row and its neighbours have the same
-few matrices in other mixtures, so they are solved together by conjugate gradients, in float64.
+n_i(v) is the share of v among the tokens of model i's data, for a head that is also the token embedding: an embedding is a linear
+layer on one-hot inputs, see `core.vocabulary`. Any other head has n_i = `PRIOR` p_i instead. The minimum is found by conjugate
+gradients.
 """
 
 from __future__ import annotations
@@ -19,89 +20,97 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergekit_pave.core.exact import float64_device
-from mergekit_pave.core.refine import Inputs
+from mergekit_pave.core.exact import float32_products
 
 PRIOR = 0.1
 
-_ROWS = 4096  # that are solved together
-_TOLERANCE = 1e-7
-_STEPS = 200
+_STEPS = 60
+_TOLERANCE = 1e-4  # of the residual: what is left would be lost when the head is stored in 16 bits
 
 
 @dataclass(frozen=True)
-class ExpertHead:
-    """One expert's part in the fit of a head.
+class Head:
+    """One model's part in the merge of heads.
 
     Attributes:
         share: w_i >= 0.
         weight: E_i, (tokens, d).
+        moment: C_i, or a multiple of it, (d, d).
+        predicted: p_i, (tokens,), with sum 1.
         embedded: n_i, (tokens,); None for a head that is not the token embedding.
-        predicted: p_i, (tokens,).
     """
 
     share: float
     weight: Tensor
-    inputs: Inputs
-    embedded: Tensor | None
+    moment: Tensor
     predicted: Tensor
+    embedded: Tensor | None = None
 
 
-def probabilities(weight: Tensor, rows: Sequence[Tensor]) -> Tensor:
-    """The mean over rows of the softmax of their scores, (tokens,) float64.
+def predictions(weight: Tensor, rows: Tensor) -> Tensor:
+    """The sum over rows of the softmax of their scores, (tokens,) float64.
 
     Args:
         weight: (tokens, d).
-        rows: last hidden states by batch, (n, d) each; at least one row.
+        rows: last hidden states, (n, d).
     """
-    total = weight.new_zeros(len(weight), dtype=torch.float64)
-    for batch in rows:
-        for part in batch.split(256):
-            total += (part.float() @ weight.float().mT).softmax(dim=1).sum(dim=0)
-    return total / sum(map(len, rows))
+    total = torch.zeros(len(weight), dtype=torch.float64)
+    for part in rows.split(256):
+        total += (part @ weight.mT).float().softmax(dim=1).sum(dim=0).cpu()
+    return total
 
 
-def refine_head(anchor: Tensor, base: Tensor, experts: Sequence[ExpertHead], scale: float) -> Tensor:
-    """E_base + scale (E - E_base) with the E of the module's docstring, (tokens, d) in the anchor's type.
+def merge_heads(base: Tensor, heads: Sequence[Head], scale: float = 1.0) -> Tensor:
+    """E_base + scale (E - E_base) with the E of the module's docstring, (tokens, d) float32.
+
+    About six matrices of this size and type are in memory at a time.
 
     Args:
-        anchor: what a merge method gave, (tokens, d): where the search starts.
-        base: E_base, (tokens, d).
-        scale: what the fitted change is multiplied by.
+        base: E_base, (tokens, d): where the search starts.
+        scale: what the merged change is multiplied by.
     """
-    device, width = float64_device(anchor.device), anchor.shape[1]
-    result = torch.empty_like(anchor)
-    for start in range(0, len(anchor), _ROWS):
-        rows = slice(start, start + _ROWS)
-        first, of_base = (matrix[rows].to(device).double() for matrix in (anchor, base))
-        parts, wanted = [], torch.zeros_like(first)
-        for expert in experts:
-            own = expert.weight[rows].to(device).double()
-            predicted = expert.share * expert.predicted[rows, None].to(device)
-            embedded = PRIOR * predicted if expert.embedded is None else expert.share * expert.embedded[rows, None].to(device)
-            predicted = predicted * width
-            wanted += embedded * (own - first) + predicted * (own @ expert.inputs.cross - first @ expert.inputs.square)
-            parts.append((embedded, predicted, expert.inputs.square))
-        fitted = first + _solve(parts, wanted)
-        result[rows] = (of_base + scale * (fitted - of_base)).to(result.device, result.dtype)
-    return result
+    device, width = base.device, base.shape[1]
+    parts, wanted = [], torch.zeros(base.shape, device=device)
+    with float32_products(device):
+        for head in heads:
+            predicted = head.predicted.to(device, torch.float32)[:, None]
+            embedded = PRIOR * predicted if head.embedded is None else head.embedded.to(device, torch.float32)[:, None]
+            moment = (head.moment * (width / head.moment.diagonal().sum())).to(device, torch.float32)
+            part = head.share, embedded, predicted, moment
+            _add_product(wanted, head.weight.float() - base.float(), part)
+            parts.append(part)
+        change = _solve(parts, wanted)
+    return change.mul_(scale).add_(base)
 
 
-def _solve(parts: list[tuple[Tensor, Tensor, Tensor]], wanted: Tensor) -> Tensor:
-    """x with sum a_v x_v + b_v x_v C = wanted_v in each row v, for parts (a, b, C)."""
+def _add_product(total: Tensor, x: Tensor, part: tuple[float, Tensor, Tensor, Tensor]) -> None:
+    """Add w (diag(n) x + (diag(p) - p p^T) x C), for a part (w, n, p, C)."""
+    share, embedded, predicted, moment = part
+    total.addcmul_(x, embedded, value=share)
+    scores = x @ moment
+    total.addcmul_(scores.sub_(predicted.mT @ scores), predicted, value=share)
 
-    def times(x: Tensor) -> Tensor:
-        return sum(a * x + b * (x @ square) for a, b, square in parts)
 
-    x, residual, direction = torch.zeros_like(wanted), wanted.clone(), wanted.clone()
-    size = first = residual.square().sum(dim=1, keepdim=True)
+def _solve(parts: list[tuple[float, Tensor, Tensor, Tensor]], wanted: Tensor) -> Tensor:
+    """x for which the sum of the parts' products is wanted. Overwrites wanted."""
+    rows = sum(share * (embedded + predicted) for share, embedded, predicted, _ in parts)
+    rows = rows.clamp(min=torch.finfo(torch.float32).tiny)  # the preconditioner
+    x, residual, direction = torch.zeros_like(wanted), wanted, wanted / rows
+    size = first = _dot(residual, direction)
     for _ in range(_STEPS):
-        if not (size > _TOLERANCE**2 * first).any():
+        if not size > _TOLERANCE**2 * first:
             break
-        product = times(direction)
-        step = size / (direction * product).sum(dim=1, keepdim=True).clamp(min=torch.finfo(size.dtype).tiny)
-        x += step * direction
-        residual -= step * product
-        before, size = size, residual.square().sum(dim=1, keepdim=True)
-        direction = residual + size / before.clamp(min=torch.finfo(size.dtype).tiny) * direction
+        product = torch.zeros_like(direction)
+        for part in parts:
+            _add_product(product, direction, part)
+        step = size / _dot(direction, product)
+        x.add_(direction, alpha=step)
+        residual.sub_(product, alpha=step)
+        del product
+        before, size = size, _dot(residual, residual / rows)
+        direction.mul_(size / before).addcdiv_(residual, rows)
     return x
+
+
+def _dot(x: Tensor, y: Tensor) -> float:
+    return sum((a.double() @ b.double()).item() for a, b in zip(x.flatten().split(1 << 22), y.flatten().split(1 << 22)))

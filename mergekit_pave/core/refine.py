@@ -111,13 +111,11 @@ class Expert:
         share: w_i >= 0.
         weight: W_i, (d_out, d_in).
         inputs: None leaves only the part that needs no data.
-        outputs: how much each output counts in an error, (d_out,); None where all count alike.
     """
 
     share: float
     weight: Tensor
     inputs: Inputs | None
-    outputs: Tensor | None = None
 
 
 def refine(anchor: Tensor, base: Tensor, experts: Iterable[Expert], data: float, scale: float) -> Tensor:
@@ -158,11 +156,10 @@ def relative_error(weight: Tensor, experts: Iterable[Expert]) -> float | None:
         if expert.inputs is None:
             continue
         rows, asked = expert.inputs.merged.double(), expert.inputs.expert.double()
-        outputs = 1.0 if expert.outputs is None else expert.outputs.to(asked.device).sqrt()
-        target = asked @ expert.weight.to(asked.device).double().mT * outputs
+        target = asked @ expert.weight.to(asked.device).double().mT
         size = target.square().sum().item()
         if size > 0:
-            difference = rows @ weight.to(rows.device).double().mT * outputs - target
+            difference = rows @ weight.to(rows.device).double().mT - target
             total += expert.share * difference.square().sum().item() / size
             shares += expert.share
     return (total / shares) ** 0.5 if shares else None

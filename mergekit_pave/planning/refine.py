@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from mergekit.common import ModelReference
-from torch import Tensor
 
 from mergekit_pave.calibration.architecture import NO_BLOCK, Architecture, describe
 from mergekit_pave.calibration.job import Job
-from mergekit_pave.calibration.token_rows import SIDES
 from mergekit_pave.config import PaveConfig
 from mergekit_pave.core.linear import Linear
-from mergekit_pave.core.vocabulary import shares as token_shares
 from mergekit_pave.errors import PaveError
 from mergekit_pave.planning.calibration import PlannedCalibration
 from mergekit_pave.planning.merge import Merge, PlannedTensor
 from mergekit_pave.planning.select import linear_of
 from mergekit_pave.planning.warnings import BETWEEN_TWO
-from mergekit_pave.tasks.refine import RefinedHead, RefinedLayer, Refinement
+from mergekit_pave.tasks.refine import RefinedLayer, Refinement
 
 SHARED = "its weight is used by several layers"
 OUTSIDE = "in no block"
@@ -87,58 +84,20 @@ def plan_refinement(
         raise PaveError(
             "pave.refine: no tensor of this merge is the weight of a linear layer in a block, so nothing would be refined"
         )
-    head = _head(merge, architecture, experts, calibrations)
-    if head:
-        for number in head.numbers:
-            reasons.pop(merge.tensors[number].name)
     refinement = Refinement(
         settings=config.refinement,
         layers=layers,
-        head=head,
         experts=experts,
         config=merge.config,
         architecture=architecture,
         numbers=tuple(
             number
             for number, planned in enumerate(merge.tensors)
-            if (head and number in head.numbers) or architecture.weight_name(list(planned.names)) not in architecture.heads
+            if architecture.weight_name(list(planned.names)) not in architecture.heads
         ),
         runtime=merge.runtime,
     )
     return refinement, reasons
-
-
-def _head(
-    merge: Merge,
-    architecture: Architecture,
-    experts: dict[ModelReference, Job],
-    calibrations: dict[ModelReference, PlannedCalibration],
-) -> RefinedHead | None:
-    """The language model's head, if all models have one of the same size whose weight mergekit merges row by row."""
-    of_models = [architecture, *(job.architecture for job in experts.values())]
-    if architecture.head is None or len({(one.head, one.vocabulary, one.tied) for one in of_models}) > 1:
-        return None
-    numbers = [i for i, planned in enumerate(merge.tensors) if architecture.weight_name(list(planned.names)) in architecture.tied]
-    planned = merge.tensors[numbers[0]] if numbers else None
-    if planned is None or not planned.has_base or not set(planned.fine_tuned) <= experts.keys():
-        return None
-    shares = {model: share for model, share in planned.weights.items() if share > 0}
-    embedded: dict[ModelReference, Tensor] = {}
-    uses = architecture.token_rows.get(architecture.weight_name(list(planned.names)), ())
-    if sides := [use for use in uses if use in SIDES]:
-        counts = {model: calibrations[model].counts for model in shares}
-        if None in counts.values():
-            return None
-        embedded = {model: token_shares(of_model.of(sides, architecture.vocabulary)) for model, of_model in counts.items()}
-    return RefinedHead(
-        path=architecture.head,
-        numbers=tuple(numbers),
-        name=planned.name,
-        gather=planned.gather,
-        base=planned.base,
-        shares=shares,
-        embedded=embedded,
-    )
 
 
 def _check_samples(model: ModelReference, job: Job, architecture: Architecture) -> None:

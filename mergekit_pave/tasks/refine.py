@@ -24,7 +24,6 @@ from mergekit_pave.calibration.side_by_side import Expert, Reached, run_side_by_
 from mergekit_pave.calibration.weights import Checkpoint, StreamedModel, UnknownWeightError
 from mergekit_pave.core import refine
 from mergekit_pave.core.failures import advising
-from mergekit_pave.core.head import ExpertHead, probabilities, refine_head
 from mergekit_pave.core.linear import Linear
 from mergekit_pave.core.reasons import NEVER_CALLED
 from mergekit_pave.errors import PaveError
@@ -56,32 +55,11 @@ class RefinedLayer:
 
 
 @dataclass(frozen=True)
-class RefinedHead:
-    """A language model's head that is to be fitted.
-
-    Attributes:
-        path: of the module.
-        numbers: of the output tensors that are its weight: two where a tied weight is stored twice.
-        name: of the first of them.
-        embedded: the share of each token in the expert's samples, for a head that is also the token embedding; otherwise empty.
-    """
-
-    path: str
-    numbers: tuple[int, ...]
-    name: str
-    gather: GatherTensors
-    base: ModelReference
-    shares: dict[ModelReference, float]
-    embedded: dict[ModelReference, Tensor]
-
-
-@dataclass(frozen=True)
 class Refinement:
     """What is to be refined.
 
     Attributes:
         layers: by the layer's path.
-        head: None where the models have none that could be fitted.
         experts: what each expert is run on.
         config, architecture: of the merged model.
         numbers: of the output tensors that make up the merged model's backbone.
@@ -89,7 +67,6 @@ class Refinement:
 
     settings: Refine
     layers: dict[str, RefinedLayer]
-    head: RefinedHead | None
     experts: dict[ModelReference, Job]
     config: transformers.PretrainedConfig
     architecture: Architecture
@@ -195,7 +172,7 @@ def _refine(
     store: TensorStore,
     run: Callable[[Task], Any],
 ) -> Refined:
-    device, result, head = planned.runtime.device, Refined(), planned.head
+    device, result = planned.runtime.device, Refined()
     ours, theirs = open_model(planned, merged)
     experts = [Expert(job.name, model, job.encoded) for job, model in zip(planned.experts.values(), theirs)]
     inputs: dict[ModelReference, refine.Inputs | None] = {}
@@ -204,16 +181,10 @@ def _refine(
         torch.no_grad(),
         bar(len(find_blocks(ours.model)), "Refining", "blocks", planned.runtime.quiet) as progress,
     ):
-        for reached in run_side_by_side(ours, experts, planned.layers, head and head.path, batch_size, device):
+        for reached in run_side_by_side(ours, experts, planned.layers, batch_size, device):
             if reached.pairs is None:
                 inputs = {}
                 progress.update()
-                continue
-            if head and reached.path == head.path:
-                with advising(f"refining {head.name}", device):
-                    weight = _fit_head(head, planned, reached, run(head.gather), merged.get(head.numbers[0]).to(device), result)
-                for number in head.numbers:
-                    store.put(number, weight)
                 continue
             layer = planned.layers[reached.path]
             with advising(f"refining {layer.name}", device):
@@ -271,27 +242,3 @@ def _fit(
     after = refine.relative_error(matrix(weight), experts)
     result.rows.append({"tensor": layer.name, "tokens": tokens, "error_before": before, "error_after": after})
     return weight
-
-
-def _fit_head(
-    head: RefinedHead,
-    planned: Refinement,
-    reached: Reached,
-    weights: dict[ModelReference, Tensor],
-    anchor: Tensor,
-    result: Refined,
-) -> Tensor:
-    """The refined weight of the head as it is stored."""
-    experts, layers = [], []
-    for number, (model, job) in enumerate(planned.experts.items()):
-        inputs, share = _summed(reached, number, job), head.shares.get(model, 0)
-        if inputs and share:
-            weight = weights[model].to(anchor.device)
-            predicted = probabilities(weight, [rows for _, rows in reached.pairs(number)])
-            experts.append(ExpertHead(share, weight, inputs, head.embedded.get(model), predicted))
-            layers.append(refine.Expert(share, weight, inputs, predicted))
-    fitted = refine_head(anchor, weights[head.base].to(anchor.device), experts, planned.settings.lambda_)
-    errors = [refine.relative_error(weight, layers) for weight in (anchor, fitted)]
-    tokens = sum(expert.inputs.tokens for expert in experts)
-    result.rows.append({"tensor": head.name, "tokens": tokens, "error_before": errors[0], "error_after": errors[1]})
-    return fitted
