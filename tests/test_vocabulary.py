@@ -192,7 +192,7 @@ def test_merges_are_exact(family_of, tmp_path, cache, kind):
     assert row["tokens"] == {str(model): len(ids) for model, ids in zip(family.tuned, tokens)}
 
 
-@pytest.mark.parametrize("method", ["ties", "model_stock", "task_arithmetic"])
+@pytest.mark.parametrize("method", ["ties", "model_stock", "task_arithmetic", "tsv"])
 def test_other_methods(llama, tmp_path, method):
     """A method's own `lambda` is not that of the rows. Without weights all models are alike."""
     config = counting(llama, merge_method=method)
@@ -544,13 +544,13 @@ def test_plan_report_card_and_log(llama, tmp_path, cache, caplog, undrawn):
     name, tokens = EMBEDDING["llama"], tokens_of(llama)
     config = regmean_with(llama, {})
     shown, predicted = len(set(torch.cat(tokens).tolist())), tokens_of(llama, predicted=True)
-    line = f"{name}: {shown} of 320 rows merged by token counts ("
+    line = f"{shown} of 320 rows of {name} are merged by token counts ("
     counts = [f"{len(ids)} of {model}" for ids, model in zip(tokens, llama.tuned)]
     path = write_config(config, tmp_path / "config.yml")
     forget_checkpoints()
     told = CliRunner().invoke(main, ["plan", str(path)]).stdout
-    assert f"M{line[1:]}" in told and all(count in told for count in counts)
-    assert f"Lm_head.weight: {len(set(torch.cat(predicted).tolist()))} of 320 rows merged by token counts" in told
+    assert line in told and all(count in told for count in counts)
+    assert f"{len(set(torch.cat(predicted).tolist()))} of 320 rows of {HEAD} are merged by token counts" in told
     forget_checkpoints()
     found = json.loads(CliRunner().invoke(main, ["plan", str(path), "--json"]).stdout)["vocabulary"]
     with caplog.at_level(logging.INFO, "mergekit_pave"):
@@ -572,10 +572,10 @@ def test_people_are_told_of_what_is_left(llama, tmp_path, cache, caplog, undrawn
     told = "2 rearranged by mergekit to fit another vocabulary"
     with caplog.at_level(logging.INFO, "mergekit_pave"):
         assert invoke(config, tmp_path / "out").exit_code == 0
-    assert f"vocabulary that is left to the merge method: {told}" in caplog.text
-    assert f"left to the merge method, by reason: {told}." in (tmp_path / "out" / "README.md").read_text()
+    assert f"Vocabulary left to the merge method: {told}" in caplog.text
+    assert f"Vocabulary left to the merge method, by reason: {told}." in (tmp_path / "out" / "README.md").read_text()
     planned = CliRunner().invoke(main, ["plan", str(tmp_path / "out.yml")]).stdout
-    assert f"Vocabulary that is left to the merge method: {told}." in planned
+    assert f"Vocabulary left to the merge method: {told}." in planned
     assert CliRunner().invoke(main, ["report", str(tmp_path / "out")]).exit_code == 0
     assert f"<td class=text>{told[2:]}</td><td>2</td>" in (tmp_path / "out" / "pave_report" / "index.html").read_text()
 
@@ -589,3 +589,7 @@ def test_a_merge_of_which_nothing_else_is_told(llama, tmp_path, cache, undrawn):
     assert done.exit_code == 0, done.output
     page = (tmp_path / "out" / "pave_report" / "index.html").read_text()
     assert "of 320" in page and "task vectors purified" not in page and "by <code>regmean</code>" not in page
+    forget_checkpoints()
+    done = CliRunner().invoke(main, ["report", str(tmp_path / "out.yml"), "-o", str(tmp_path / "page"), "--quiet"])
+    assert done.exit_code == 0, done.output
+    assert "of 320" in (tmp_path / "page" / "index.html").read_text()

@@ -115,7 +115,7 @@ def as_text(preview: dict[str, Any]) -> str:
         others = regmean_reasons(preview["regmean"]) or "none"
         lines.append(f"{preview['regmean']['closed_form']} will be merged in closed form; as task_arithmetic does: {others}.")
     if "vocabulary" in preview:
-        lines += [f"{line[0].upper()}{line[1:]}." for line in vocabulary_lines(preview["vocabulary"])]
+        lines += [f"{line}." for line in vocabulary_lines(preview["vocabulary"])]
     for name, model in preview["models"].items():
         sets = [" / ".join(filter(None, (data["path"], data.get("name"), data["split"]))) for data in model["data"]]
         data = ", ".join(sets) or "not needed"

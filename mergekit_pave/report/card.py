@@ -123,7 +123,7 @@ def _vocabulary(report: dict) -> list[str]:
             "",
         ]
     if reasons := vocabulary_reasons(report["vocabulary"]):
-        lines += [f"Vocabulary that is left to the merge method, by reason: {_escape(reasons)}.", ""]
+        lines += [f"Vocabulary left to the merge method, by reason: {_escape(reasons)}.", ""]
     return lines
 
 

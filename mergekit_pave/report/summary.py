@@ -106,9 +106,9 @@ def vocabulary_lines(vocabulary: dict[str, Any]) -> list[str]:
     lines = []
     for row in vocabulary["by_counts"]:
         tokens = ", ".join(f"{count} of {model}" for model, count in row["tokens"].items())
-        lines.append(f"{row['tensor']}: {row['shown']} of {row['rows']} rows merged by token counts ({tokens})")
+        lines.append(f"{row['shown']} of {row['rows']} rows of {row['tensor']} are merged by token counts ({tokens})")
     if reasons := vocabulary_reasons(vocabulary):
-        lines.append(f"vocabulary that is left to the merge method: {reasons}")
+        lines.append(f"Vocabulary left to the merge method: {reasons}")
     return lines
 
 
