@@ -11,6 +11,9 @@ a row that was seen once, in the data of one model, from being that model's alon
 
 A head has a row for each token, too, which matters where that token is to be predicted. If inputs are taken to be alike in all
 models, the same formula merges it, with n_i(v) the count of v among the tokens that are to be predicted.
+
+Learned positions are embeddings as well. Merged by how many samples reach them they were no better than by task arithmetic: a
+GPT-2 kept 65.3 and 65.1 % of what its three fine-tunes had gained, and 63.7 % with the base's positions. So they are left to it.
 """
 
 from __future__ import annotations
