@@ -7,7 +7,7 @@ from test_page import report_of, rows_of
 
 from mergekit_pave.errors import PaveError
 from mergekit_pave.report import card
-from mergekit_pave.report.page import render, sections
+from mergekit_pave.report.page import fits, render, sections
 from mergekit_pave.report.stored import read_report
 
 OTHER_VALUES = [None, [], {}, -1, 1.5, True, "text", [[]], {"a": None}, 10**400, float("nan"), 1e300, "\ud800", "~nobody/x"]
@@ -31,6 +31,11 @@ def whole() -> dict:
     report["regmean"] = {
         "closed_form": [{"tensor": "layers.0.mlp.weight", **parameters}],
         "as_task_arithmetic": {"lm_head.weight": "vocabulary"},
+    }
+    report["refined"] = {
+        "settings": {"covariance": 0.5, "lambda": 1.0},
+        "layers": [{"tensor": "layers.0.mlp.weight", "tokens": 100, "error_before": 0.5, "error_after": None}],
+        "left": {"lm_head.weight": "vocabulary"},
     }
     return report
 
@@ -68,13 +73,14 @@ def show(folder, report) -> None:
 
 def test_the_whole_one_is_shown(tmp_path):
     show(tmp_path, read(tmp_path, whole()))
-    assert (tmp_path / "page" / "kept-rank.png").is_file()
+    assert all((tmp_path / "page" / f"{name}.png").is_file() for name in ("kept-rank", "errors"))
 
 
 @pytest.mark.parametrize("key", whole())
 def test_any_value_of_another_shape(tmp_path, monkeypatch, key):
     """Also deep inside. Plots are not drawn here, as they take numbers that the check has passed."""
     monkeypatch.setattr(sections, "_purified", lambda _: [])
+    monkeypatch.setattr(fits, "plot_errors", lambda _: [])
     refused = 0
     for path in [path for path in places(whole()) if path[0] == key]:
         for value in [GONE, *OTHER_VALUES]:
@@ -96,6 +102,8 @@ def test_any_value_of_another_shape(tmp_path, monkeypatch, key):
         (("purified", 0, "components"), 0, r"purified\.0\.components: Input should be greater than 0"),
         (("purified", 0, "model"), "another", r"purified\.0\.model: another is not among the models"),
         (("models", "someone/model-0", "settings", "target"), "all", r"models\.someone/model-0\.settings\.target: "),
+        (("refined", "layers", 0, "error_before"), -0.5, r"refined\.layers\.0\.error_before: Input should be greater"),
+        (("refined", "layers"), GONE, r"refined\.layers: Field required"),
         (("weights",), ["model.safetensors"], "weights: Input should be a valid dictionary"),
         (("weights", "model.safetensors"), 3, r"weights\.model\.safetensors: Input should be a valid string"),
         (("versions", "mergekit-pave"), GONE, r"versions\.mergekit-pave: Field required"),

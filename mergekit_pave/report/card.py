@@ -9,8 +9,8 @@ import re
 from huggingface_hub import ModelCard
 
 from mergekit_pave.report.outputs import REPORT_NAME
-from mergekit_pave.report.places import place, short, short_models
-from mergekit_pave.report.summary import by_model, num_purified, regmean_reasons, vocabulary_reasons
+from mergekit_pave.report.places import projections, short_models
+from mergekit_pave.report.summary import by_model, num_purified, refined_reasons, regmean_reasons, vocabulary_reasons
 from mergekit_pave.report.tables import (
     calibration_data,
     common_settings,
@@ -18,6 +18,8 @@ from mergekit_pave.report.tables import (
     is_local,
     is_repository,
     model_settings,
+    refined_settings,
+    refined_table,
     regmean_parameters,
     vocabulary_table,
 )
@@ -60,6 +62,8 @@ def section(report: dict, picture: str | None = None) -> str:
         lines += _regmean(report)
     if "vocabulary" in report:
         lines += _vocabulary(report)
+    if "refined" in report:
+        lines += _refined(report)
     lines += [line for warning in report["warnings"] for line in (f"> {_escape(warning)}.", "")]
     lines += _calibration(report)
     if report["purified"]:
@@ -127,6 +131,33 @@ def _vocabulary(report: dict) -> list[str]:
     return lines
 
 
+def _refined(report: dict) -> list[str]:
+    """What `pave.refine` did."""
+    refined = report["refined"]
+    settings = [(f"`{key}`{_SYMBOLS.get(key, '')}", value) for key, value in refined_settings(report).items()]
+    lines = [
+        f"mergekit-pave {report['versions']['mergekit-pave']} refined {len(refined['layers'])} of {report['tensors']} "
+        "tensors of the merged model, block by block in the order in which the model calls them. The weight of each linear layer "
+        "was fitted in closed form to all models: on the inputs X that the merged model gives the layer for samples of model i, "
+        "its outputs are to be those that the layer of model i has on its own inputs Xᵢ. Layers that come later saw the new "
+        "outputs.",
+        "",
+        *_table(("setting", "value"), settings),
+        "",
+    ]
+    if refined["layers"]:
+        lines += [
+            "Relative error: `‖W X - Wᵢ Xᵢ‖ / ‖Wᵢ Xᵢ‖`, over all models. Before: with the weight that the merge gave, when all "
+            "layers before it had been refined. Each figure is the mean over the layers, with the smallest and the largest.",
+            "",
+            *_table(*refined_table(report)),
+            "",
+        ]
+    if reasons := refined_reasons(refined):
+        lines += [f"As the merge method gives them, by reason: {_escape(reasons)}.", ""]
+    return lines
+
+
 def commands(report: dict) -> str:
     """What to type to make the merge again, with the versions that it was made with."""
     packages = (f"{package}=={version.split('+')[0]}" for package, version in report["versions"].items())
@@ -167,19 +198,12 @@ def _effect(report: dict) -> list[str]:
 def _ranks(report: dict) -> list[str]:
     """Mean rank kept by projection and model, over the layers."""
     names = short_models(report["models"])
-    places = {row["output"]: place(row["output"]) for row in report["purified"]}
-    stacks = dict.fromkeys(where.stack for where in places.values())
-    labels = {stack: short(where.projection for where in places.values() if where.stack == stack) for stack in stacks}
+    labels = projections(row["output"] for row in report["purified"])
     groups: dict[tuple, dict[str, list[int]]] = {}
     for row in report["purified"]:
-        where = places[row["output"]]
-        key = (where.stack, where.projection, row["components"])
+        key = labels[row["output"]], row["components"]
         groups.setdefault(key, {}).setdefault(row["model"], []).append(row["kept"])
-    rows = []
-    for (stack, projection, components), kept in groups.items():
-        label = labels[stack][projection]
-        label = f"{stack}: {label}" if len(stacks) > 1 and stack else label
-        rows.append((label, components, *(_range(kept.get(model)) for model in names)))
+    rows = [(label, components, *(_range(kept.get(model)) for model in names)) for (label, components), kept in groups.items()]
     head = ("projection", "components", *names.values())
     text = "Rank kept: mean over the layers, with the smallest and the largest."
     return ["#### Ranks", "", text, "", *_table(head, rows), ""]

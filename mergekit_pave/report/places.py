@@ -36,6 +36,18 @@ def place(tensor: str) -> Place:
     return Place(name[: match.start()], int(match.group(1)), _EXPERT.sub(r"\1.*", name[match.end() :]))
 
 
+def projections(tensors: Iterable[str]) -> dict[str, str]:
+    """By tensor a short name of its projection, after that of its stack where there are several."""
+    places = {tensor: place(tensor) for tensor in tensors}
+    stacks = dict.fromkeys(where.stack for where in places.values())
+    labels = {stack: short(where.projection for where in places.values() if where.stack == stack) for stack in stacks}
+    return {
+        tensor: f"{where.stack}: {label}" if len(stacks) > 1 and where.stack else label
+        for tensor, where in places.items()
+        for label in [labels[where.stack][where.projection]]
+    }
+
+
 def short(names: Iterable[str], separator: str = ".") -> dict[str, str]:
     """For each name as few of its last parts as are enough to distinguish all names."""
     names = list(dict.fromkeys(names))

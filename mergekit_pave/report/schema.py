@@ -82,6 +82,24 @@ class _Vocabulary(_Strict):
     by_method: dict[str, str]
 
 
+class _RefinementSettings(_Strict):
+    covariance: Number
+    lambda_: Number = Field(alias="lambda")
+
+
+class _RefinedLayer(_Strict):
+    tensor: str
+    tokens: Count
+    error_before: Optional[Norm]
+    error_after: Optional[Norm]
+
+
+class _Refined(_Strict):
+    settings: _RefinementSettings
+    layers: list[_RefinedLayer]
+    left: dict[str, str]
+
+
 class _Versions(_Strict, extra="allow"):
     __pydantic_extra__: dict[str, str]
 
@@ -98,6 +116,7 @@ class _Report(_Strict):
     purified: list[_Row]
     regmean: _RegMean = None  # not there without regmean, but never null
     vocabulary: _Vocabulary = None  # likewise
+    refined: _Refined = None
     weights: Optional[dict[str, Optional[str]]] = None
 
 

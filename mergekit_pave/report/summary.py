@@ -117,6 +117,27 @@ def vocabulary_reasons(vocabulary: dict[str, Any]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in count_reasons(vocabulary["by_method"]))
 
 
+def mean_errors(refined: dict[str, Any]) -> tuple[float, float] | None:
+    """The mean relative error of the refined layers' outputs, before and after; None where none could be measured."""
+    errors = [(row["error_before"], row["error_after"]) for row in refined["layers"]]
+    known = [pair for pair in errors if None not in pair]
+    return tuple(sum(column) / len(known) for column in zip(*known)) if known else None
+
+
+def refined_reasons(refined: dict[str, Any]) -> str:
+    """How many tensors are as the merge method gives them, by reason."""
+    return ", ".join(f"{count} {reason}" for reason, count in count_reasons(refined["left"]))
+
+
+def refined_summary(refined: dict[str, Any]) -> str:
+    """One line for the log."""
+    line = f"{len(refined['layers'])} layers refined"
+    if errors := mean_errors(refined):
+        line += f": their outputs differ from the models' by {errors[1]:.2g}, before by {errors[0]:.2g} (mean relative error)"
+    reasons = refined_reasons(refined)
+    return f"{line}; as the merge method gives them: {reasons}" if reasons else line
+
+
 def regmean_warnings(regmean: dict[str, Any]) -> list[str]:
     """A warning where calibration did not reach most of the weights that could have been merged in closed form."""
     num_missed = sum(reason.startswith(NEVER_CALLED) for reason in regmean["as_task_arithmetic"].values())

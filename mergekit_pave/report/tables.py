@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from mergekit_pave.report.places import short_models
+from mergekit_pave.report.places import projections, short_models
 
 _LOADERS = ("json", "csv", "parquet", "text", "imagefolder")  # of `datasets`, which read data_files
 _SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zst", ".bz2", ".xz")
@@ -61,6 +61,34 @@ def vocabulary_table(report: dict[str, Any]) -> tuple[tuple[str, ...], list[tupl
         )
         for row in merged
     ]
+
+
+def refined_settings(report: dict[str, Any]) -> dict[str, str]:
+    """The settings of refining."""
+    return {key: f"{value:g}" for key, value in report["refined"]["settings"].items()}
+
+
+def refined_table(report: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple]]:
+    """How well the refined layers fit, by projection: the mean over the layers, with the smallest and the largest."""
+    rows = report["refined"]["layers"]
+    labels = projections(row["tensor"] for row in rows)
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(labels[row["tensor"]], []).append(row)
+    head = ("projection", "layers", "relative error before", "after")
+    return head, [
+        (label, len(of_label), *(_errors([row[key] for row in of_label]) for key in ("error_before", "error_after")))
+        for label, of_label in groups.items()
+    ]
+
+
+def _errors(errors: list[float | None]) -> str:
+    """A mean with its range. An error is None where the models' outputs are zero."""
+    known = [error for error in errors if error is not None]
+    if not known:
+        return "-"
+    mean, least, most = (f"{value:.2g}" for value in (sum(known) / len(known), min(known), max(known)))
+    return mean if least == most else f"{mean} ({least} to {most})"
 
 
 def count_reasons(reasons: dict[str, str]) -> list[tuple[str, int]]:

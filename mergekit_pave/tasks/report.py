@@ -20,6 +20,7 @@ from mergekit_pave.report.summary import (
     complete,
     left_experts,
     left_weights,
+    refined_summary,
     regmean_summary,
     regmean_warnings,
     summary,
@@ -75,6 +76,8 @@ class WriteReport(Task[None]):
                 LOG.info(regmean_summary(report["regmean"]))
             for line in vocabulary_lines(report["vocabulary"]) if "vocabulary" in report else ():
                 LOG.info(line)
+            if "refined" in report:
+                LOG.info(refined_summary(report["refined"]))
             for line in left_experts(report) + left_weights(report):
                 LOG.info(line)
             for warning in warnings(report) + (regmean_warnings(report["regmean"]) if "regmean" in report else []):

@@ -20,7 +20,7 @@ from mergekit_pave.report.page.drawing import png, svg
 from mergekit_pave.report.page.measure import Measurements
 from mergekit_pave.report.page.sections import Section, Table, scientific, sections_of
 from mergekit_pave.report.places import short_models
-from mergekit_pave.report.summary import by_model, left_experts, left_weights, num_purified
+from mergekit_pave.report.summary import by_model, left_experts, left_weights, mean_errors, num_purified
 
 _NUMBER = re.compile(r"-|[\d.,]+(e[-+]?\d+)?( %| of \d+)?")
 
@@ -39,7 +39,7 @@ def write(folder: Path, name: str, report: dict[str, Any], measured: Measurement
     Raises:
         PaveError: there is nothing to show, a file of somebody else is in the way, or the folder cannot be written.
     """
-    if not report["purified"] and "closed_form" not in report.get("regmean", {}) and not _only_vocabulary(report):
+    if not (report["purified"] or _merged(report) or _only_vocabulary(report)):
         raise PaveError(f"{name}: {_nothing(report)}")
     sections = sections_of(report, measured)
     files = {f"{plot.name}.png": png(plot) for section in sections for plot in section.plots}
@@ -55,12 +55,19 @@ def write(folder: Path, name: str, report: dict[str, Any], measured: Measurement
     return folder / PAGE_NAME
 
 
+def _merged(report: dict[str, Any]) -> bool:
+    """Whether the report is of a finished merge that tells of `regmean` or of refining."""
+    return "closed_form" in report.get("regmean", {}) or "layers" in report.get("refined", {})
+
+
 def _only_vocabulary(report: dict[str, Any]) -> bool:
     """Whether the vocabulary was merged by token counts, and nothing else was done."""
-    return not report["purified"] and "regmean" not in report and "vocabulary" in report
+    return not report["purified"] and "vocabulary" in report and not report.keys() & {"regmean", "refined"}
 
 
 def _nothing(report: dict[str, Any]) -> str:
+    if "refined" in report:
+        return "this config purifies nothing. To see what was refined, give the folder of the finished merge"
     if "regmean" in report:
         return "this config purifies nothing. To see what regmean merged, give the folder of the finished merge"
     return "nothing was purified in this merge, so there is nothing to draw"
@@ -150,6 +157,10 @@ def _tiles(report: dict[str, Any]) -> list[tuple[str, str]]:
         ]
     for row in report.get("vocabulary", {"by_counts": []})["by_counts"]:
         tiles.append((f"{row['shown']} of {row['rows']}", f"rows of {row['tensor']} merged by token counts"))
+    if "layers" in report.get("refined", {}):
+        tiles.append((f"{len(report['refined']['layers'])} of {report['tensors']}", "tensors refined"))
+        if errors := mean_errors(report["refined"]):
+            tiles.append(("{:.2g} → {:.2g}".format(*errors), "relative error of their outputs, mean"))
     ratios = [sums["removed_over_change"] for sums in by_model(report).values() if sums["change_norm"]]
     if ratios:
         tiles.append((f"{max(ratios):.2g} x", "removed / change of a model, at most"))
@@ -173,15 +184,17 @@ def _models(report: dict[str, Any]) -> Table:
 
 
 def _settings(report: dict[str, Any]) -> Table:
-    """The settings of purification, or of `regmean` if nothing was purified."""
-    if _only_vocabulary(report):
-        return ("setting", "value"), [("vocabulary", "counts")]
-    if not report["purified"]:
-        return ("parameter", "value"), list(tables.regmean_parameters(report["regmean"]["closed_form"]).items())
-    names = short_models(report["models"])
-    rows = list(tables.common_settings(report).items())
-    for model, settings in tables.model_settings(report).items():
-        rows += [(f"{key} of {names[model]}", value) for key, value in settings.items()]
+    """The settings of purification, or of `regmean` if nothing was purified, and those of refining."""
+    rows = [("vocabulary", "counts")] if _only_vocabulary(report) else []
+    if report["purified"]:
+        names = short_models(report["models"])
+        rows += tables.common_settings(report).items()
+        for model, settings in tables.model_settings(report).items():
+            rows += [(f"{key} of {names[model]}", value) for key, value in settings.items()]
+    elif "closed_form" in report.get("regmean", {}):
+        rows += tables.regmean_parameters(report["regmean"]["closed_form"]).items()
+    if "refined" in report:
+        rows += [(f"{key} of refining", value) for key, value in tables.refined_settings(report).items()]
     return ("setting", "value"), rows
 
 

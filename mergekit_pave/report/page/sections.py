@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mergekit_pave.report import tables
-from mergekit_pave.report.page import curves, heatmaps, overlaps
+from mergekit_pave.report.page import curves, fits, heatmaps, overlaps
 from mergekit_pave.report.page.drawing import Plot
 from mergekit_pave.report.page.measure import Interference, Measurements, Overlap
 from mergekit_pave.report.places import grids, short_models
@@ -36,6 +36,8 @@ def sections_of(report: dict[str, Any], measured: Measurements | None) -> list[S
         sections.append(_closed_form(report))
     if "vocabulary" in report:
         sections.append(_vocabulary(report))
+    if "layers" in report.get("refined", {}):
+        sections.append(_refined(report))
     if report["purified"]:
         sections += _purified(report)
     if report["purified"] and measured is not None:
@@ -70,6 +72,18 @@ def _vocabulary(report: dict[str, Any]) -> Section:
         "as the merge method gives them."
     )
     return Section("vocabulary", "Vocabulary", text, tables=([merged] if merged[1] else []) + others)
+
+
+def _refined(report: dict[str, Any]) -> Section:
+    """How well the refined layers fit, before and after."""
+    refined = report["refined"]
+    reasons = tables.count_reasons(refined["left"])
+    others = [(("as the merge method gives it, because it is", "tensors"), reasons)] if reasons else []
+    text = (
+        f"{len(refined['layers'])} of {report['tensors']} tensors were refined: block by block, each linear layer was fitted so "
+        "that in the merged model it has the outputs that it has in the model whose samples run through it."
+    )
+    return Section("refined", "Refined", text, fits.plot_errors(refined["layers"]), tables=others)
 
 
 def _purified(report: dict[str, Any]) -> list[Section]:

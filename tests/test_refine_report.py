@@ -1,0 +1,153 @@
+"""What is told of a refined merge: before it by `plan` and in the log, after it by the report, the card and the page."""
+
+import re
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from merging import config_for, entries, forget_checkpoints, merge, write_config
+
+from mergekit_pave.cli import main
+from mergekit_pave.report import card
+from mergekit_pave.report.page import fits, render
+from mergekit_pave.report.stored import read_report
+from mergekit_pave.report.summary import refined_summary
+from mergekit_pave.settings import Refine
+
+LAYERS = 21  # linear layers of the tiny Llama, seven in each of its three blocks
+
+
+def refined(family, models: int = 2, **more) -> dict:
+    """A config that refines and does not purify. What is given replaces settings of the block, or of the config."""
+    block = {"purify": False, "refine": True, "models": entries(family, models)}
+    return config_for(family, block | more.pop("pave", {}), models=models, **more)
+
+
+def invoke(*arguments) -> str:
+    forget_checkpoints()
+    done = CliRunner().invoke(main, [*map(str, arguments), "--quiet"])
+    assert done.exit_code == 0, (done.output, done.exception)
+    return done.stdout
+
+
+def section_of(folder: Path) -> str:
+    return (folder / "README.md").read_text().split("### PAVE")[1]
+
+
+def page_of(folder: Path) -> str:
+    invoke("report", folder)
+    return (folder / "pave_report" / "index.html").read_text()
+
+
+def layer(tensor: str, before: float | None, after: float | None) -> dict:
+    return {"tensor": tensor, "tokens": 100, "error_before": before, "error_after": after}
+
+
+def report_of(layers: list[dict], left: dict[str, str]) -> dict:
+    """A report of a merge that was refined, and nothing else."""
+    return {
+        "versions": {"mergekit-pave": "0.1.0"},
+        "models": {},
+        "not_purified": [],
+        "warnings": [],
+        "tensors": 30,
+        "purified": [],
+        "refined": {"settings": {"covariance": 0.5, "lambda": 1.25}, "layers": layers, "left": left},
+    }
+
+
+LEFT = {"norm.weight": "not the weight of a linear layer", "lm_head.weight": "vocabulary", "embed.weight": "vocabulary"}
+
+
+def test_a_refined_merge_is_told_of(llama, tmp_path, cache, caplog):
+    merge(refined(llama), tmp_path / "out")
+    report = read_report(str(tmp_path / "out"))
+    rows = report["refined"]["layers"]
+    assert len(rows) == LAYERS and report["purified"] == []
+    line = next(message for message in caplog.messages if "refined:" in message)
+    assert line == refined_summary(report["refined"])
+
+    told = section_of(tmp_path / "out")
+    assert f"refined {LAYERS} of 30 tensors of the merged model" in told and "purified the task vectors" not in told
+    of_q = [row for row in rows if "q_proj" in row["tensor"]]
+    shown = []
+    for key in ("error_before", "error_after"):
+        errors = [row[key] for row in of_q]
+        shown.append(f"{sum(errors) / 3:.2g} ({min(errors):.2g} to {max(errors):.2g})")
+    assert f"| q_proj | 3 | {shown[0]} | {shown[1]} |" in told
+    for setting, value in Refine().model_dump(by_alias=True).items():
+        assert re.search(rf"\| `{setting}` \(.\) \| {value:g} \|", told)
+    for model in llama.tuned[:2]:
+        source = report["models"][str(model)]
+        assert source["tokens"] > 0 and f"| {source['samples']} | {source['tokens']} |" in told
+    assert "| not purified |" not in told
+
+    page = page_of(tmp_path / "out")
+    assert f"{LAYERS} of 30" in page and "tensors refined" in page and "refined block by block by mergekit-pave" in page
+    assert "No model was purified" in page and page.count("<figure>") == 1
+    assert (tmp_path / "out" / "pave_report" / "errors.png").is_file()
+    for text in ("before", "after", "q_proj", "down_proj", "covariance of refining"):
+        assert text in page
+
+    path = write_config(refined(llama), tmp_path / "config.yml")
+    forget_checkpoints()
+    of_config = CliRunner().invoke(main, ["report", str(path), "-o", str(tmp_path / "page"), "--quiet"])
+    assert of_config.exit_code == 1 and "give the folder of the finished merge" in of_config.output
+
+
+@pytest.mark.parametrize("kind", ["purified", "regmean"])
+def test_what_was_done_before_is_told_beside_it(kind, llama, tmp_path, cache, undrawn):
+    more = {"pave": {"purify": True}} if kind == "purified" else {"merge_method": "regmean"}
+    merge(refined(llama, **more), tmp_path / "out")
+    told, page = section_of(tmp_path / "out"), page_of(tmp_path / "out")
+    assert f"refined {LAYERS} of 30 tensors" in told and "tensors refined" in page
+    if kind == "purified":
+        assert "purified the task vectors" in told and "#### Ranks" in told and "Kept rank" in page
+        assert "The merged model was then refined" in page
+    else:
+        assert "merged 21 of 30 tensors in closed form" in told and "tensors merged in closed form" in page
+        assert "mergekit-pave" in page and ", refined block by block. No model was purified" in page
+    assert "relative error of their outputs, mean" in page
+
+
+def test_the_line_of_the_log():
+    layers = [layer("layers.0.a.weight", 0.5, 0.25), layer("layers.0.b.weight", 0.3, 0.15), layer("c.weight", None, None)]
+    report = {"layers": layers, "left": LEFT}
+    assert refined_summary(report) == (
+        "3 layers refined: their outputs differ from the models' by 0.2, before by 0.4 (mean relative error); as the merge "
+        "method gives them: 2 vocabulary, 1 not the weight of a linear layer"
+    )
+    assert refined_summary({"layers": layers[2:], "left": {}}) == "1 layers refined"
+
+
+def test_errors_are_shown_by_projection():
+    layers = [layer(f"model.layers.{i}.q_proj.weight", 0.1 * (i + 1), 0.05 * (i + 1)) for i in range(3)]
+    layers += [layer("model.layers.0.o_proj.weight", 0.4, 0.4), layer("model.layers.1.o_proj.weight", None, None)]
+    told = card.section(report_of(layers, LEFT))
+    assert "| q_proj | 3 | 0.2 (0.1 to 0.3) | 0.1 (0.05 to 0.15) |" in told
+    assert "| o_proj | 2 | 0.4 | 0.4 |" in told
+    assert "| `lambda` (λ) | 1.25 |" in told
+    assert "As the merge method gives them, by reason: 2 vocabulary, 1 not the weight of a linear layer." in told
+
+
+def test_the_figure_shows_each_layer_before_and_after():
+    """A layer whose error is not known is a gap, and each stack has a figure of its own."""
+    layers = [layer(f"model.layers.{i}.q_proj.weight", 0.5 - 0.1 * i, 0.2 - 0.1 * i) for i in (1, 0)]
+    layers += [layer("model.layers.0.o_proj.weight", None, 1e149), layer("visual.blocks.0.fc.weight", 0.5, 0.25)]
+    plots = fits.plot_errors(layers)
+    assert [plot.name for plot in plots] == ["errors-model-layers", "errors-visual-blocks"]
+    panels = {panel.get_title("left"): panel.get_lines() for panel in plots[0].figure.axes}
+    before, after = panels["q_proj"]
+    assert (before.get_linestyle(), after.get_linestyle()) == ("--", "-")
+    assert [list(line.get_xdata()) for line in (before, after)] == [[0, 1]] * 2
+    assert list(before.get_ydata()) == [0.5, 0.4] and list(after.get_ydata()) == [0.2, 0.1]
+    largest = max(panel.get_ylim()[1] for panel in plots[0].figure.axes)
+    assert all(panel.get_ylim() == (0, largest) for panel in plots[0].figure.axes[:2]) and largest > 1e149
+    assert str(panels["o_proj"][0].get_ydata()[0]) == "nan"
+
+
+def test_a_merge_of_which_no_layer_was_reached(tmp_path):
+    report = report_of([], {"layers.0.q.weight": "never called during calibration"})
+    assert "refined 0 of 30 tensors" in card.section(report) and "| projection |" not in card.section(report)
+    page = render.write(tmp_path / "page", "name", report, None, None).read_text()
+    assert "0 of 30" in page and "<figure>" not in page and "never called during calibration" in page
