@@ -27,6 +27,7 @@ from mergekit_pave.settings import (
     Block,
     Calibration,
     Data,
+    OptionalRefine,
     Refine,
     Regularization,
     RelativeRegularization,
@@ -130,7 +131,7 @@ class PaveConfig(Block):
     include: Patterns = Field(default=[])
     vocabulary: Literal["counts", "method"] | None = None
     purify: bool = True
-    refine: bool | Refine = False
+    refine: OptionalRefine = False
     cache_dir: str | None = None
     calibration: Calibration = Calibration()
     models: list[PaveModel] = Field(min_length=1)

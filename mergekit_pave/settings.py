@@ -69,6 +69,12 @@ class Refine(Block):
     lambda_: Positive = Field(default=1.0, alias="lambda")
 
 
+OptionalRefine = Annotated[
+    Annotated[bool, Tag("switch")] | Annotated[Refine, Tag("settings")],
+    Discriminator(lambda value: "settings" if isinstance(value, (dict, Refine)) else "switch"),
+]
+
+
 class Calibration(Block):
     """How calibration samples are read. Settings that are missing here come from the next wider scope."""
 

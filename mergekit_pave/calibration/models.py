@@ -142,7 +142,12 @@ def load_tensors(cls: Any, config: transformers.PretrainedConfig, tensors: dict[
     Raises:
         PaveError: weights of the backbone are missing.
     """
-    return _load(cls, config, device, None, "the merge", state_dict=tensors)
+    before = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()  # or it would tell that heads are missing, and advise to train them
+    try:
+        return _load(cls, config, device, None, "the merge", state_dict=tensors)
+    finally:
+        transformers.utils.logging.set_verbosity(before)
 
 
 def _load(

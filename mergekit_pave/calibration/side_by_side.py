@@ -81,7 +81,7 @@ def run_side_by_side(
                 last = []
                 yield Reached(stop.path, True, None)
                 continue
-            if stop.path in seen or [len(of_expert) for of_expert in inputs] != total:
+            if stop.path in seen or [len(x) for x in (stop.inputs, *inputs)] != [sum(total), *total]:
                 raise PaveError(
                     f"{experts[0].name}: refining fits each layer once, on all samples, but this kind of model calls {stop.path} "
                     "more than once or not for each sample; leave `refine` out"

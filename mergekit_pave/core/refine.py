@@ -69,6 +69,8 @@ def summed(pairs: Sequence[tuple[Tensor, Tensor]]) -> Inputs | None:
     """
     pairs = [(merged, expert) for merged, expert in pairs if len(merged)]
     norms = [merged.float().norm(dim=1) for merged, _ in pairs]
+    if not all(norm.isfinite().all() for norm in norms):
+        raise ValueError("rows have values that are not finite, or too large")
     tokens = sum(map(len, norms))
     longest = CLIP * torch.cat(norms).median() if tokens else 0
     if not longest > 0:

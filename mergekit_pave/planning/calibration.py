@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import transformers
-from mergekit.common import ModelReference
 
 from mergekit_pave import cache, versions
-from mergekit_pave.calibration.batches import Encoded, encode
+from mergekit_pave.calibration.batches import encode
 from mergekit_pave.calibration.counts import TokenCounts, count_tokens
-from mergekit_pave.calibration.data import Sample, load_samples
+from mergekit_pave.calibration.data import load_samples
 from mergekit_pave.calibration.job import Job, Runtime, covariance_key
 from mergekit_pave.calibration.models import inference_dtype
 from mergekit_pave.config import PaveConfig
@@ -24,6 +21,7 @@ from mergekit_pave.errors import PaveError, in_a_line
 from mergekit_pave.files import looks_local
 from mergekit_pave.planning.merge import Merge
 from mergekit_pave.planning.source import Source
+from mergekit_pave.planning.tokenizers import check_meanings, check_token_ids, load_processor
 from mergekit_pave.settings import Data, RelativeRegularization
 from mergekit_pave.tasks.calibrate import CalibrateModel, GivenCovariance
 
@@ -99,11 +97,11 @@ def _of_data(config: PaveConfig, source: Source, merge: Merge) -> PlannedCalibra
     model, architecture, checkpoint = source.model, source.architecture, source.checkpoint
     settings = config.calibration_of(model)
     samples = load_samples(source.entry.sources, settings, str(model))
-    processor = _load_processor(source, samples, merge)
+    processor = load_processor(source, samples, merge)
     encoded = encode(samples, processor, settings, architecture.positions, str(model), architecture.shift)
-    _check_token_ids(source, encoded)
+    check_token_ids(source, encoded)
     if config.refinement:
-        _check_meanings(source, processor, encoded, merge)
+        check_meanings(source, processor, encoded, merge)
     watched = sorted(linear.module for linear in architecture.linears.values())
     dtype, *others = (_precision(source, device) for device in (merge.runtime.device, "cpu", "cuda"))
 
@@ -153,41 +151,6 @@ def _of_data(config: PaveConfig, source: Source, merge: Merge) -> PlannedCalibra
         contents=frozenset(sample.content for sample in samples if sample.problem is None),
         elsewhere=elsewhere,
     )
-
-
-def _check_token_ids(source: Source, encoded: list[Encoded]) -> None:
-    ids = (sample.inputs.get(side, ()) for sample in encoded for side in ("input_ids", "decoder_input_ids"))
-    largest = max(itertools.chain.from_iterable(ids), default=0)
-    vocabulary = source.architecture.vocabulary
-    if vocabulary and largest >= vocabulary:
-        raise PaveError(
-            f"{source.model}: its tokenizer gives the token id {largest}, but the model knows only {vocabulary}; the tokenizer "
-            "beside it belongs to another model"
-        )
-
-
-def _check_meanings(source: Source, processor: Any, encoded: list[Encoded], merge: Merge) -> None:
-    """Refuse token ids that stand for other tokens in the merged model, which refining shows the same ids."""
-    ids = {token for sample in encoded for token in sample.inputs.get("input_ids", ())}
-    if not ids:
-        return
-    advice = f"set `tokenizer: {{source: {source.model}}}`, or leave `refine` out"
-    if merge.tokenizer is None:
-        raise PaveError(
-            f"pave.refine: the merged model gets a new tokenizer, in which the token ids of {source.model} may be other tokens; "
-            f"{advice}"
-        )
-    if merge.tokenizer == source.model:
-        return
-    theirs = _load("tokenizer", transformers.AutoTokenizer, merge.tokenizer, merge)
-    ours = getattr(processor, "tokenizer", processor)
-    for token in sorted(ids):
-        meanings = [tokenizer.convert_ids_to_tokens(token) for tokenizer in (ours, theirs)]
-        if meanings[0] != meanings[1]:
-            raise PaveError(
-                f"pave.refine: the token id {token} is {meanings[0]!r} in the samples of {source.model}, but {meanings[1]!r} "
-                f"for the merged model, which has the tokenizer of {merge.tokenizer}; {advice}"
-            )
 
 
 def _given(config: PaveConfig, source: Source, layers: Iterable[Linear]) -> PlannedCalibration:
@@ -256,32 +219,6 @@ def _tails(config: PaveConfig, source: Source, covariances: str) -> Path:
 
 def _yaml_key(model: Any) -> str:
     return f"pave.models[{model}].covariance"
-
-
-def _load_processor(source: Source, samples: list[Sample], merge: Merge) -> Any:
-    """What makes model inputs of samples: a tokenizer, an image processor, or one for both."""
-    kind, loader = "tokenizer", transformers.AutoTokenizer
-    if any(sample.image is not None for sample in samples):
-        has_texts = any(sample.text is not None for sample in samples)
-        kind = "processor" if has_texts else "image processor"
-        loader = transformers.AutoProcessor if has_texts else transformers.AutoImageProcessor
-    return _load(kind, loader, source.model, merge)
-
-
-def _load(kind: str, loader: Any, model: ModelReference, merge: Merge) -> Any:
-    # An adapter may bring a tokenizer of its own.
-    for path in filter(None, (model.lora, model.model)):
-        try:
-            return loader.from_pretrained(
-                path.path,
-                revision=path.revision,
-                cache_dir=merge.transformers_cache,
-                trust_remote_code=merge.runtime.trust_remote_code,
-            )
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            failure = error
-    reason = in_a_line(failure)
-    raise PaveError(f"{model}: its {kind} cannot be loaded, and calibration needs it: {reason}") from failure
 
 
 def _precision(source: Source, device: str) -> str:

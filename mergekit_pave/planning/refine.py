@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import collections
+import copy
+
 from mergekit.common import ModelReference
 
 from mergekit_pave.calibration.architecture import NO_BLOCK, Architecture, describe
 from mergekit_pave.calibration.job import Job
+from mergekit_pave.calibration.token_rows import SIDES
 from mergekit_pave.config import PaveConfig
 from mergekit_pave.core.linear import Linear
 from mergekit_pave.errors import PaveError
@@ -18,6 +22,7 @@ from mergekit_pave.tasks.refine import RefinedLayer, Refinement
 SHARED = "its weight is used by several layers"
 OUTSIDE = "in no block"
 EXPERTS = "experts of a mixture"
+WEIGHTLESS = "every weight is 0"
 
 
 def models_to_refine(config: PaveConfig, merge: Merge) -> list[ModelReference]:
@@ -60,36 +65,43 @@ def plan_refinement(
         return None, {}
     experts = {model: calibrations[model].job for model in models}
     base = merge.tensors[0].base
-    architecture = describe(merge.config, base.model.path, merge.runtime.trust_remote_code, base.model.revision)
+    model_config = copy.deepcopy(merge.config)  # it changes when the model is run, and mergekit writes the merge's
+    architecture = describe(model_config, base.model.path, merge.runtime.trust_remote_code, base.model.revision)
     for model, job in experts.items():
-        _check_samples(model, job, architecture)
+        if any(sample.is_pictured for sample in job.encoded):
+            raise PaveError(
+                f"pave.refine: {model} reads images with texts, and such models cannot be refined yet; leave `refine` out"
+            )
     layers: dict[str, RefinedLayer] = {}
     reasons: dict[str, str] = {}
     for number, planned in enumerate(merge.tensors):
         linear, reason = _layer(planned, models, experts)
-        reason = reason or _unfit(linear, architecture)
+        shares = {model: planned.weights[model] for model in planned.fine_tuned if planned.weights[model] > 0}
+        reason = reason or _unfit(linear, architecture) or (None if shares else WEIGHTLESS)
         if reason:
             reasons[planned.name] = reason
             continue
-        shares = {model: planned.weights[model] for model in planned.fine_tuned}
         layers[linear.module] = RefinedLayer(
             number=number,
             name=planned.name,
             linear=linear,
             gather=planned.gather,
             base=planned.base,
-            shares={model: share for model, share in shares.items() if share > 0},
+            shares=shares,
         )
     if not layers:
-        raise PaveError(
-            "pave.refine: no tensor of this merge is the weight of a linear layer in a block, so nothing would be refined"
-        )
+        counts = "; ".join(f"{count} {reason}" for reason, count in collections.Counter(reasons.values()).items())
+        raise PaveError(f"pave.refine: no tensor of this merge would be refined ({counts}); leave `refine` out")
+    for model, job in experts.items():
+        _check_blocks(model, job.architecture, architecture)
+    sized = (i for i, planned in enumerate(merge.tensors) if planned.gather is None and _is_embedding(planned, architecture))
     refinement = Refinement(
         settings=config.refinement,
         layers=layers,
         experts=experts,
-        config=merge.config,
+        config=model_config,
         architecture=architecture,
+        resized=next(sized, None),
         numbers=tuple(
             number
             for number, planned in enumerate(merge.tensors)
@@ -100,17 +112,17 @@ def plan_refinement(
     return refinement, reasons
 
 
-def _check_samples(model: ModelReference, job: Job, architecture: Architecture) -> None:
-    if any(sample.is_pictured for sample in job.encoded):
+def _check_blocks(model: ModelReference, expert: Architecture, merged: Architecture) -> None:
+    if alone := sorted(expert.blocks.keys() ^ merged.blocks.keys()):
+        owner, other = ("the merged model", model) if alone[0] in merged.blocks else (model, "the merged model")
         raise PaveError(
-            f"pave.refine: {model} reads images with texts, and such models cannot be refined yet; leave `refine` out"
+            f"pave.refine: {owner} has the block {alone[0]}, and {other} has none of this place. Refining runs the models side "
+            "by side, so they have to have the same blocks; leave `refine` out"
         )
-    largest = max((max(sample.inputs.get("input_ids", [0])) for sample in job.encoded), default=0)
-    if architecture.vocabulary and largest >= architecture.vocabulary:
-        raise PaveError(
-            f"pave.refine: the samples of {model} have the token id {largest}, but the merged model has only "
-            f"{architecture.vocabulary}; set `tokenizer: {{source: union}}`, or leave `refine` out"
-        )
+
+
+def _is_embedding(planned: PlannedTensor, architecture: Architecture) -> bool:
+    return set(SIDES).intersection(architecture.token_rows.get(architecture.weight_name(list(planned.names)) or "", ())) != set()
 
 
 def _layer(

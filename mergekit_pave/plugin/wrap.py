@@ -204,7 +204,8 @@ def _with_phases(plan_to_disk):
             if plan.refinement:
                 of_merged, names, store = self._pave_merged
                 storage = self.options.device if self.options.low_cpu_memory else "cpu"
-                refined = refine_merge(plan.refinement, of_merged, names, store, storage)
+                with no_bars_of_others(self.options.quiet):
+                    refined = refine_merge(plan.refinement, of_merged, names, store, storage)
                 plan.header["refined"] |= {"layers": refined.rows, "left": plan.header["refined"]["left"] | refined.left}
                 merges += of_merged.values()
             closed = tuple(task for task in merges if isinstance(task, MergeByRegMean) and task.form)

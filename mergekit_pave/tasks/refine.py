@@ -62,6 +62,7 @@ class Refinement:
         layers: by the layer's path.
         experts: what each expert is run on.
         config, architecture: of the merged model.
+        resized: the number of its token embedding, where mergekit gives it another number of rows than the base model's.
         numbers: of the output tensors that make up the merged model's backbone.
     """
 
@@ -70,6 +71,7 @@ class Refinement:
     experts: dict[ModelReference, Job]
     config: transformers.PretrainedConfig
     architecture: Architecture
+    resized: int | None
     numbers: tuple[int, ...]
     runtime: Runtime
 
@@ -120,6 +122,8 @@ def refine_merge(planned: Refinement, tasks: dict[int, Task], names: dict[str, i
     """
     run = functools.partial(_value, device=planned.runtime.device, storage=storage)
     merged = MergedTensors(tasks, names, store, run)
+    if planned.resized is not None:
+        planned.config.get_text_config().vocab_size = len(merged.get(planned.resized))
     batch_size, open_model = max(job.batch_size for job in planned.experts.values()), _streamed
     while True:
         try:
@@ -206,12 +210,15 @@ def _summed(reached: Reached, number: int, job: Job) -> refine.Inputs | None:
     Raises:
         PaveError: an input is not finite.
     """
+    pairs = reached.pairs(number)
     try:
-        return refine.summed(reached.pairs(number))
+        return refine.summed(pairs)
     except ValueError as error:
+        at_fault = "the merged model" if all(own.isfinite().all() for _, own in pairs) else "it"
         raise PaveError(
-            f"refine: the inputs of {reached.path} on the samples of {job.name} are not finite ({error}). Look whether the merge "
-            "without `refine` gives a model that works; on a GPU, run it in float32 or without --cuda"
+            f"{job.name}: the inputs that its samples give {reached.path} in {at_fault} are not finite, or too large. "
+            "Look for NaN or infinity in the weights of all models. If there are none, run in float32 (without --cuda), or leave "
+            "`refine` out"
         ) from error
 
 
@@ -223,7 +230,17 @@ def _fit(
     anchor: Tensor,
     result: Refined,
 ) -> Tensor | None:
-    """The refined weight as it is stored, or None where there is nothing to fit it to."""
+    """The refined weight as it is stored, or None where there is nothing to fit it to.
+
+    Raises:
+        PaveError: a weight is not finite.
+    """
+    for model, weight in weights.items():
+        if not weight.isfinite().all():
+            raise PaveError(
+                f"{model}: its weight {layer.name} is not finite, it holds NaN or infinity. Fetch the checkpoint again, or leave "
+                "the model out of the merge"
+            )
 
     def matrix(weight: Tensor) -> Tensor:
         weight = weight.to(anchor.device)
@@ -237,7 +254,10 @@ def _fit(
     before = refine.relative_error(matrix(anchor), experts)
     fitted = refine.refine(matrix(anchor), matrix(weights[layer.base]), experts, settings.covariance, settings.lambda_)
     if not fitted.isfinite().all():
-        raise PaveError(f"refine: the fit of {layer.name} is not finite. Look for NaN or infinity in the models' weights")
+        raise PaveError(
+            f"refine: the fit of {layer.name} is not finite, although all models' weights are. Look whether the merge without "
+            "`refine` is; a smaller lambda may help"
+        )
     weight = matrix(fitted.to(anchor.device, anchor.dtype)).contiguous()
     after = refine.relative_error(matrix(weight), experts)
     result.rows.append({"tensor": layer.name, "tokens": tokens, "error_before": before, "error_after": after})
