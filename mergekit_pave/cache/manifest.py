@@ -47,12 +47,18 @@ class _Layer(_Checked):
     dim: _Positive
 
 
+class _Head(_Checked):
+    layer: str
+    file: str
+
+
 class _Covariances(_Manifest):
     """Of any version of this package."""
 
     layers: dict[str, _Layer]
     tokens: _Natural
     counts: str | None = None
+    head: _Head | None = None
 
     @model_validator(mode="after")
     def _layers_have_files(self) -> _Covariances:
@@ -60,6 +66,8 @@ class _Covariances(_Manifest):
             raise ValueError(f"layers are in {others[0]!r}, which is not among the files")
         if self.counts is not None and self.counts not in self.files:
             raise ValueError(f"counts are in {self.counts!r}, which is not among the files")
+        if self.head is not None and (self.head.file not in self.files or self.head.layer not in self.layers):
+            raise ValueError(f"the head {self.head.layer!r} is not among the layers, or {self.head.file!r} not among the files")
         return self
 
 

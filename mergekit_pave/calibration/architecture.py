@@ -24,6 +24,8 @@ from mergekit_pave.errors import PaveError, in_a_line
 
 NO_BLOCK = ""  # in the place of a block's path
 
+_OF_TEXTS = {"input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "decoder_attention_mask"}
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -35,7 +37,6 @@ class Architecture:
         linears: the linear layers of the backbone, by the name of their weight.
         heads: names of the weights of linear layers outside the backbone, and of weights that something else uses, too.
         head: the path of a language model's head, which makes scores of tokens from last hidden states; None for other models.
-        tied: the names of the head's weight, among them that of the token embeddings where both are one parameter.
         routers: names of the weights that choose among experts.
         token_rows: see `find_token_rows`.
         weights: the shape of every parameter, by its name.
@@ -59,7 +60,6 @@ class Architecture:
     linears: dict[str, Linear]
     heads: frozenset[str]
     head: str | None
-    tied: frozenset[str]
     routers: frozenset[str]
     token_rows: dict[str, tuple[str, ...]]
     weights: dict[str, tuple[int, ...]]
@@ -133,16 +133,14 @@ def describe(
     linears, heads, routers = find_linears(model)
     weights = {name: tuple(value.shape) for name, value in model.named_parameters(remove_duplicate=False)}
     shift = _target_shift(model, path)
-    head = model.get_output_embeddings()
-    head = head if isinstance(head, nn.Linear) else None
+    head = _head(model)
     num_experts = max((len(linear.experts) for linear in linears.values()), default=0)
     return Architecture(
         cls=cls,
         computation=computation(backbone(model), config),
         linears=linears,
         heads=heads,
-        head=next((path for path, module in model.named_modules() if head is not None and module is head), None),
-        tied=frozenset(name for name, value in model.named_parameters(remove_duplicate=False) if head and value is head.weight),
+        head=head,
         routers=routers,
         token_rows=find_token_rows(model, has_decoder=shift is not None),
         weights=weights,
@@ -160,6 +158,17 @@ def describe(
         inputs=frozenset(inspect.signature(backbone(model).forward).parameters),
         shift=shift,
     )
+
+
+def _head(model: nn.Module) -> str | None:
+    """See `Architecture.head`. One that is run on other inputs than its backbone, as with images, is left alone."""
+    head = model.get_output_embeddings()
+    inputs, of_backbone = (set(inspect.signature(part.forward).parameters) for part in (model, backbone(model)))
+    if not isinstance(head, nn.Linear) or not model.can_generate() or model.main_input_name != "input_ids":
+        return None
+    if "pixel_values" in of_backbone or of_backbone & _OF_TEXTS - inputs:
+        return None
+    return next(path for path, module in model.named_modules() if module is head)
 
 
 def _scored_heads(model: nn.Module) -> int:

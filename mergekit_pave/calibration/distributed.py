@@ -118,6 +118,13 @@ def share(encoded: list[Encoded], batch_size: int) -> list[Batch]:
     return batches[rank() :: world_size()]
 
 
+def total(sums: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over all processes, in process 0."""
+    if world_size() > 1:
+        dist.reduce(sums, dst=0)
+    return sums
+
+
 def add_up(measurements: list[Measurement]) -> list[Measurement]:
     """The covariances of the rows of all processes, in process 0. The result in the other processes is of no use.
 

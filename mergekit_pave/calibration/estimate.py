@@ -41,11 +41,14 @@ class Estimate:
         return max(self.embeddings + self.hidden // 2, self.weights + self.covariances + self.hidden + self.batch)
 
 
-def estimate(architecture: Architecture, encoded: list[Encoded], batch_size: int, itemsize: int) -> Estimate:
+def estimate(
+    architecture: Architecture, encoded: list[Encoded], batch_size: int, itemsize: int, *, only_head: bool = False
+) -> Estimate:
     """Estimate a calibration of one model.
 
     Args:
         itemsize: bytes of one number in the precision that the model runs in.
+        only_head: only the head is measured.
     """
     tokens = sum(sample.tokens for sample in encoded)
     # Only the model knows how many rows a vision tower makes of an image. There may be so many that they are summed.
@@ -58,15 +61,20 @@ def estimate(architecture: Architecture, encoded: list[Encoded], batch_size: int
         return math.inf if pictured else tokens * _meets(architecture, linear) * linear.shape[1] * itemsize
 
     cache = operations = 0
-    for linear in architecture.linears.values():
+    length = sum(sample.length for sample in encoded)
+    head = architecture.weights[f"{architecture.head}.weight"] if architecture.head else (0, 0)
+    heads = [Linear(architecture.head, head, transposed=False)] if architecture.head else []
+    for linear in (*architecture.linears.values(), *heads):
         triangle, meets = _triangle(linear), _meets(architecture, linear)
-        cache += min(rows_of(linear), len(linear.layers) * triangle)
-        # A weight multiplies all tokens, also those that do not count. Of a symmetric sum half is computed.
-        operations += 2 * meets * math.prod(linear.shape) * sum(sample.length for sample in encoded)
-        operations += tokens * meets * linear.shape[1] ** 2 if rows_of(linear) > triangle else 0
+        # A weight multiplies all tokens, also those that do not count, but that of a head.
+        operations += 2 * meets * math.prod(linear.shape) * (tokens if linear in heads else length)
+        if linear in heads or not only_head:
+            cache += min(rows_of(linear), len(linear.layers) * triangle)
+            # Of a symmetric sum half is computed.
+            operations += tokens * meets * linear.shape[1] ** 2 if rows_of(linear) > triangle else 0
     sums: dict[str, int] = defaultdict(int)
     adding = 0
-    for block, linear in _inputs(architecture):
+    for block, linear in () if only_head else _inputs(architecture):
         rows, width = rows_of(linear), linear.shape[1]
         if rows > _triangle(linear):
             # An expert keeps rows until they take more memory than their sum would.
@@ -77,8 +85,8 @@ def estimate(architecture: Architecture, encoded: list[Encoded], batch_size: int
             sums[block] += rows
             adding = max(adding, rows)
     return Estimate(
-        cache=cache,
-        embeddings=architecture.blocks[NO_BLOCK] * itemsize,
+        cache=cache + 8 * head[0],
+        embeddings=max(architecture.blocks[NO_BLOCK], math.prod(head)) * itemsize,
         weights=max((count for path, count in architecture.blocks.items() if path != NO_BLOCK), default=0) * itemsize,
         covariances=max(sums.values(), default=0),
         hidden=sum(padded) * (2 * architecture.hidden_size * itemsize + _BESIDE),

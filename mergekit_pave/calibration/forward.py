@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable
 
@@ -11,6 +12,10 @@ from mergekit_pave.calibration.batches import Batch
 from mergekit_pave.calibration.models import backbone
 
 
+class HeadReachedError(Exception):
+    """A model has come to its head, and need not go on."""
+
+
 class UnalignedInputError(Exception):
     """The rows of a layer's input are not the tokens of the batch, so padding among them cannot be recognised."""
 
@@ -18,7 +23,8 @@ class UnalignedInputError(Exception):
 def runner(model: nn.Module, unpadded: bool, with_head: bool = False) -> Callable[[Batch], None]:
     """A function that runs the model on a batch.
 
-    As a rule only the backbone is run. Heads are not measured, and that of a language model is often the most expensive layer.
+    Args:
+        with_head: run the whole model, up to a `HeadReachedError`. Otherwise only the backbone is run.
 
     Raises:
         UnalignedInputError: the model takes no attention mask, so padding would be read as text.
@@ -34,7 +40,8 @@ def runner(model: nn.Module, unpadded: bool, with_head: bool = False) -> Callabl
     options = {"use_cache": False} if "use_cache" in accepted else {}
 
     def run(batch: Batch) -> None:
-        base(**{name: values for name, values in batch.inputs.items() if name in accepted}, **options)
+        with contextlib.suppress(HeadReachedError):
+            base(**{name: values for name, values in batch.inputs.items() if name in accepted}, **options)
 
     return run
 

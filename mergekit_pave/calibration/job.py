@@ -28,6 +28,7 @@ class Job:
         batch_size: samples in one forward pass.
         about: the part of the manifest that describes model and data, JSON-serialisable.
         counts: of the samples' tokens, to be kept with the covariances.
+        only_head: nothing but the head of a language model is measured.
     """
 
     name: str
@@ -38,15 +39,19 @@ class Job:
     batch_size: int
     about: dict[str, Any]
     counts: TokenCounts | None = None
+    only_head: bool = False
 
     @property
     def layers(self) -> list[str]:
-        """The modules to watch, without experts."""
+        """The modules to watch, without experts and heads."""
+        if self.only_head:
+            return []
         return [linear.module for linear in self.architecture.linears.values() if not linear.experts]
 
     def estimate(self, device: str) -> Estimate:
         """The cost of the calibration on a device."""
-        return estimate(self.architecture, self.encoded, self.batch_size, inference_dtype(self.config, device).itemsize)
+        itemsize = inference_dtype(self.config, device).itemsize
+        return estimate(self.architecture, self.encoded, self.batch_size, itemsize, only_head=self.only_head)
 
 
 @dataclass(frozen=True)

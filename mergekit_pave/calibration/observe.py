@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from mergekit_pave.calibration.batches import Batch
 from mergekit_pave.calibration.blame import NotFiniteError
 from mergekit_pave.calibration.experts import find_experts, run_experts
-from mergekit_pave.calibration.forward import counted_rows, version
+from mergekit_pave.calibration.forward import HeadReachedError, counted_rows, version
 from mergekit_pave.core.covariance import Covariance, Measurement, SecondMoment
+from mergekit_pave.core.head import predictions
 from mergekit_pave.errors import PaveError
 
 
@@ -55,6 +56,24 @@ class _Failure:
     some_are_finite: bool = False
 
 
+class Predictions:
+    """How likely a language model thinks each token to come next, added up over all tokens of its samples that count.
+
+    Attributes:
+        path: of its head.
+        sums: (tokens,) float64; None before the first sample.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        self.sums: Tensor | None = None
+
+    def add(self, head: nn.Module, rows: Tensor) -> None:
+        """Add what is predicted from last hidden states, (n, d)."""
+        sums = predictions(head.weight, rows, head.bias)
+        self.sums = sums if self.sums is None else self.sums + sums
+
+
 class ReenteredError(Exception):
     """A layer was called again after its covariance had been taken."""
 
@@ -83,19 +102,29 @@ class Observer:
     projection, named by the parameter's path and the expert's number.
 
     Args:
-        layers: paths of the modules to watch, in addition to all experts.
+        layers: paths of the modules to watch, in addition to all experts. If there are none, experts are left alone, too.
         name: the model's name, for messages.
         apart: roles of layers that must not share a second moment.
         unpadded: batches have one sample each, so that all rows of an input that is not aligned with tokens count.
+        head: where to add up what the model predicts; None to leave its head alone. Then the model runs only up to the head.
     """
 
-    def __init__(self, model: nn.Module, layers: list[str], name: str, apart: frozenset[str], unpadded: bool):
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: list[str],
+        name: str,
+        apart: frozenset[str],
+        unpadded: bool,
+        head: Predictions | None = None,
+    ):
+        self._head = head
         self._apart = apart
         self._unpadded = unpadded
         self._model = model
         self._layers = layers
         self._name = name
-        self._experts = find_experts(model)
+        self._experts = find_experts(model) if layers else {}
         self._checked: set[str] = set()
         self._groups: dict[str, _Group] = {}
         self._taken: set[str] = set()
@@ -119,6 +148,8 @@ class Observer:
             for module in modules.values():
                 if isinstance(module, nn.Embedding) and module.num_embeddings == vocabulary:
                     hooks.enter_context(module.register_forward_pre_hook(self._see_tokens))
+            if self._head:
+                hooks.enter_context(modules[self._head.path].register_forward_pre_hook(self._see_head))
             for path, experts in self._experts.items():
                 hooks.callback(_restore_forward, experts, vars(experts).get("forward"))
                 experts.forward = functools.partial(self._see_experts, path)
@@ -166,6 +197,17 @@ class Observer:
         self._add(group, layer, flat.clone() if counted is None else flat[counted], x)
         group.calls[layer] += 1
         self._last = (weakref.ref(x), version(x), group)
+
+    def _see_head(self, head: nn.Module, args: tuple) -> None:
+        """
+        Raises:
+            HeadReachedError: always. Nobody needs the scores of all tokens.
+        """
+        self._see(self._head.path, *args)
+        x, counted = args[0], counted_rows(self._batch, self._head.path, args[0], self._unpadded)
+        flat = x.reshape(-1, x.shape[-1])
+        self._head.add(head, flat if counted is None else flat[counted])
+        raise HeadReachedError
 
     def _see_experts(self, path: str, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Replaces the forward pass of a module of experts.

@@ -20,7 +20,7 @@ from mergekit_pave.calibration.job import Job, Runtime
 from mergekit_pave.calibration.lockstep import run_in_lockstep
 from mergekit_pave.calibration.masks import packed_masks
 from mergekit_pave.calibration.models import find_blocks, inference_dtype, load_model
-from mergekit_pave.calibration.observe import DivergedError, Observer, ReenteredError
+from mergekit_pave.calibration.observe import DivergedError, Observer, Predictions, ReenteredError
 from mergekit_pave.calibration.weights import Checkpoint, StreamedModel, UnknownWeightError, stored_weights
 from mergekit_pave.core.covariance import Measurement
 from mergekit_pave.core.failures import is_out_of_memory
@@ -30,7 +30,8 @@ from mergekit_pave.progress import bar
 
 LOG = logging.getLogger(__name__)
 
-COUNTS = "counts.safetensors"  # a file of the artefact; those of other versions may have none
+# Files of the artefact; those of other versions may have none.
+COUNTS, PREDICTED = "counts.safetensors", "predicted.safetensors"
 
 
 def calibrate(job: Job, artefact: cache.Artefact, runtime: Runtime) -> None:
@@ -45,8 +46,11 @@ def calibrate(job: Job, artefact: cache.Artefact, runtime: Runtime) -> None:
         LOG.info("%s: covariances are in the cache", job.name)
         return
     if distributed.rank() > 0:
-        for _ in _measure(job, runtime):
+        head = Predictions(job.architecture.head) if job.architecture.head else None
+        for _ in _measure(job, runtime, head):
             pass
+        if head:
+            distributed.total(head.sums)
         return
     with artefact.lock():
         if distributed.world_size() == 1 and artefact.is_intact():
@@ -64,7 +68,8 @@ def calibrate(job: Job, artefact: cache.Artefact, runtime: Runtime) -> None:
 
 def _measure_and_store(job: Job, artefact: cache.Artefact, runtime: Runtime) -> dict[str, Any]:
     files, layers = {}, {}
-    for layers_that_share, covariance in _measure(job, runtime):
+    head = Predictions(job.architecture.head) if job.architecture.head else None
+    for layers_that_share, covariance in _measure(job, runtime, head):
         name = f"{len(files):05}.safetensors"
         files[name] = artefact.write(name, covariance.to_tensors())
         for layer in layers_that_share:
@@ -74,6 +79,9 @@ def _measure_and_store(job: Job, artefact: cache.Artefact, runtime: Runtime) -> 
         del files[name]
         artefact.remove(name)
     manifest = {"files": files, "layers": layers, **job.about}
+    if head:
+        files[PREDICTED] = artefact.write(PREDICTED, {"predicted": distributed.total(head.sums)})
+        manifest["head"] = {"layer": head.path, "file": PREDICTED}
     if job.counts:
         files[COUNTS] = artefact.write(COUNTS, job.counts.to_tensors())
         manifest["counts"] = COUNTS
@@ -93,14 +101,20 @@ def _out_of_memory(job: Job, device: str) -> str:
     )
 
 
-def _measure(job: Job, runtime: Runtime) -> Iterator[Measurement]:
-    """Covariances of all layers, block by block and in batches if possible. Later ones replace earlier ones of the same layer."""
+def _measure(job: Job, runtime: Runtime, head: Predictions | None = None) -> Iterator[Measurement]:
+    """Covariances of all layers, block by block and in batches if possible. Later ones replace earlier ones of the same layer.
+
+    Args:
+        head: gets the model's predictions, and has its head measured, too.
+    """
     measure, batch_size, apart = measure_in_lockstep, job.batch_size, frozenset()
     if any(sample.is_pictured for sample in job.encoded):
         batch_size = 1
     while True:
+        if head:
+            head.sums = None
         try:
-            yield from measure(job, runtime, batch_size, apart)
+            yield from measure(job, runtime, batch_size, apart, head)
             return
         except DivergedError as error:
             # DeBERTa also computes queries and keys, but not values, of relative positions.
@@ -119,9 +133,12 @@ def _measure(job: Job, runtime: Runtime) -> Iterator[Measurement]:
 
 
 def measure_in_lockstep(
-    job: Job, runtime: Runtime, batch_size: int, apart: frozenset[str] = frozenset()
+    job: Job, runtime: Runtime, batch_size: int, apart: frozenset[str] = frozenset(), head: Predictions | None = None
 ) -> Iterator[Measurement]:
     """The covariances of all layers, block by block.
+
+    Args:
+        head: see `Observer`.
 
     Raises:
         ReenteredError: the model calls a block again after all batches have left it.
@@ -132,8 +149,8 @@ def measure_in_lockstep(
     """
     dtype = inference_dtype(job.config, runtime.device)
     streamed = StreamedModel(job.architecture.cls, job.config, Checkpoint(job.folder), dtype, runtime.device)
-    run = runner(streamed.model, unpadded=batch_size == 1)
-    observer = Observer(streamed.model, job.layers, job.name, apart, unpadded=batch_size == 1)
+    run = runner(streamed.model, unpadded=batch_size == 1, with_head=head is not None)
+    observer = Observer(streamed.model, job.layers, job.name, apart, unpadded=batch_size == 1, head=head)
     batches = [batch.to(runtime.device) for batch in distributed.share(job.encoded, batch_size)]
     tokens = sum(sample.length for sample in job.encoded) / distributed.world_size()
     blocks = len(find_blocks(streamed.model))
@@ -154,7 +171,9 @@ def measure_in_lockstep(
     yield from distributed.add_up(distributed.together(observer.take))
 
 
-def measure_whole(job: Job, runtime: Runtime, batch_size: int, apart: frozenset[str] = frozenset()) -> Iterator[Measurement]:
+def measure_whole(
+    job: Job, runtime: Runtime, batch_size: int, apart: frozenset[str] = frozenset(), head: Predictions | None = None
+) -> Iterator[Measurement]:
     """The same, with the whole model and all of its covariances in memory.
 
     Raises:
@@ -165,7 +184,7 @@ def measure_whole(job: Job, runtime: Runtime, batch_size: int, apart: frozenset[
     batches = distributed.share(job.encoded, batch_size)
     unpadded = batch_size == 1
     measure = functools.partial(measure_model, model, job.layers, job.name, batches, apart, unpadded)
-    yield from distributed.add_up(distributed.together(lambda: measure(runtime.device, runtime.quiet)))
+    yield from distributed.add_up(distributed.together(lambda: measure(runtime.device, runtime.quiet, head)))
 
 
 def measure_model(
@@ -177,19 +196,20 @@ def measure_model(
     unpadded: bool,
     device: str,
     quiet: bool,
+    head: Predictions | None = None,
 ) -> list[Measurement]:
     """The covariances of all layers of a model that is in memory.
 
     Args:
-        layers, name, apart, unpadded: see `Observer`.
+        layers, name, apart, unpadded, head: see `Observer`.
 
     Raises:
         UnalignedInputError: batches must have no padding.
         DivergedError: the role of a layer has to be added to `apart`.
         NotFiniteError: a layer's input is not finite.
     """
-    run = runner(model, unpadded)
-    observer = Observer(model, layers, name, apart, unpadded)
+    run = runner(model, unpadded, with_head=head is not None)
+    observer = Observer(model, layers, name, apart, unpadded, head)
     with (
         torch.inference_mode(False),  # see `measure_in_lockstep`
         torch.no_grad(),

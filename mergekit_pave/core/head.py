@@ -47,16 +47,17 @@ class Head:
     embedded: Tensor | None = None
 
 
-def predictions(weight: Tensor, rows: Tensor) -> Tensor:
+def predictions(weight: Tensor, rows: Tensor, bias: Tensor | None = None) -> Tensor:
     """The sum over rows of the softmax of their scores, (tokens,) float64.
 
     Args:
         weight: (tokens, d).
         rows: last hidden states, (n, d).
+        bias: (tokens,).
     """
     total = torch.zeros(len(weight), dtype=torch.float64)
     for part in rows.split(256):
-        total += (part @ weight.mT).float().softmax(dim=1).sum(dim=0).cpu()
+        total += torch.nn.functional.linear(part, weight, bias).float().softmax(dim=1).sum(dim=0).cpu()
     return total
 
 

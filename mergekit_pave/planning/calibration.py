@@ -79,7 +79,7 @@ def plan_calibration(config: PaveConfig, source: Source, layers: Iterable[Linear
     Raises:
         PaveError: the samples cannot be read, or do not fit the model; or the covariances are not those of its weights.
     """
-    return _given(config, source, layers) if source.entry.covariance else _of_data(config, source, merge)
+    return _given(config, source, layers) if source.entry.covariance else _of_data(config, source, merge, bool(list(layers)))
 
 
 def check_given(config: PaveConfig) -> None:
@@ -93,7 +93,11 @@ def check_given(config: PaveConfig) -> None:
             raise PaveError(f"{_yaml_key(entry.model)}: there is no folder {entry.covariance} (looked in {Path.cwd()})")
 
 
-def _of_data(config: PaveConfig, source: Source, merge: Merge) -> PlannedCalibration:
+def _of_data(config: PaveConfig, source: Source, merge: Merge, measures_layers: bool) -> PlannedCalibration:
+    """
+    Args:
+        measures_layers: otherwise the model's head is all that may be needed.
+    """
     model, architecture, checkpoint = source.model, source.architecture, source.checkpoint
     settings = config.calibration_of(model)
     samples = load_samples(source.entry.sources, settings, str(model))
@@ -102,20 +106,24 @@ def _of_data(config: PaveConfig, source: Source, merge: Merge) -> PlannedCalibra
     check_token_ids(source, encoded)
     if config.refinement:
         check_meanings(source, processor, encoded, merge)
-    watched = sorted(linear.module for linear in architecture.linears.values())
+    layers = sorted(linear.module for linear in architecture.linears.values())
+    heads = [architecture.head] if architecture.head else []
     dtype, *others = (_precision(source, device) for device in (merge.runtime.device, "cpu", "cuda"))
 
-    def key_for(dtype: str) -> str:
+    def key_for(dtype: str, watched: list[str]) -> str:
         # Another version of transformers may compute otherwise, or have other layers.
         return covariance_key(cache.digest(source.identity, architecture.computation, watched, dtype), encoded)
 
-    key, entries = key_for(dtype), cache.cache_root(config.cache_dir) / "covariance"
+    entries = cache.cache_root(config.cache_dir) / "covariance"
+    is_there = cache.Artefact(entries / key_for(dtype, layers + heads)).manifest() is not None
+    watched = layers + heads if measures_layers or is_there else heads
+    key = key_for(dtype, watched)
     elsewhere, counts = {}, None
     is_new = cache.Artefact(entries / key).manifest() is None
     if is_new or any(config.counts_rows(tensor.data_share) for tensor in merge.tensors):
         counts = count_tokens(encoded, getattr(processor, "tokenizer", processor))
     if is_new:
-        folders = {other: entries / key_for(other) for other in others if other != dtype}
+        folders = {other: entries / key_for(other, watched) for other in others if other != dtype}
         elsewhere = {other: folder for other, folder in folders.items() if cache.Artefact(folder).manifest()}
     about = {
         "key": key,
@@ -146,6 +154,7 @@ def _of_data(config: PaveConfig, source: Source, merge: Merge) -> PlannedCalibra
             batch_size=settings.batch_size,
             about=about,
             counts=counts,
+            only_head=watched == heads,
         ),
         counts=counts,
         contents=frozenset(sample.content for sample in samples if sample.problem is None),
