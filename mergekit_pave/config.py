@@ -129,7 +129,7 @@ class PaveConfig(Block):
     target: Literal["weights", "task_vector"] = "weights"
     exclude: Patterns = Field(default=[])
     include: Patterns = Field(default=[])
-    vocabulary: Literal["counts", "method"] | None = None
+    vocabulary: Literal["fit", "counts", "method"] | None = None
     purify: bool = True
     refine: OptionalRefine = False
     cache_dir: str | None = None
@@ -188,13 +188,13 @@ class PaveConfig(Block):
         of_entry = getattr(self.listed(model), key)
         return getattr(self, key) if of_entry is None else of_entry
 
-    def counts_rows(self, data_share: float | None) -> bool:
-        """Whether the vocabulary is merged by token counts. By default it is where `regmean` uses data, or a merge is refined.
+    def merges_vocabulary(self, data_share: float | None) -> Literal["fit", "counts", "method"]:
+        """How the vocabulary is merged. By default it is fitted where `regmean` uses data, or where a merge is refined.
 
         Args:
             data_share: how much of regmean's metric is to be C; None with any other merge method.
         """
-        return bool(data_share or self.refine) if self.vocabulary is None else self.vocabulary == "counts"
+        return self.vocabulary or ("fit" if data_share or self.refine else "method")
 
     def least_tokens(self, model: ModelReference, experts: tuple[int, ...]) -> int:
         """How many tokens each matrix of a layer must have seen: `min_tokens` for experts, 0 for an ordinary layer."""

@@ -114,7 +114,7 @@ def refined(family, models=2, refine=True, **more):
 def test_a_merge_is_refined_as_whole_models_would_be(families, kind, tmp_path, monkeypatch):
     monkeypatch.setattr(refine, "CLIP", 1e9)
     family, weight = families[kind], (0.3, 0.6)
-    pave = {"purify": False, "vocabulary": "counts", "models": entries(family)}
+    pave = {"purify": False, "vocabulary": "fit", "models": entries(family)}
     plain = merge(config_for(family, pave, weight=weight), tmp_path / "plain")
     written = merge(refined(family, weight=weight, refine={"lambda": 1.0}), tmp_path / "refined")
     expected = reference(family, plain, weight)

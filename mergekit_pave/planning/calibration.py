@@ -120,7 +120,7 @@ def _of_data(config: PaveConfig, source: Source, merge: Merge, measures_layers: 
     key = key_for(dtype, watched)
     elsewhere, counts = {}, None
     is_new = cache.Artefact(entries / key).manifest() is None
-    if is_new or any(config.counts_rows(tensor.data_share) for tensor in merge.tensors):
+    if is_new or any(config.merges_vocabulary(tensor.data_share) != "method" for tensor in merge.tensors):
         counts = count_tokens(encoded, getattr(processor, "tokenizer", processor))
     if is_new:
         folders = {other: entries / key_for(other, watched) for other in others if other != dtype}

@@ -66,7 +66,8 @@ def make_plan(config: PaveConfig, merge: Merge) -> Plan:
         for number, of_tensor in _by_tensor(weights).items()
     }
     decompositions = each_once([task for chain in chains.values() for task in chain.decompositions])
-    needed = dict.fromkeys([*(task.model for task in decompositions), *regmean.measured])
+    of_heads = [model for heads in vocabulary.heads.values() for model in heads.folders]
+    needed = dict.fromkeys([*(task.model for task in decompositions), *regmean.measured, *of_heads])
     warnings = [
         *merge.warnings,
         *sample_warnings({model: calibrations[model] for model in layers_used}, layers_used),
@@ -74,11 +75,11 @@ def make_plan(config: PaveConfig, merge: Merge) -> Plan:
         *unchanged_warnings(selected, compared.weights),
         *base_is_merged(merge, compared.weights),
     ]
-    used = {*layers_used, *(model for rows in vocabulary.rows.values() for model in rows.counts)}
+    used = {*layers_used, *of_heads, *(model for rows in vocabulary.rows.values() for model in rows.counts)}
     header = header_of(config, merge, calibrations, used, _joined(reasons, compared.reasons, never_called))
     header["warnings"] = warnings
     if merge.is_regmean:
-        by_counts = {merge.tensors[number].name for number in vocabulary.rows}
+        by_counts = {merge.tensors[number].name for number in (*vocabulary.rows, *vocabulary.heads)}
         others = {name: reason for name, reason in regmean.reasons.items() if name not in by_counts}
         header["regmean"] = {"as_task_arithmetic": others}
     if vocabulary.report:
@@ -95,6 +96,7 @@ def make_plan(config: PaveConfig, merge: Merge) -> Plan:
         refinement=refinement,
         closed_forms=closed_forms(config, regmean, calibrations),
         rows=vocabulary.rows,
+        heads=vocabulary.heads,
         warnings=warnings,
         compared=compared.is_complete,
     )

@@ -18,7 +18,7 @@ from mergekit_pave.tasks.decompose import DecomposeWeight
 from mergekit_pave.tasks.purify import GatherPurified, PurificationStats
 from mergekit_pave.tasks.refine import Refinement
 from mergekit_pave.tasks.regmean import ClosedForm
-from mergekit_pave.tasks.vocabulary import Rows
+from mergekit_pave.tasks.vocabulary import Heads, Rows
 
 LOG = logging.getLogger(__name__)
 
@@ -65,6 +65,7 @@ class Plan:
         header: the report without its rows.
         closed_forms: what regmean merges in closed form, by the output tensor's number.
         rows: what is merged by token counts, by the output tensor's number.
+        heads: likewise what is merged by predictions.
         refinement: how the merge is refined; None where it is not.
         warnings: what should make a user look twice before any work is done.
         compared: it is known of all weights whether they equal the base model's; otherwise only of those in the cache.
@@ -78,6 +79,7 @@ class Plan:
     header: dict[str, Any]
     closed_forms: dict[int, ClosedForm]
     rows: dict[int, Rows]
+    heads: dict[int, Heads]
     refinement: Refinement | None
     warnings: list[str]
     compared: bool

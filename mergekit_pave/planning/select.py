@@ -30,7 +30,7 @@ def models_to_purify(config: PaveConfig, merge: Merge) -> list[ModelReference]:
     models = list(dict.fromkeys(model for tensor in merge.tensors for model in tensor.models if config.entry(model)))
     if unused := [entry.model for entry in config.models if entry.purify and entry.model not in models]:
         raise PaveError(f"pave.models: mergekit takes no tensor of {unused[0]}, so it cannot be purified; remove its entry")
-    if not models and not merge.is_regmean and config.vocabulary != "counts" and not config.refinement:
+    if not models and not merge.is_regmean and config.vocabulary in (None, "method") and not config.refinement:
         raise PaveError("pave.models: every model has `purify: false`, so nothing would be purified; remove the block instead")
     return models
 

@@ -1,4 +1,4 @@
-"""Which tensors of the vocabulary are merged by token counts, and why each other one is left to the merge method."""
+"""How tensors of the vocabulary are merged, and why each other one is left to the merge method."""
 
 from __future__ import annotations
 
@@ -9,27 +9,31 @@ from typing import Any, Optional
 from mergekit.common import ModelReference
 
 from mergekit_pave.calibration.counts import TokenCounts, conflict
+from mergekit_pave.calibration.stored import stored_covariances
+from mergekit_pave.calibration.token_rows import PREDICTED
 from mergekit_pave.config import PaveConfig
-from mergekit_pave.core.vocabulary import seen
+from mergekit_pave.core.vocabulary import seen, shares
 from mergekit_pave.errors import PaveError
 from mergekit_pave.planning.calibration import PlannedCalibration
 from mergekit_pave.planning.merge import Merge, PlannedTensor
 from mergekit_pave.planning.names import own_names
 from mergekit_pave.planning.source import Source
 from mergekit_pave.planning.warnings import BETWEEN_TWO
-from mergekit_pave.tasks.vocabulary import Rows
+from mergekit_pave.tasks.vocabulary import Heads, Rows
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What is merged by token counts.
+    """What is merged by data.
 
     Attributes:
-        rows: by the output tensor's number.
+        rows: what is merged by token counts, by the output tensor's number.
+        heads: likewise what is merged by predictions.
         report: its part of the report; None where counts are not wanted.
     """
 
     rows: dict[int, Rows]
+    heads: dict[int, Heads]
     report: Optional[dict[str, Any]]
 
 
@@ -51,10 +55,11 @@ def plan_vocabulary(
         PaveError: counts are asked for, but no tensor can be merged by them.
     """
     if not any(_is_wanted(config, tensor) for tensor in merge.tensors):
-        return Vocabulary({}, None)
+        return Vocabulary({}, {}, None)
     counts = {model: calibration.counts for model, calibration in calibrations.items() if calibration.counts}
     tensors = [_Tensor(planned, _parameters(planned, sources), sources) for planned in merge.tensors]
     rows: dict[int, Rows] = {}
+    heads: dict[int, Heads] = {}
     report: dict[str, Any] = {"by_counts": [], "by_method": {}}
     for number, tensor in enumerate(tensors):
         if not _is_wanted(config, tensor.planned) or not tensor.has_vocabulary:
@@ -63,12 +68,17 @@ def plan_vocabulary(
         if reason:
             report["by_method"][tensor.planned.name] = reason
             continue
-        rows[number] = made = _rows_of(tensor, counts)
-        report["by_counts"].append(_row_of_report(tensor.planned.name, made))
-    if config.vocabulary == "counts" and not rows:
+        made = _rows_of(config, tensor, counts)
+        fits = config.merges_vocabulary(tensor.planned.data_share) == "fit" and tensor.is_output
+        if fits and all(_measures_head(calibrations[model]) for model in made.counts):
+            heads[number] = _heads_of(tensor, made, calibrations)
+        else:
+            rows[number] = made
+        report["by_counts"].append(_row_of_report(tensor.planned.name, made, number in heads))
+    if config.vocabulary in ("fit", "counts") and not rows and not heads:
         why = "; ".join(f"{name} is left to {merge.method} ({reason})" for name, reason in report["by_method"].items())
-        raise PaveError(f"pave.vocabulary: nothing can be merged by token counts: {why or 'no tensor has rows for tokens'}")
-    return Vocabulary(rows, report if rows or report["by_method"] else None)
+        raise PaveError(f"pave.vocabulary: nothing can be merged by data: {why or 'no tensor has rows for tokens'}")
+    return Vocabulary(rows, heads, report if report["by_counts"] or report["by_method"] else None)
 
 
 @dataclass(frozen=True)
@@ -93,6 +103,13 @@ class _Tensor:
         return any(name in self.sources[model].architecture.heads for model, name in self.parameters.items())
 
     @property
+    def is_output(self) -> bool:
+        """Whether it is the head of a language model, or tied with it, in all models."""
+        heads = {model: self.sources[model].architecture.head for model in self.parameters}
+        rows = {model: self.sources[model].architecture.token_rows for model in self.parameters}
+        return all(head and rows[model].get(f"{head}.weight") == self.uses_in(model) for model, head in heads.items())
+
+    @property
     def has_vocabulary(self) -> bool:
         gather = self.planned.gather
         return bool(self.uses) or gather is None or any(info.vocabulary_axis is not None for info in gather.weight_info.values())
@@ -105,7 +122,7 @@ class _Tensor:
 
 
 def _is_wanted(config: PaveConfig, planned: PlannedTensor) -> bool:
-    return config.counts_rows(planned.data_share)
+    return config.merges_vocabulary(planned.data_share) != "method"
 
 
 def _parameters(planned: PlannedTensor, sources: dict[ModelReference, Source]) -> dict[ModelReference, str]:
@@ -152,18 +169,36 @@ def _missing_counts(planned: PlannedTensor, counts: dict[ModelReference, TokenCo
     return None
 
 
-def _rows_of(tensor: _Tensor, counts: dict[ModelReference, TokenCounts]) -> Rows:
+def _rows_of(config: PaveConfig, tensor: _Tensor, counts: dict[ModelReference, TokenCounts]) -> Rows:
     planned = tensor.planned
     of_models = {model: counts[model].of(tensor.uses_in(model), tensor.num_rows(model)) for model in planned.fine_tuned}
-    return Rows(planned.base, of_models, planned.weights, planned.scale)
+    scale = config.refinement.lambda_ if config.refinement else planned.scale
+    return Rows(planned.base, of_models, planned.weights, scale)
 
 
-def _row_of_report(name: str, rows: Rows) -> dict[str, Any]:
+def _measures_head(calibration: PlannedCalibration) -> bool:
+    if calibration.job:
+        return calibration.job.architecture.head is not None
+    return stored_covariances(str(calibration.folder)).head is not None
+
+
+def _heads_of(tensor: _Tensor, rows: Rows, calibrations: dict[ModelReference, PlannedCalibration]) -> Heads:
+    return Heads(
+        base=rows.base,
+        weights={model: weight for model, weight in rows.weights.items() if weight > 0},
+        folders={model: str(calibrations[model].folder) for model in rows.counts},
+        embedded=None if PREDICTED in tensor.uses else {model: shares(counts) for model, counts in rows.counts.items()},
+        scale=rows.scale,
+    )
+
+
+def _row_of_report(name: str, rows: Rows, is_fitted: bool) -> dict[str, Any]:
     shown = seen(list(rows.counts.values()), [rows.weights[model] for model in rows.counts])
     return {
         "tensor": name,
         "rows": len(shown),
-        "shown": int(shown.sum()),
+        "shown": len(shown) if is_fitted else int(shown.sum()),
         "tokens": {str(model): int(of_model.sum()) for model, of_model in rows.counts.items()},
         "lambda": rows.scale,
+        "by": "predictions" if is_fitted else "counts",
     }

@@ -57,7 +57,7 @@ from mergekit_pave.tasks.refine import refine_merge
 from mergekit_pave.tasks.regmean import ClosedForm, MergeByRegMean
 from mergekit_pave.tasks.report import WriteReport
 from mergekit_pave.tasks.store import ReadTensor, TensorStore
-from mergekit_pave.tasks.vocabulary import MergeRows
+from mergekit_pave.tasks.vocabulary import MergeHeads, MergeRows
 
 LOG = logging.getLogger(__name__)
 
@@ -163,6 +163,9 @@ def _with_purification(plan):
         for number, rows in self._pave_plan.rows.items() if self.config.pave is not None else ():
             weight, task = self._tensors[number]
             self._tensors[number] = weight, MergeRows(merged=task, rows=rows)
+        for number, heads in self._pave_plan.heads.items() if self.config.pave is not None else ():
+            weight, task = self._tensors[number]
+            self._tensors[number] = weight, MergeHeads(name=weight.name, gather=task.gather_tensors, heads=heads)
         if self.config.pave is not None and self._pave_plan.refinement:
             _read_refined(self)
 

@@ -114,14 +114,15 @@ def _regmean(report: dict) -> list[str]:
 
 
 def _vocabulary(report: dict) -> list[str]:
-    """What was merged by token counts."""
+    """How the vocabulary was merged."""
     head, rows = vocabulary_table(report)
     lines = []
     if rows:
         lines += [
-            f"mergekit-pave {report['versions']['mergekit-pave']} merged rows of the vocabulary by how often each model's "
-            "samples have the token: `W[v] = W_base[v] + λ Σ wᵢ sᵢ(v) Δᵢ[v] / Σ wᵢ sᵢ(v)`, with sᵢ(v) the share of the "
-            "token v in the samples of model i. Rows that no sample shows are as the merge method gives them.",
+            f"mergekit-pave {report['versions']['mergekit-pave']} merged the vocabulary by the samples of the models. "
+            "By token counts: `W[v] = W_base[v] + λ Σ wᵢ sᵢ(v) Δᵢ[v] / Σ wᵢ sᵢ(v)`, with sᵢ(v) the share of the token v in the "
+            "samples of model i. By what the models predict: the head that is closest to all models' predictions on their own "
+            "samples, to second order. Rows that no sample shows are as the merge method gives them.",
             "",
             *_table(head, rows),
             "",

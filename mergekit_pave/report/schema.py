@@ -75,6 +75,7 @@ class _Rows(_Strict):
     shown: Count
     tokens: dict[str, Count]
     lambda_: Number = Field(alias="lambda")
+    by: Literal["counts", "predictions"]
 
 
 class _Vocabulary(_Strict):

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from mergekit_pave.core.reasons import FEW_TOKENS, NEVER_CALLED, UNCHANGED
-from mergekit_pave.report.tables import count_reasons
+from mergekit_pave.report.tables import MERGED_BY, count_reasons
 
 
 def complete(header: dict[str, Any], stats: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
@@ -102,11 +102,11 @@ def regmean_summary(regmean: dict[str, Any]) -> str:
 
 
 def vocabulary_lines(vocabulary: dict[str, Any]) -> list[str]:
-    """A line for each tensor that was merged by token counts, and one for the vocabulary that was not."""
+    """A line for each tensor of the vocabulary that was merged by data, and one for the others."""
     lines = []
     for row in vocabulary["by_counts"]:
         tokens = ", ".join(f"{count} of {model}" for model, count in row["tokens"].items())
-        lines.append(f"{row['shown']} of {row['rows']} rows of {row['tensor']} are merged by token counts ({tokens})")
+        lines.append(f"{row['shown']} of {row['rows']} rows of {row['tensor']} are merged by {MERGED_BY[row['by']]} ({tokens})")
     if reasons := vocabulary_reasons(vocabulary):
         lines.append(f"Vocabulary left to the merge method: {reasons}")
     return lines

@@ -47,15 +47,20 @@ def regmean_parameters(rows: list[dict[str, Any]]) -> dict[str, str]:
     return ranges
 
 
+# What rows of the vocabulary are merged by.
+MERGED_BY = {"counts": "token counts", "predictions": "what the models predict"}
+
+
 def vocabulary_table(report: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple]]:
-    """What was merged by token counts, with the tokens of each model. There are no rows if nothing was."""
+    """What of the vocabulary was merged by data, with the tokens of each model. There are no rows if nothing was."""
     merged = report.get("vocabulary", {"by_counts": []})["by_counts"]
     names = short_models(dict.fromkeys(model for row in merged for model in row["tokens"]))
-    head = ("tensor", "rows by counts", "lambda (λ)", *(f"tokens of {name}" for name in names.values()))
+    head = ("tensor", "rows", "merged by", "lambda (λ)", *(f"tokens of {name}" for name in names.values()))
     return head, [
         (
             row["tensor"],
             f"{row['shown']} of {row['rows']}",
+            MERGED_BY[row["by"]],
             f"{row['lambda']:g}",
             *(row["tokens"].get(model, "-") for model in names),
         )

@@ -1,4 +1,4 @@
-"""A tensor of the vocabulary, of which the rows that calibration data shows are merged by token counts."""
+"""Tensors of the vocabulary merged by data: rows by token counts, and heads of language models by what models predict."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from typing import Optional
 
 from mergekit.common import ModelReference
 from mergekit.graph import Task
+from mergekit.io.tasks import GatherTensors
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from pydantic import InstanceOf
 from torch import Tensor
 
+from mergekit_pave.calibration.stored import stored_covariances
 from mergekit_pave.core.failures import advising
+from mergekit_pave.core.head import Head, merge_heads
 from mergekit_pave.core.vocabulary import merge_rows
 from mergekit_pave.errors import PaveError
 
@@ -75,3 +78,67 @@ class MergeRows(Task[Optional[Tensor]]):
                 out=result,
             )
         return result
+
+
+@dataclass(frozen=True, eq=False)
+class Heads:
+    """What a head is merged by.
+
+    Attributes:
+        base: the model that changes are measured from; None for the weighted mean of all.
+        weights: of each model that takes part, above 0.
+        folders: of each model's covariances.
+        embedded: of each model the share of each token, float64 (V,); None for a head that is not the token embedding.
+        scale: λ.
+    """
+
+    base: Optional[ModelReference]
+    weights: dict[ModelReference, float]
+    folders: dict[ModelReference, str]
+    embedded: Optional[dict[ModelReference, Tensor]]
+    scale: float
+
+
+class MergeHeads(Task[Tensor]):
+    """The head of a language model, in the place of mergekit's task that would merge it."""
+
+    name: str
+    gather: GatherTensors
+    heads: InstanceOf[Heads]
+
+    def __hash__(self) -> int:
+        return hash((MergeHeads, self.name))
+
+    def arguments(self) -> dict[str, Task]:
+        return {"tensors": self.gather}
+
+    def group_label(self) -> Optional[str]:
+        return self.gather.group_label()
+
+    def uses_accelerator(self) -> bool:
+        return True
+
+    def execute(self, tensors: dict[ModelReference, Tensor]) -> Tensor:
+        """
+        Raises:
+            PaveError: a model's tensor is not that of the architecture, or memory runs out.
+        """
+        heads, parts = self.heads, []
+        first = next(iter(tensors.values()))
+        with advising(f"merging {self.name} by what the models predict", first.device):
+            for model, weight in heads.weights.items():
+                stored, tensor = stored_covariances(heads.folders[model]), tensors[model]
+                predicted, covariance = stored.predicted(), stored.load([stored.head])
+                if tensor.shape != (len(predicted), covariance.dim):
+                    raise PaveError(
+                        f"{model}: {self.name} is a tensor of shape {tuple(tensor.shape)}, but its covariances are those of a "
+                        f"head of shape {(len(predicted), covariance.dim)}"
+                    )
+                embedded = heads.embedded and heads.embedded[model]
+                parts.append(Head(weight, tensor, covariance.unscaled(), predicted, embedded))
+            total = sum(heads.weights.values())
+            base = tensors[heads.base] if heads.base else sum(part.share / total * part.weight.float() for part in parts)
+            merged = merge_heads(base, parts, heads.scale).to(first.dtype)
+        if not merged.isfinite().all():
+            raise PaveError(f"merging {self.name} gives values that are not finite. Look for NaN in the models' weights")
+        return merged

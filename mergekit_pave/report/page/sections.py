@@ -63,13 +63,13 @@ def _closed_form(report: dict[str, Any]) -> Section:
 
 
 def _vocabulary(report: dict[str, Any]) -> Section:
-    """What was merged by token counts."""
+    """How the vocabulary was merged."""
     merged = tables.vocabulary_table(report)
     reasons = tables.count_reasons(report["vocabulary"]["by_method"])
     others = [(("left to the merge method, because it is", "tensors"), reasons)] if reasons else []
     text = (
-        "Rows that some model's samples show are merged by how often the samples have their token. All others are "
-        "as the merge method gives them."
+        "Rows are merged by how often each model's samples have their token, or so that the head predicts what each model "
+        "predicts on its own samples. Rows that no sample shows are as the merge method gives them."
     )
     return Section("vocabulary", "Vocabulary", text, tables=([merged] if merged[1] else []) + others)
 
