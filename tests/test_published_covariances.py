@@ -37,7 +37,7 @@ def test_list_tells_models_and_sizes(llama, filled, cache):
     assert result.exit_code == 0
     for model in llama.tuned[:2]:
         assert result.output.count(str(model)) == 2
-    assert "21 layers" in result.output and "21 weights" in result.output
+    assert "22 layers" in result.output and "21 weights" in result.output
 
 
 def test_verify_finds_a_flipped_bit(filled, cache, llama):
