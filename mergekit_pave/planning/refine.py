@@ -92,8 +92,10 @@ def plan_refinement(
     if not layers:
         counts = "; ".join(f"{count} {reason}" for reason, count in collections.Counter(reasons.values()).items())
         raise PaveError(f"pave.refine: no tensor of this merge would be refined ({counts}); leave `refine` out")
+    names = filter(None, (architecture.weight_name(list(planned.names)) for planned in merge.tensors))
+    merged = {architecture.block_of(name) for name in names} | {NO_BLOCK}
     for model, job in experts.items():
-        _check_blocks(model, job.architecture, architecture)
+        _check_blocks(model, job.architecture, merged)
     sized = (i for i, planned in enumerate(merge.tensors) if planned.gather is None and _is_embedding(planned, architecture))
     refinement = Refinement(
         settings=config.refinement,
@@ -112,9 +114,10 @@ def plan_refinement(
     return refinement, reasons
 
 
-def _check_blocks(model: ModelReference, expert: Architecture, merged: Architecture) -> None:
-    if alone := sorted(expert.blocks.keys() ^ merged.blocks.keys()):
-        owner, other = ("the merged model", model) if alone[0] in merged.blocks else (model, "the merged model")
+def _check_blocks(model: ModelReference, expert: Architecture, merged: set[str]) -> None:
+    own = {path for path, num_weights in expert.blocks.items() if num_weights} | {NO_BLOCK}
+    if alone := sorted(own ^ merged):
+        owner, other = ("the merged model", model) if alone[0] in merged else (model, "the merged model")
         raise PaveError(
             f"pave.refine: {owner} has the block {alone[0]}, and {other} has none of this place. Refining runs the models side "
             "by side, so they have to have the same blocks; leave `refine` out"

@@ -33,6 +33,8 @@ from mergekit_pave.tasks.store import TensorStore
 
 LOG = logging.getLogger(__name__)
 
+REMEDY = "A smaller pave.calibration.batch_size needs less, and so do fewer `samples` or a smaller `max_length`"
+
 
 @dataclass(frozen=True)
 class RefinedLayer:
@@ -127,7 +129,8 @@ def refine_merge(planned: Refinement, tasks: dict[int, Task], names: dict[str, i
     batch_size, open_model = max(job.batch_size for job in planned.experts.values()), _streamed
     while True:
         try:
-            refined = _refine(planned, merged, open_model, batch_size, store, run)
+            with advising("running the models side by side", planned.runtime.device, REMEDY):
+                refined = _refine(planned, merged, open_model, batch_size, store, run)
             break
         except UnknownWeightError as error:
             LOG.info("refining cannot load the models block by block (%s), loading them whole", error)

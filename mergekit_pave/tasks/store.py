@@ -12,6 +12,7 @@ from mergekit.graph import Task
 from torch import Tensor
 
 from mergekit_pave.cache import writable
+from mergekit_pave.errors import PaveError
 
 
 class TensorStore:
@@ -83,4 +84,6 @@ class ReadTensor(Task[Optional[Tensor]]):
         return {}
 
     def execute(self) -> Optional[Tensor]:
+        if self.number not in self.store:
+            raise PaveError("pave.refine: only a merge that is written to a folder is refined (run_merge, plan_to_disk)")
         return self.store.get(self.number)
