@@ -1,18 +1,28 @@
 """What is told of a refined merge: before it by `plan` and in the log, after it by the report, the card and the page."""
 
+import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
 from merging import config_for, entries, forget_checkpoints, merge, write_config
+from models import KINDS, Family, make_model, make_rows, make_tokenizer, model_config, save_family, write_rows
+from test_calibration_memory import Tracking
 
 from mergekit_pave.cli import main
+from mergekit_pave.errors import PaveError
+from mergekit_pave.plugin import wrap
+from mergekit_pave.plugin.phases import plan_merge
 from mergekit_pave.report import card
 from mergekit_pave.report.page import fits, render
 from mergekit_pave.report.stored import read_report
 from mergekit_pave.report.summary import refined_summary
 from mergekit_pave.settings import Refine
+from mergekit_pave.tasks.refine import refine_merge
 
 LAYERS = 21  # linear layers of the tiny Llama, seven in each of its three blocks
 
@@ -151,3 +161,89 @@ def test_a_merge_of_which_no_layer_was_reached(tmp_path):
     assert "refined 0 of 30 tensors" in card.section(report) and "| projection |" not in card.section(report)
     page = render.write(tmp_path / "page", "name", report, None, None).read_text()
     assert "0 of 30" in page and "<figure>" not in page and "never called during calibration" in page
+
+
+# --- Before the merge ------------------------------------------------------------------------------------------------
+
+
+def test_plan_tells_what_will_be_refined_and_what_it_costs(llama, tmp_path, cache):
+    path = write_config(refined(llama, pave={"refine": {"covariance": 0.25}}), tmp_path / "plan.yml")
+    found = json.loads(invoke("plan", path, "--json"))["refined"]
+    told = invoke("plan", path)
+    assert not cache.exists()
+    merge(refined(llama, pave={"refine": {"covariance": 0.25}}), tmp_path / "out")
+    done = read_report(str(tmp_path / "out"))["refined"]
+    assert sorted(found["layers"]) == sorted(row["tensor"] for row in done["layers"])
+    assert found["left"] == done["left"] and found["settings"] == done["settings"]
+    assert found["seconds"] > 0 and found["memory"] > 0
+    assert re.search(
+        rf"^{LAYERS} will be refined: about \d+ s on cpu, [\d.]+ MB of memory, and while the merge runs [\d.]+ KB of disk; as "
+        r"the merge method gives them: 7 not the weight of a linear layer, 2 vocabulary\.$",
+        told,
+        re.MULTILINE,
+    )
+    assert "refined" not in json.loads(invoke("plan", write_config(config_for(llama, {}), path), "--json"))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
+def test_the_estimate_is_what_refining_takes(kind, tmp_path, cache, monkeypatch):
+    """Of memory what torch takes, and of the disk the size of the file that is gone afterwards."""
+    family, told = family_of(kind, tmp_path), {}
+
+    def tracked(planned, tasks, names, store, storage):
+        with Tracking() as tracking:
+            result = refine_merge(planned, tasks, names, store, storage)
+        told.update(memory=planned.estimate().peak / tracking.peak, disk=planned.size / store._file.seek(0, 2))
+        return result
+
+    monkeypatch.setattr(wrap, "refine_merge", tracked)
+    merge(refined(family), tmp_path / "out")
+    assert 1 / 1.3 < told["memory"] < 1.3
+    assert 0.9 < told["disk"] <= 1  # each tensor has a header
+    assert not [path for path in cache.iterdir() if path.is_file()]
+
+
+def family_of(kind: str, folder: Path) -> Family:
+    """Models whose layers are wide enough, and samples that are many enough, to outweigh what is there anyway."""
+    tokenizer = make_tokenizer(kind)
+    config = model_config(kind, len(tokenizer))
+    config.update({"n_embd": 96} if kind == "gpt2" else {"hidden_size": 96, "intermediate_size": 288})
+    data = tuple(
+        write_rows(folder / f"{i}.jsonl", make_rows("one two three", count, seed=i)) for i, count in enumerate((160, 60))
+    )
+    return save_family(kind, make_model(KINDS[kind].model, config), tokenizer, data, folder)
+
+
+def test_more_of_everything_costs_more(llama, tmp_path, cache):
+    def cost(models: int = 2, **calibration):
+        config = refined(llama, models, pave={"calibration": calibration})
+        forget_checkpoints()
+        return plan_merge(MergeConfiguration.model_validate(config), MergeOptions(quiet=True)).refinement.estimate()
+
+    two, three, fewer = cost(), cost(3), cost(samples=10)
+    assert three.weights == two.weights * 4 / 3 and three.hidden > two.hidden and three.fits > two.fits
+    assert fewer.hidden < two.hidden and fewer.within < two.within and fewer.sums < two.sums and fewer.weights == two.weights
+
+
+def test_a_merge_says_what_refining_takes(llama, tmp_path, cache, caplog):
+    merge(refined(llama), tmp_path / "out")
+    tokens = sum(source["tokens"] for source in read_report(str(tmp_path / "out"))["models"].values())
+    assert re.search(
+        rf"{LAYERS} layers to be refined with {tokens} tokens of 2 models; takes [\d.]+ KB of disk while the merge runs, and "
+        r"about [\d.]+ MB of memory",
+        caplog.text,
+    )
+
+
+@pytest.mark.parametrize("purify", [True, False])
+def test_a_disk_without_room_for_the_merged_model(purify, llama, tmp_path, cache, monkeypatch):
+    """It is told before anything is calibrated. `calibrate`, which refines nothing, needs no such room."""
+    config = refined(llama, pave={"purify": purify})
+    forget_checkpoints()
+    plan = plan_merge(MergeConfiguration.model_validate(config), MergeOptions(quiet=True))
+    size = plan.refinement.size + plan.missing
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=size - 1))
+    with pytest.raises(PaveError, match=r"only .* are free.*or leave `refine` out"):
+        merge(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not cache.exists()
+    invoke("calibrate", write_config(config, tmp_path / "config.yml"))

@@ -161,17 +161,20 @@ class Artefact:
             lock.release()
 
 
-def require_space(folder: Path, size: int) -> None:
+def require_space(folder: Path, size: int, instead: str = "lower pave.calibration.max_tokens") -> None:
     """Fail early if the disk has no room for so many bytes.
+
+    Args:
+        instead: what else would help, for the message.
 
     Raises:
         PaveError: there is not enough space.
     """
-    free = shutil.disk_usage(next(parent for parent in folder.parents if parent.exists())).free
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     if free < size:
         raise PaveError(
             f"the PAVE cache at {folder} may need {readable(size)}, but only {readable(free)} are free. Choose "
-            "another place with pave.cache_dir or MERGEKIT_PAVE_CACHE, or lower pave.calibration.max_tokens"
+            f"another place with pave.cache_dir or MERGEKIT_PAVE_CACHE, or {instead}"
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from mergekit_pave.calibration.architecture import NO_BLOCK, Architecture
@@ -53,28 +53,25 @@ def estimate(
     tokens = sum(sample.tokens for sample in encoded)
     # Only the model knows how many rows a vision tower makes of an image. There may be so many that they are summed.
     pictured = any(sample.is_pictured for sample in encoded)
-    ordered = sorted(encoded, key=lambda sample: sample.length)
-    batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
-    padded = [len(batch) * batch[-1].length for batch in batches]
+    batches = batches_of(encoded, batch_size)
+    padded = [padded_tokens(batch) for batch in batches]
 
     def rows_of(linear: Linear) -> float:
         return math.inf if pictured else tokens * _meets(architecture, linear) * linear.shape[1] * itemsize
 
-    cache = operations = 0
-    length = sum(sample.length for sample in encoded)
     head = architecture.weights[f"{architecture.head}.weight"] if architecture.head else (0, 0)
     heads = [Linear(architecture.head, head, transposed=False)] if architecture.head else []
-    for linear in (*architecture.linears.values(), *heads):
+    measured = () if only_head else architecture.linears.values()
+    # The weight of a head multiplies only tokens that count.
+    cache, operations = 0, pass_operations(architecture, encoded) + 2 * math.prod(head) * tokens
+    for linear in (*measured, *heads):
         triangle, meets = _triangle(linear), _meets(architecture, linear)
-        # A weight multiplies all tokens, also those that do not count, but that of a head.
-        operations += 2 * meets * math.prod(linear.shape) * (tokens if linear in heads else length)
-        if linear in heads or not only_head:
-            cache += min(rows_of(linear), len(linear.layers) * triangle)
-            # Of a symmetric sum half is computed.
-            operations += tokens * meets * linear.shape[1] ** 2 if rows_of(linear) > triangle else 0
+        cache += min(rows_of(linear), len(linear.layers) * triangle)
+        # Of a symmetric sum half is computed.
+        operations += tokens * meets * linear.shape[1] ** 2 if rows_of(linear) > triangle else 0
     sums: dict[str, int] = defaultdict(int)
     adding = 0
-    for block, linear in () if only_head else _inputs(architecture):
+    for block, linear in distinct_inputs(architecture, measured):
         rows, width = rows_of(linear), linear.shape[1]
         if rows > _triangle(linear):
             # An expert keeps rows until they take more memory than their sum would.
@@ -89,15 +86,35 @@ def estimate(
         embeddings=max(architecture.blocks[NO_BLOCK], math.prod(head)) * itemsize,
         weights=max((count for path, count in architecture.blocks.items() if path != NO_BLOCK), default=0) * itemsize,
         covariances=max(sums.values(), default=0),
-        hidden=sum(padded) * (2 * architecture.hidden_size * itemsize + _BESIDE),
-        batch=max(_activations(architecture, batch, itemsize, adding) for batch in batches[-2:]),
+        hidden=sum(padded) * hidden_of_token(architecture, itemsize),
+        batch=max(activations(architecture, batch, itemsize, adding) for batch in batches[-2:]),
         operations=operations,
     )
 
 
-# Rows in one product of a sum. Bytes of a token beside its hidden states: ids, whether it counts, and runs of packed masks.
-_CHUNK = SecondMoment.CHUNK
-_BESIDE = 40
+_CHUNK = SecondMoment.CHUNK  # rows in one product of a sum
+
+
+def batches_of(encoded: list[Encoded], batch_size: int) -> list[list[Encoded]]:
+    """The samples in their batches, the longest batch last."""
+    ordered = sorted(encoded, key=lambda sample: sample.length)
+    return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+
+
+def padded_tokens(batch: list[Encoded]) -> int:
+    """The number of tokens in a batch, with padding."""
+    return len(batch) * batch[-1].length
+
+
+def hidden_of_token(architecture: Architecture, itemsize: int) -> int:
+    """Bytes of a token between two blocks: its embedding and hidden state; its id, whether it counts, runs of packed masks."""
+    return 2 * architecture.hidden_size * itemsize + 40
+
+
+def pass_operations(architecture: Architecture, encoded: list[Encoded]) -> int:
+    """Multiplications and additions of one pass. A weight multiplies all tokens, also those that do not count."""
+    tokens = sum(sample.length for sample in encoded)
+    return sum(2 * _meets(architecture, one) * math.prod(one.shape) * tokens for one in architecture.linears.values())
 
 
 def _triangle(linear: Linear) -> int:
@@ -110,22 +127,22 @@ def _meets(architecture: Architecture, linear: Linear) -> int:
     return min(len(linear.layers), architecture.experts_a_token) if linear.experts else 1
 
 
-def _inputs(architecture: Architecture) -> Iterator[tuple[str, Linear]]:
-    """Linear layers that probably have different inputs, each with its block.
+def distinct_inputs(architecture: Architecture, linears: Iterable[Linear]) -> Iterator[tuple[str, Linear]]:
+    """Those linear layers of a model that probably have different inputs, each with its block.
 
     Only a run of the model shows which layers share an input. Most often these are the layers of one module with inputs of one
     width, except for the layer whose output is added to the hidden states: query, key and value, but not output; gate and up.
     """
     groups: dict[tuple[str, int, bool], list[Linear]] = defaultdict(list)
-    for linear in architecture.linears.values():
+    for linear in linears:
         may_be_last = linear.shape[0] == architecture.hidden_size
         groups[linear.module.rpartition(".")[0], linear.shape[1], may_be_last].append(linear)
-    for (*_, may_be_last), linears in groups.items():
-        for linear in linears[: 2 if may_be_last and len(linears) > 3 else 1]:
+    for (*_, may_be_last), alike in groups.items():
+        for linear in alike[: 2 if may_be_last and len(alike) > 3 else 1]:
             yield architecture.block_of(linear.module), linear
 
 
-def _activations(architecture: Architecture, batch: list[Encoded], itemsize: int, adding: int) -> int:
+def activations(architecture: Architecture, batch: list[Encoded], itemsize: int, adding: int) -> int:
     """Bytes of a batch within a block.
 
     Args:

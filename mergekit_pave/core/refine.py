@@ -33,7 +33,7 @@ RIDGE = 1e-4
 # How many times the median norm a row may have before it is scaled down.
 CLIP = 4.0
 
-_SAMPLE = 1024  # pairs of rows that an error is measured on
+SAMPLE = 1024  # pairs of rows that an error is measured on
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def summed(pairs: Sequence[tuple[Tensor, Tensor]]) -> Inputs | None:
         merged, expert = (rows.to(device, torch.promote_types(rows.dtype, torch.float32)) * scale for rows in (merged, expert))
         moment.add(merged)
         done += _add_product(difference, expert - merged, merged, done)
-        kept = torch.linspace(0, len(merged) - 1, max(1, _SAMPLE * len(merged) // tokens), device=device).long()
+        kept = torch.linspace(0, len(merged) - 1, max(1, SAMPLE * len(merged) // tokens), device=device).long()
         sample.append((merged[kept], expert[kept]))
     square = moment.result().unscaled()
     trace = square.diagonal().sum()

@@ -94,6 +94,12 @@ class Plan:
         """The calibrations that the cache lacks."""
         return [task for task in self.calibrations if isinstance(task, CalibrateModel) and not task.is_done]
 
+    @property
+    def missing(self) -> int:
+        """Bytes that the cache will have more, at most."""
+        covariances = sum(task.job.estimate(task.runtime.device).cache for task in self.to_calibrate)
+        return covariances + sum(task.cache for task in self.decompositions)
+
 
 def announce(plan: Plan) -> None:
     """Log the warnings, what is in the cache, and what the calibrations that are still to be done will cost.
@@ -115,8 +121,27 @@ def announce(plan: Plan) -> None:
             readable(cost.cache),
             readable(cost.peak),
         )
-    num_bytes = sum(task.job.estimate(task.runtime.device).cache for task in plan.to_calibrate)
-    num_bytes += sum(task.cache for task in plan.decompositions)
-    if num_bytes:
+    if num_bytes := plan.missing:
         folders = [task.folder for task in (*plan.to_calibrate, *plan.decompositions)]
         cache.require_space(Path(folders[0]), num_bytes)
+
+
+def announce_refinement(plan: Plan) -> None:
+    """Log what refining will cost.
+
+    Raises:
+        PaveError: the disk has no room for the merged model's tensors beside what the cache lacks.
+    """
+    if plan.refinement is None:
+        return
+    layers, size = len(plan.refinement.layers), plan.refinement.size
+    tokens = sum(job.about["tokens"] for job in plan.refinement.experts.values())
+    LOG.info(
+        "%d layers to be refined with %d tokens of %d models; takes %s of disk while the merge runs, and about %s of memory",
+        layers,
+        tokens,
+        len(plan.refinement.experts),
+        readable(size),
+        readable(plan.refinement.estimate().peak),
+    )
+    cache.require_space(plan.refinement.folder, plan.missing + size, "leave `refine` out")

@@ -13,7 +13,7 @@ from mergekit_pave.core.exact import float64_device
 from mergekit_pave.core.linear import Linear
 from mergekit_pave.files import readable
 from mergekit_pave.planning.plan import Plan
-from mergekit_pave.report.summary import by_model, kind, regmean_reasons, vocabulary_lines, warnings
+from mergekit_pave.report.summary import by_model, kind, refined_reasons, regmean_reasons, vocabulary_lines, warnings
 
 
 def preview(plan: Plan, device: str, samples: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -63,6 +63,7 @@ def preview(plan: Plan, device: str, samples: dict[str, list[dict[str, Any]]]) -
             },
             "removed": _removed(samples.get(model, [])),
         }
+    refined = _refined(plan, device, exact) if plan.refinement else None
     of_samples = warnings({"models": {}, "purified": [row for rows in samples.values() for row in rows]})
     regmean = plan.header.get("regmean")
     return {
@@ -72,7 +73,26 @@ def preview(plan: Plan, device: str, samples: dict[str, list[dict[str, Any]]]) -
         "models": models,
         **({"regmean": {"closed_form": len(plan.closed_forms)} | regmean} if regmean else {}),
         **({"vocabulary": plan.header["vocabulary"]} if "vocabulary" in plan.header else {}),
+        **({"refined": refined} if refined else {}),
         "warnings": plan.warnings + of_samples,
+    }
+
+
+def _refined(plan: Plan, device: str, exact: float) -> dict[str, Any]:
+    """What refining would fit, and what it would cost.
+
+    Args:
+        exact: operations a second in float64.
+    """
+    refinement, cost = plan.refinement, plan.refinement.estimate()
+    speed = _speed(inference_dtype(refinement.config, device), device)
+    return {
+        "settings": plan.header["refined"]["settings"],
+        "layers": [layer.name for layer in refinement.layers.values()],
+        "left": plan.header["refined"]["left"],
+        "seconds": cost.passes / speed + cost.sums / _speed(torch.float32, device) + cost.fits / exact,
+        "memory": cost.peak,
+        "disk": refinement.size,
     }
 
 
@@ -116,6 +136,12 @@ def as_text(preview: dict[str, Any]) -> str:
         lines.append(f"{preview['regmean']['closed_form']} will be merged in closed form; as task_arithmetic does: {others}.")
     if "vocabulary" in preview:
         lines += [f"{line}." for line in vocabulary_lines(preview["vocabulary"])]
+    if refined := preview.get("refined"):
+        lines.append(
+            f"{len(refined['layers'])} will be refined: about {_duration(refined['seconds'])} on {preview['device']}, "
+            f"{readable(refined['memory'])} of memory, and while the merge runs {readable(refined['disk'])} of disk; as the "
+            f"merge method gives them: {refined_reasons(refined) or 'none'}."
+        )
     for name, model in preview["models"].items():
         sets = [" / ".join(filter(None, (data["path"], data.get("name"), data["split"]))) for data in model["data"]]
         data = ", ".join(sets) or "not needed"

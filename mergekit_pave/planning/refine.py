@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import collections
 import copy
+import math
 
-from mergekit.common import ModelReference
+import torch
+from mergekit.common import ModelReference, dtype_from_name
 
+from mergekit_pave.cache import cache_root
 from mergekit_pave.calibration.architecture import NO_BLOCK, Architecture, describe
 from mergekit_pave.calibration.job import Job
 from mergekit_pave.calibration.token_rows import SIDES
@@ -97,6 +100,11 @@ def plan_refinement(
     for model, job in experts.items():
         _check_blocks(model, job.architecture, merged)
     sized = (i for i, planned in enumerate(merge.tensors) if planned.gather is None and _is_embedding(planned, architecture))
+    numbers = {
+        number: name
+        for number, planned in enumerate(merge.tensors)
+        if (name := architecture.weight_name(list(planned.names))) not in architecture.heads
+    }
     refinement = Refinement(
         settings=config.refinement,
         layers=layers,
@@ -104,14 +112,19 @@ def plan_refinement(
         config=model_config,
         architecture=architecture,
         resized=next(sized, None),
-        numbers=tuple(
-            number
-            for number, planned in enumerate(merge.tensors)
-            if architecture.weight_name(list(planned.names)) not in architecture.heads
-        ),
+        numbers=tuple(numbers),
+        folder=cache_root(config.cache_dir),
+        size=_itemsize(merge) * sum(math.prod(architecture.weights[name]) for name in numbers.values() if name),
         runtime=merge.runtime,
     )
     return refinement, reasons
+
+
+def _itemsize(merge: Merge) -> int:
+    """Bytes of a number in the precision that the merge computes in."""
+    name = next((planned.gather.dtype for planned in merge.tensors if planned.gather), None)
+    dtype = dtype_from_name(name) or getattr(merge.config, "dtype", None)
+    return (dtype or torch.float32).itemsize
 
 
 def _check_blocks(model: ModelReference, expert: Architecture, merged: set[str]) -> None:

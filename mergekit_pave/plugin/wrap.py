@@ -33,13 +33,13 @@ from mergekit.io.tasks import FinalizeModel, LoaderCache
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.plan import MergePlanner
 
-from mergekit_pave.cache import cache_root
 from mergekit_pave.core.failures import is_out_of_memory, ran_out
 from mergekit_pave.methods.regmean import check_baseless, check_weights
 from mergekit_pave.planning.checks import check_present
 from mergekit_pave.planning.closed_form import plan_without_data
 from mergekit_pave.planning.make import make_plan
 from mergekit_pave.planning.names import all_names, own_names
+from mergekit_pave.planning.plan import announce_refinement
 from mergekit_pave.plugin.checkpoints import has, missing_from, without_aliases
 from mergekit_pave.plugin.dry_run import try_out
 from mergekit_pave.plugin.inputs import check_inputs, check_layers, planning_errors
@@ -174,7 +174,7 @@ def _with_purification(plan):
 
 def _read_refined(planner: MergePlanner) -> None:
     """Have the output tensors that are refined, and those that the refined model is run with, read from a store."""
-    store = TensorStore(cache_root(planner.config.pave.cache_dir))
+    store = TensorStore(planner._pave_plan.refinement.folder)
     planner._pave_merged = {}, {}, store
     tasks, names, _ = planner._pave_merged
     for number in planner._pave_plan.refinement.numbers:
@@ -201,6 +201,7 @@ def _with_phases(plan_to_disk):
         tasks = plan_to_disk(self, out_path)
         if self.config.pave is not None:
             plan = self._pave_plan
+            announce_refinement(plan)
             calibrate_all(plan, self.options)
             decompose_all(plan.decompositions, self.options)
             merges = [task for _, task in self._tensors]

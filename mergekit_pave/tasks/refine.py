@@ -6,6 +6,7 @@ import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from mergekit_pave.calibration.forward import UnalignedInputError
 from mergekit_pave.calibration.job import Job, Runtime
 from mergekit_pave.calibration.lockstep import Loads, WholeModel
 from mergekit_pave.calibration.models import find_blocks, inference_dtype, load_model, load_tensors
+from mergekit_pave.calibration.refine_cost import RefineCost, refine_cost
 from mergekit_pave.calibration.side_by_side import Expert, Reached, run_side_by_side
 from mergekit_pave.calibration.weights import Checkpoint, StreamedModel, UnknownWeightError
 from mergekit_pave.core import refine
@@ -66,6 +68,8 @@ class Refinement:
         config, architecture: of the merged model.
         resized: the number of its token embedding, where mergekit gives it another number of rows than the base model's.
         numbers: of the output tensors that make up the merged model's backbone.
+        folder: where they are kept while the merge runs.
+        size: how many bytes they have.
     """
 
     settings: Refine
@@ -75,7 +79,20 @@ class Refinement:
     architecture: Architecture
     resized: int | None
     numbers: tuple[int, ...]
+    folder: Path
+    size: int
     runtime: Runtime
+
+    def estimate(self) -> RefineCost:
+        """The cost of refining, apart from `size`."""
+        return refine_cost(
+            self.architecture,
+            [job.encoded for job in self.experts.values()],
+            [layer.linear for layer in self.layers.values()],
+            max(job.batch_size for job in self.experts.values()),
+            inference_dtype(self.config, self.runtime.device).itemsize,
+            self.settings.covariance,
+        )
 
 
 @dataclass
