@@ -247,3 +247,9 @@ def test_a_disk_without_room_for_the_merged_model(purify, llama, tmp_path, cache
         merge(config, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not cache.exists()
     invoke("calibrate", write_config(config, tmp_path / "config.yml"))
+
+
+def test_readme_names_the_defaults():
+    settings = Refine().model_dump(by_alias=True)
+    told = "{" + ", ".join(f"{key}: {value}" for key, value in settings.items()) + "}"
+    assert (Path(__file__).parents[1] / "README.md").read_text().count(told) == 2

@@ -62,7 +62,7 @@ def calibrate(config_file: str, merge_options: MergeOptions) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Every tensor, for scripts.")
 @add_merge_options
 def plan(config_file: str, as_json: bool, merge_options: MergeOptions) -> None:
-    """Show what merging CONFIG_FILE would purify, what not and why, and what that would cost.
+    """Show what merging CONFIG_FILE would purify or refine, what not and why, and what that would cost.
 
     No weights are read, except a few of each model once its caches are full: they show how large the removed part is. An adapter
     (`model+lora`) is merged into its model, which is kept in --lora-merge-cache.
@@ -87,7 +87,7 @@ def write_report(source: Path, output: Path | None, merge_options: MergeOptions)
     """Show what purification did, or would do, as a page with plots (needs mergekit-pave[report]).
 
     For OUT, the folder of a finished merge, the page is drawn from its pave_report.json alone, anywhere and in seconds: ranks,
-    energy, the removed part beside the change, and what regmean merged in closed form.
+    energy, the removed part beside the change, what regmean merged in closed form, and how well refined layers fit.
 
     For CONFIG (such as OUT/mergekit_config.yml) the page also shows spectra, covariances, and the interference between task
     vectors before and after. It reads weights as a merge does, but merges and measures nothing: the caches must be full, as they
