@@ -1,9 +1,10 @@
-"""PAVE from end to end on a laptop: train a small model, fine-tune it three ways, merge with and without `pave:`.
+"""The whole way on a laptop: train a small model, fine-tune it three ways, merge with and without `pave:`.
 
 Everything is made here: the texts come from Python and the installed packages, the models from the texts. The merges
-are what a user would run, such as `mergekit-yaml plain.yml ./plain` and `mergekit-yaml purified.yml ./purified`, and
-differ only in the `pave:` block. Their scores on held-out text are printed, good or bad. Run it with `make demo`, which
-takes about four minutes; the configs, texts, models and caches stay in `demo-out/`, where you can run them again.
+are what a user would run, such as `mergekit-yaml plain.yml ./plain` and `mergekit-yaml refined.yml ./refined`: task
+arithmetic, the same with purification, `regmean`, and the same refined. Their scores on held-out text are printed, good or
+bad. Run it with `make demo`, which takes about four minutes; the configs, texts, models and caches stay in `demo-out/`,
+where you can run them again.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ CALIBRATION_ROWS = 256  # the default of `pave.calibration.samples`
 SCORED_WINDOWS = 96  # per domain
 BASE_STEPS, BASE_RATE = 320, 3e-3
 TUNE_STEPS, TUNE_RATE = 60, 1e-3
-MERGES = ["plain", "purified", "purified-change"]
+MERGES = ["plain", "purified", "regmean", "refined"]
 WEIGHT = 0.4  # of each task vector; best for the plain merge on the calibration texts, of 0.3 to 1.0
 
 
@@ -285,10 +286,12 @@ def write_configs(domains: list[Domain]) -> None:
     # Nothing is set but which data belongs to which model. By default 0.984 of the components are kept, so 4 of the
     # 256 in each matrix go: few, as they would be in a large model.
     data = [{"model": f"./{name}", "data": {"path": f"./calibration/{name}.jsonl"}} for name in names]
-    purified = {"cache_dir": "./pave-cache", "models": data}
+    block = {"cache_dir": "./pave-cache", "models": data}
+    regmean = plain | {"merge_method": "regmean", "models": [{"model": f"./{name}"} for name in names]}
     write_config("plain", plain)
-    write_config("purified", plain | {"pave": purified})
-    write_config("purified-change", plain | {"pave": {"target": "task_vector"} | purified})
+    write_config("purified", plain | {"pave": block})
+    write_config("regmean", regmean | {"pave": {"purify": False} | block})
+    write_config("refined", regmean | {"pave": {"purify": False, "refine": True} | block})
 
 
 def write_config(name: str, config: dict) -> None:
@@ -302,15 +305,18 @@ def merge(name: str) -> None:
     subprocess.run(command, cwd=OUT, check=True)
 
 
-def show_purification(name: str) -> None:
-    """What a purified merge says about itself. Without the plugin, mergekit silently ignores `pave:`."""
+def show_work(name: str) -> None:
+    """What a merge with a block says about itself. Without the plugin, mergekit silently ignores `pave:`."""
     card, report = OUT / name / "README.md", OUT / name / "pave_report.json"
+    content = json.loads(report.read_text()) if report.exists() else {}
+    closed, refined = content.get("regmean", {}).get("closed_form", []), content.get("refined", {}).get("layers", [])
+    done = {"purified": content.get("purified", []), "merged in closed form": closed, "refined": refined}
+    print(
+        f"\ndemo-out/{name}/pave_report.json: {', '.join(f'{len(rows)} weights {what}' for what, rows in done.items() if rows)}"
+    )
     section = card.read_text().partition("### PAVE")
-    rows = json.loads(report.read_text())["purified"] if report.exists() else []
-    print(f"\ndemo-out/{name}/README.md has a PAVE section: {'yes' if section[1] else 'NO'}")
-    print(f"demo-out/{name}/pave_report.json: {len(rows)} purified weights")
-    if not section[1] or not rows:
-        sys.exit(f"{name} was not purified; ask `mergekit-pave doctor` why")
+    if not section[1] or not any(done.values()):
+        sys.exit(f"the block of {name} did nothing; ask `mergekit-pave doctor` why")
     table = section[2].partition("#### What it did")[2].partition("####")[0]
     print("\n".join(f"    {line}" for line in table.strip().splitlines()))
 
@@ -333,7 +339,7 @@ def report(tuned: list[str], other: str, scores: dict[str, list[Score]]) -> None
     print_table("Held-out next-token accuracy, % (higher is better)", tuned, other, hits)
 
     for name in MERGES[1:]:
-        show_purification(name)
+        show_work(name)
 
     print("\nGain over the base in bits per byte, ± standard error over the held-out windows:")
     compared = {name: row[: len(tuned)] for name, row in scores.items()}
@@ -347,7 +353,7 @@ def report(tuned: list[str], other: str, scores: dict[str, list[Score]]) -> None
         measured = gain(compared[name], base)
         print(f"  mean over the {len(tuned)} kinds of text, merge {name}: {signed(measured)} ({measured[0] / whole:.1%} of that)")
 
-    print("\nGain of purification over the plain merge in bits per byte:")
+    print("\nGain over the plain merge in bits per byte:")
     for name in MERGES[1:]:
         mean, error = gain(compared[name], compared["plain"])
         verdict = "not distinguishable from zero" if abs(mean) < 2 * error else "better" if mean > 0 else "worse"
