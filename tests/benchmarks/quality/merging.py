@@ -10,7 +10,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -57,7 +57,7 @@ class Arm:
 
     Attributes:
         method: of mergekit.
-        settings: parameters of the method, each of which is tried.
+        settings: parameters of the method, each of which is tried; `refine` among them is refining's lambda.
         pave: the `pave:` block, without models and data; None for a merge without one.
         purify: false where the block is there only for its covariances.
         data: what the block is given: samples of each model's own task, of the next one, or covariances whose
@@ -195,9 +195,11 @@ class Laboratory:
             "merge_method": arm.method,
             "base_model": str(self.family.base),
             "models": [{"model": str(self.family.tuned(seed, task))} for task in tasks],
-            "parameters": setting,
+            "parameters": {key: value for key, value in setting.items() if key != "refine"},
             "dtype": "float32",
         }
+        if "refine" in setting:
+            arm = replace(arm, pave=arm.pave | {"refine": {"lambda": setting["refine"]}})
         if arm.pave is not None:
             if arm.data == "rotated":
                 self._rotate(config | {"pave": self._block(arm, seed, tasks, "own")}, seed)
