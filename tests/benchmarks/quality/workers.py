@@ -22,11 +22,17 @@ _own: dict[str, Laboratory] = {}  # of this worker, by family
 
 def laboratories(folder: Path, quick: bool, *, run: bool) -> dict[str, Laboratory]:
     """By family."""
+    steps = {"base_steps": 60, "steps": 30} if quick else {"base_steps": 320, "steps": 60}
     families: list[Family] = [
-        Decoder(folder / "decoder", base_steps=60 if quick else 320, steps=30 if quick else 60),
+        Decoder(folder / "decoder", **steps),
         Encoder(folder / "encoder", epochs=1 if quick else 2),
     ]
-    return {family.name: Laboratory(family, folder, SEEDS[:1] if quick else SEEDS, run=run) for family in families}
+    variants: list[Family] = [
+        Decoder(folder / "decoder-untied", **steps, tied=False),
+        Decoder(folder / "decoder-32k", **steps, vocabulary=32768),
+    ]
+    found = [(family, SEEDS[:1] if quick else SEEDS) for family in families] + [(family, SEEDS[:1]) for family in variants]
+    return {family.name: Laboratory(family, folder, seeds, run=run) for family, seeds in found}
 
 
 @contextmanager
