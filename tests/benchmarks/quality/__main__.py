@@ -9,11 +9,12 @@
 
 Two families are merged. The encoder is all-MiniLM-L6-v2 (Apache-2.0, 22 million parameters), fine-tuned on eight text
 classification tasks; the decoder is a small Llama that is trained here and fine-tuned on four kinds of text. All texts
-come from the packages above. With `--refined` there are two more decoders, with one seed: one whose head is not tied with its
-embedding, and one with a vocabulary of 32768 tokens. Train, calibration, validation and test parts share no document. Every arm has as many
-settings of its merge method to choose from. The one that is best on the validation parts, with the first seed, is judged
-on the test parts with all seeds. A seed is that of the fine-tunes, of the drawing of calibration samples and of methods
-that draw at random. Errors are standard errors, over the tasks, of paired differences in the means over seeds.
+come from the packages above. With `--refined` there are two more decoders, with one seed: one whose head is not tied with
+its embedding, and one with a vocabulary of 32768 tokens. Train, calibration, validation and test parts share no document.
+Every arm has as many settings of its merge method to choose from. The one that is best on the validation parts, with the
+first seed, is judged on the test parts with all seeds. A seed is that of the fine-tunes, of the drawing of calibration
+samples and of methods that draw at random. Errors are standard errors, over the tasks, of paired differences in the means
+over seeds.
 
 It runs in as many processes as torch would use threads (see OMP_NUM_THREADS), each with one. Everything is kept under
 `quality-out/`: a run that was stopped goes on where it was. Results are in `results.jsonl`, the
