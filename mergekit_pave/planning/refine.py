@@ -11,6 +11,7 @@ from mergekit.common import ModelReference, dtype_from_name
 
 from mergekit_pave.cache import cache_root
 from mergekit_pave.calibration.architecture import NO_BLOCK, Architecture, describe
+from mergekit_pave.calibration.calls import called_again
 from mergekit_pave.calibration.job import Job
 from mergekit_pave.calibration.token_rows import SIDES
 from mergekit_pave.config import PaveConfig
@@ -99,6 +100,11 @@ def plan_refinement(
     merged = {architecture.block_of(name) for name in names} | {NO_BLOCK}
     for model, job in experts.items():
         _check_blocks(model, job.architecture, merged)
+    if layer := called_again(next(iter(experts.values())), layers):
+        raise PaveError(
+            f"pave.refine: {models[0]} calls {layer} more than once for a sample, but refining fits each layer to all of its "
+            "inputs at once; leave `refine` out"
+        )
     sized = (i for i, planned in enumerate(merge.tensors) if planned.gather is None and _is_embedding(planned, architecture))
     numbers = {
         number: name
