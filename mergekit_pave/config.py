@@ -148,7 +148,7 @@ class PaveConfig(Block):
     @classmethod
     def _purify_by_default(cls, value: Any) -> Any:
         """What the block says holds for each model that does not say otherwise."""
-        if isinstance(value, dict) and isinstance(value.get("purify"), bool) and isinstance(value.get("models"), list):
+        if isinstance(value, dict) and "purify" in value and isinstance(value.get("models"), list):
             entries = [{"purify": value["purify"], **entry} if isinstance(entry, dict) else entry for entry in value["models"]]
             return value | {"models": entries}
         return value

@@ -24,6 +24,9 @@ from mergekit_pave.errors import PaveError, in_a_line
 
 NO_BLOCK = ""  # in the place of a block's path
 
+# What changes scores behind the head. Without it a softmax of them is not what the model predicts.
+_OF_SCORES = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
+
 _OF_TEXTS = {"input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "decoder_attention_mask"}
 
 
@@ -161,12 +164,14 @@ def describe(
 
 
 def _head(model: nn.Module) -> str | None:
-    """See `Architecture.head`. One that is run on other inputs than its backbone, as with images, is left alone."""
+    """See `Architecture.head`. Left alone are heads whose scores are changed afterwards, and those of models that see images."""
     head = model.get_output_embeddings()
     inputs, of_backbone = (set(inspect.signature(part.forward).parameters) for part in (model, backbone(model)))
     if not isinstance(head, nn.Linear) or not model.can_generate() or model.main_input_name != "input_ids":
         return None
     if "pixel_values" in of_backbone or of_backbone & _OF_TEXTS - inputs:
+        return None
+    if any(getattr(model.config.get_text_config(), name, None) not in (None, 1) for name in _OF_SCORES):
         return None
     return next(path for path, module in model.named_modules() if module is head)
 

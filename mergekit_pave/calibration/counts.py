@@ -81,15 +81,22 @@ def count_tokens(encoded: Sequence[Encoded], tokenizer: Any) -> TokenCounts | No
         vocabulary = tokenizer.get_vocab()
     except NotImplementedError:
         return None
+    if not vocabulary:
+        return None
     names = torch.zeros(max(vocabulary.values()) + 1, dtype=torch.int64)
     ids = torch.tensor(list(vocabulary.values()))
-    names[ids] = torch.tensor([zlib.crc32(token.encode(errors="surrogatepass")) or 1 for token in vocabulary])
+    names[ids] = torch.tensor([_checksum(token) for token in vocabulary])
     of_use = {}
     for side in SIDES:
         if side in encoded[0].inputs:
             of_use[side] = _counts([sample.inputs[side] for sample in encoded])
             of_use[PREDICTED] = _counts([sample.inputs[side][1:] for sample in encoded])  # in the end by the decoder
     return TokenCounts(of_use, names)
+
+
+def _checksum(token: str | bytes) -> int:
+    """Some tokenizers have bytes as tokens. 0 is for ids without a token."""
+    return zlib.crc32(token if isinstance(token, bytes) else token.encode(errors="surrogatepass")) or 1
 
 
 def _counts(sequences: list[list[int]]) -> Tensor:

@@ -82,7 +82,7 @@ def estimate(
             sums[block] += rows
             adding = max(adding, rows)
     return Estimate(
-        cache=cache + 8 * head[0],
+        cache=cache + 8 * head[0] + _COUNTS * (architecture.vocabulary or 0),
         embeddings=max(architecture.blocks[NO_BLOCK], math.prod(head)) * itemsize,
         weights=max((count for path, count in architecture.blocks.items() if path != NO_BLOCK), default=0) * itemsize,
         covariances=max(sums.values(), default=0),
@@ -93,6 +93,7 @@ def estimate(
 
 
 _CHUNK = SecondMoment.CHUNK  # rows in one product of a sum
+_COUNTS = 8 * 4  # bytes of a token on disk: how often it is an input, of a decoder too, how often it is to come, and its name
 
 
 def batches_of(encoded: list[Encoded], batch_size: int) -> list[list[Encoded]]:

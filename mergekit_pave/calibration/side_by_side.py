@@ -72,7 +72,9 @@ def run_side_by_side(
     seen: set[str] = set()
     last: list[tuple[weakref.ref[Tensor], int]] = []
     with packed_masks():
-        for stop, *others in zip(ours, *theirs, strict=True):
+        # Not by `zip`, which would keep each step's inputs in memory until the next.
+        while (stop := next(ours, None)) is not None:
+            others = [next(of_expert, Stop(None, [])) for of_expert in theirs]
             if stop.path is None:
                 continue
             inputs = [[x for _, x in other.inputs] for other in others]
