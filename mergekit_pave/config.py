@@ -154,13 +154,6 @@ class PaveConfig(Block):
         return value
 
     @model_validator(mode="after")
-    def _data_if_refined(self) -> PaveConfig:
-        without = [entry.model for entry in self.models if not entry.data]
-        if self.refine and without:
-            raise ValueError(f"refine needs data for each model, and {without[0]} has none: give it `data`")
-        return self
-
-    @model_validator(mode="after")
     def _each_model_once(self) -> PaveConfig:
         seen = set()
         for entry in self.models:
@@ -239,6 +232,8 @@ def check_models(config: PaveConfig, merge: dict[str, Any]) -> None:
             same = [str(model) for model in (*merged, base) if model and _location(model) == _location(entry.model)]
             hint = f"; it is called {same[0]} there, so call it the same here" if same else ""
             raise PaveError(f"pave.models: {entry.model} is not part of this merge (its models: {models}){hint}")
+        if config.refine and entry.model != base and not entry.data:
+            raise PaveError(f"pave.models: refine needs data for each model, and {entry.model} has none: give it `data`")
     listed = {entry.model for entry in config.models}
     for model in sorted(merged - listed, key=str):
         raise PaveError(

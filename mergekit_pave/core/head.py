@@ -114,4 +114,5 @@ def _solve(parts: list[tuple[float, Tensor, Tensor, Tensor]], wanted: Tensor) ->
 
 
 def _dot(x: Tensor, y: Tensor) -> float:
-    return sum((a.double() @ b.double()).item() for a, b in zip(x.flatten().split(1 << 22), y.flatten().split(1 << 22)))
+    parts = [a @ b for a, b in zip(x.flatten().split(1 << 20), y.flatten().split(1 << 20))]
+    return torch.stack(parts).cpu().double().sum().item()

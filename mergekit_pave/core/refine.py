@@ -72,9 +72,10 @@ def summed(pairs: Sequence[tuple[Tensor, Tensor]]) -> Inputs | None:
     if not all(norm.isfinite().all() for norm in norms):
         raise ValueError("rows have values that are not finite, or too large")
     tokens = sum(map(len, norms))
-    longest = CLIP * torch.cat(norms).median() if tokens else 0
-    if not longest > 0:
+    not_zero = [norm[norm > 0] for norm in norms]
+    if not sum(map(len, not_zero)):
         return None
+    longest = CLIP * torch.cat(not_zero).median()
     width, device = pairs[0][0].shape[1], float64_device(pairs[0][0].device)
     moment = SecondMoment(width)
     # X_e X_m^T is C + (X_e - X_m) X_m^T. So rounding in the sums does not pass for a difference between the streams.

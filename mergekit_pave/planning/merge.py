@@ -26,7 +26,7 @@ class PlannedTensor:
         t: its position in its slice, from 0 to 1, for gradients.
         names: all names that the output's tensor may have.
         data_share: how much of regmean's metric is to be C; None with any other merge method.
-        weights: the `weight` of each fine-tuned model; 1 for a method that has none.
+        weights: the `weight` of each fine-tuned model; the same for all where the method has none, or none is given.
         scale: regmean's `lambda`; 1 with any other merge method.
     """
 

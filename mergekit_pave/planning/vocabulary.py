@@ -172,8 +172,9 @@ def _missing_counts(planned: PlannedTensor, counts: dict[ModelReference, TokenCo
 def _rows_of(config: PaveConfig, tensor: _Tensor, counts: dict[ModelReference, TokenCounts]) -> Rows:
     planned = tensor.planned
     of_models = {model: counts[model].of(tensor.uses_in(model), tensor.num_rows(model)) for model in planned.fine_tuned}
-    scale = config.refinement.lambda_ if config.refinement else planned.scale
-    return Rows(planned.base, of_models, planned.weights, scale)
+    if not planned.has_base:
+        return Rows(None, of_models, planned.weights, 1.0)
+    return Rows(planned.base, of_models, planned.weights, config.refinement.lambda_ if config.refinement else planned.scale)
 
 
 def _measures_head(calibration: PlannedCalibration) -> bool:

@@ -268,7 +268,7 @@ def _fit(
 
     experts = [refine.Expert(share, matrix(weights[model]), inputs[model]) for model, share in layer.shares.items()]
     tokens = sum(expert.inputs.tokens for expert in experts if expert.inputs)
-    if not tokens:
+    if not all(expert.inputs for expert in experts):
         result.left[layer.name] = NEVER_CALLED
         return None
     before = refine.relative_error(matrix(anchor), experts)
