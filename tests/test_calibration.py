@@ -414,6 +414,8 @@ def test_two_processes_give_the_numbers_of_one(llama, tmp_path, cache):
             assert two.manifest()["layers"][layer]["tokens"] == entry["tokens"]
             expected, found = StoredCovariances(one).load([layer]).matrix(), StoredCovariances(two).load([layer]).matrix()
             assert (expected - found).norm() <= 1e-5 * expected.norm(), layer
+        predicted = [StoredCovariances(artefact).predicted() for artefact in (one, two)]
+        assert (predicted[0] - predicted[1]).norm() <= 1e-5 * predicted[0].norm()
     tails = {path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("tail-*.safetensors")}
     assert tails == {path.relative_to(tmp_path / "two") for path in (tmp_path / "two").rglob("tail-*.safetensors")} != set()
 
