@@ -59,8 +59,8 @@ def main() -> None:
         wanted = {
             "decoder": refined_rows(4, (2,), has_vocabulary=True),
             "encoder": refined_rows(8, (4, 2), has_vocabulary=False),
-            "decoder-untied": refined_rows(4, (), has_vocabulary=True),
-            "decoder-32k": refined_rows(4, (), has_vocabulary=True),
+            "decoder-untied": refined_rows(4, has_vocabulary=True, details=False),
+            "decoder-32k": refined_rows(4, has_vocabulary=True, details=False),
         }
     laboratories = {name: workers.laboratories(folder, options.quick, run=False)[name] for name in wanted}
     failed = False

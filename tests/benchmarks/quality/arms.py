@@ -147,54 +147,54 @@ def purified(plain: Arm, ratio: float, target: str) -> Arm:
 
 
 REFINED = (1.0, 1.2, 1.4, 1.7)  # lambdas of refining
+METHOD = {"vocabulary": "method"}
 
 
-def refined_rows(models: int, counts: tuple[int, ...], *, has_vocabulary: bool) -> list[Row]:
-    """What fitting to the experts does: the vocabulary, and refining, on what is there without.
+def refined_rows(models: int, counts: tuple[int, ...] = (), *, has_vocabulary: bool, details: bool = True) -> list[Row]:
+    """What fitting to the experts does: the vocabulary, and refining, each on what is there without.
 
     Args:
+        models, counts: see `rows`.
         has_vocabulary: the fine-tunes have changed it.
+        details: whether merges are refined from every method, or only from the first.
     """
     found = []
-    own = {"pave": {}, "purify": False}
     for count in (models, *counts):
-        fewer = {
-            name: replace(METHODS[name], models=count, settings=FEW_MODELS.get(name, METHODS[name].settings))
-            if count < models
-            else replace(METHODS[name], models=models)
-            for name in (FIRST, "ties", CLOSED)
-        }
-        plain, ties = fewer[FIRST], purified(fewer["ties"], MAIN_RATIO, "weights")
-        ties = replace(ties, pave=ties.pave | {"vocabulary": "method"})
-        closed = replace(fewer[CLOSED], pave={"vocabulary": "method"}, settings=scaled(0.8, 1.0, 1.25, 1.5, covariance=0.5))
-        section = f"{count} models at once, against {FIRST}"
-        found.append(Row(section, FIRST, plain, None))
-        found.append(Row(section, CLOSED, closed, plain))
+        all_at_once = f"{count} models at once"
+        arms = {name: replace(METHODS[name], models=count) for name in (FIRST, "ties")}
+        if count < models:
+            arms = {name: replace(arm, settings=FEW_MODELS[name]) for name, arm in arms.items()}
+        plain, ties = arms[FIRST], purified(arms["ties"], MAIN_RATIO, "weights")
+        layers = replace(METHODS[CLOSED], models=count, settings=scaled(0.8, 1.0, 1.25, 1.5, covariance=0.5), pave=METHOD)
+        best = replace(layers, pave={}) if has_vocabulary else layers
+        found.append(Row(f"{all_at_once}, against {FIRST}", FIRST, plain, None))
+        found.append(Row(f"{all_at_once}, against {FIRST}", CLOSED, layers, plain))
         if has_vocabulary:
-            section = f"{count} models at once: `vocabulary`, against the same method without"
-            found += [
-                Row(section, f"{FIRST}, `counts`", replace(plain, pave={"vocabulary": "counts"}, purify=False), plain),
-                Row(section, f"{FIRST}, `fit`", replace(plain, pave={"vocabulary": "fit"}, purify=False), plain),
-                Row(section, f"{CLOSED}, `counts`", replace(closed, pave={"vocabulary": "counts"}), closed),
-                Row(section, f"{CLOSED}, `fit`", replace(closed, pave={}), closed),
-            ]
-        best = replace(closed, pave={}) if has_vocabulary else closed
-        section = f"{count} models at once: refined, against {CLOSED}"
-        start = plain.settings[1]
-        refined = [
-            (f"{FIRST}, refined", replace(plain, **own, settings=tuple(start | {"refine": value} for value in REFINED))),
-            (f"{CLOSED}, refined", replace(best, settings=tuple(best.settings[1] | {"refine": value} for value in REFINED))),
-        ]
+            section = f"{all_at_once}: `vocabulary`, against the same method without"
+            for name, arm in ((FIRST, plain), (CLOSED, layers)):
+                found.append(Row(section, f"{name}, `counts`", replace(arm, pave={"vocabulary": "counts"}, purify=False), arm))
+            found.append(Row(section, f"{FIRST}, `fit`", replace(plain, pave={"vocabulary": "fit"}, purify=False), plain))
+            found.append(Row(section, f"{CLOSED}, `fit`", best, layers))
+
+        section = f"{all_at_once}: refined, against {CLOSED}"
+        refined = refining(replace(plain, pave={}, purify=False), plain.settings[1])
+        found.append(Row(section, f"{FIRST}, refined", refined, best))
+        if not details:
+            continue
+        found.append(Row(section, f"{CLOSED}, refined", refining(best, best.settings[1]), best))
         if count == models:
-            pave = {"rank_ratio": MAIN_RATIO, "target": "weights"}
-            settings = tuple(ties.settings[2] | {"refine": value} for value in REFINED)
-            refined.append(("ties, purified, refined", replace(ties, pave=pave, settings=settings)))
-            without = replace(refined[0][1], pave={"vocabulary": "method"})
-        found += [Row(section, label, arm, best) for label, arm in refined]
+            of_ties = refining(ties, ties.settings[2])
+            ties = replace(ties, pave=ties.pave | METHOD)
+            found.append(Row(section, "ties, purified, refined", of_ties, best))
+            found.append(Row(f"{all_at_once}: ties, purified", "ties, purified", ties, plain))
+            found.append(Row(f"{all_at_once}: ties, purified", "refined, against it", of_ties, ties))
         if has_vocabulary and count == models:
+            without = replace(refined, pave=METHOD)
             found.append(Row(section, f"{FIRST}, refined, `vocabulary: method`", without, best))
-            found.append(Row("The vocabulary's part in refining", "with it", refined[0][1], without))
-        if count == models:
-            found.append(Row(f"{count} models at once: ties, purified", "ties, purified", ties, plain))
-            found.append(Row(f"{count} models at once: ties, purified", "refined, against it", refined[-1][1], ties))
+            found.append(Row(f"{all_at_once}: the vocabulary's part in refining", "with it", refined, without))
     return found
+
+
+def refining(arm: Arm, start: dict[str, Any]) -> Arm:
+    """The arm refined, with each lambda of refining, from one setting of its method."""
+    return replace(arm, settings=tuple(start | {"refine": value} for value in REFINED))
