@@ -100,5 +100,5 @@ def test_covariances_without_a_head_leave_it_to_counts(llama, tmp_path, cache):
         entry["covariance"] = str(folder)
     merge(config, tmp_path / "second")
     report = json.loads((tmp_path / "second/pave_report.json").read_text())
-    ways = {row["tensor"]: row["by"] for row in report["vocabulary"]["by_counts"]}
+    ways = {row["tensor"]: row["by"] for row in report["vocabulary"]["merged"]}
     assert ways == {"model.embed_tokens.weight": "counts", "lm_head.weight": "counts"}

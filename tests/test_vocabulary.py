@@ -184,7 +184,7 @@ def test_merges_are_exact(family_of, tmp_path, cache, kind):
     for key in names:
         check(family, key, written, unmerged, (0.3, 0.5))
     assert not cache.exists(), "something was calibrated"
-    rows = {row["tensor"]: row for row in report_of(tmp_path / "out")["vocabulary"]["by_counts"]}
+    rows = {row["tensor"]: row for row in report_of(tmp_path / "out")["vocabulary"]["merged"]}
     assert rows.keys() == names
     row, tokens = rows[name], tokens_of(family)
     assert row["rows"] == len(written[name]) and row["lambda"] == 1.0
@@ -227,8 +227,8 @@ def test_it_is_part_of_regmean(llama, tmp_path, cache):
     written = merge(config, tmp_path / "out")
     check(llama, name, written, plain(config, tmp_path / "plain"), (0.3, 0.5), 1.3)
     report = report_of(tmp_path / "out")
-    assert {row["tensor"]: row["lambda"] for row in report["vocabulary"]["by_counts"]} == {name: 1.3, HEAD: 1.1}
-    assert report["vocabulary"]["by_method"] == {}
+    assert {row["tensor"]: row["lambda"] for row in report["vocabulary"]["merged"]} == {name: 1.3, HEAD: 1.1}
+    assert report["vocabulary"]["left"] == {}
     assert not {name, HEAD} & report["regmean"]["as_task_arithmetic"].keys()
     for i, off in enumerate(({"vocabulary": "method"}, {})):
         config["pave"] = unpurified(llama) | off
@@ -266,7 +266,7 @@ def test_an_encoder_decoder_model(seq2seq, tmp_path):  # noqa: F811
     models = [entry | {"purify": False} for entry in block(family)["models"]]
     config = counting(family, {"models": models})
     written, unmerged = merge(config, tmp_path / "out"), plain(config, tmp_path / "plain")
-    (row,) = report_of(tmp_path / "out")["vocabulary"]["by_counts"]
+    (row,) = report_of(tmp_path / "out")["vocabulary"]["merged"]
     assert [key for key in written if not torch.equal(written[key], unmerged[key])] == [row["tensor"]] == ["shared.weight"]
     ids = []
     for folder, data in zip(family.tuned, family.data):
@@ -327,8 +327,8 @@ def left(config: dict, out: Path) -> dict[str, str]:
     config["pave"]["vocabulary"] = "method"
     assert torch.equal(written[name], merge(config, out.parent / "method")[name])
     report = report_of(out)
-    assert report["vocabulary"]["by_counts"] == [] and name in report["regmean"]["as_task_arithmetic"]
-    return report["vocabulary"]["by_method"]
+    assert report["vocabulary"]["merged"] == [] and name in report["regmean"]["as_task_arithmetic"]
+    return report["vocabulary"]["left"]
 
 
 def test_a_vocabulary_that_mergekit_rearranges(llama, tmp_path):
@@ -519,7 +519,7 @@ def test_the_bias_of_a_head(tmp_path):
     for name in (EMBEDDING["llama"], HEAD):
         check(family, name, written, unmerged, (0.3, 0.5))
     assert torch.equal(written["lm_head.bias"], unmerged["lm_head.bias"])
-    reasons = report_of(tmp_path / "out")["vocabulary"]["by_method"]
+    reasons = report_of(tmp_path / "out")["vocabulary"]["left"]
     assert reasons == {"lm_head.bias": "neither a token embedding nor the head of a language model"}
 
 

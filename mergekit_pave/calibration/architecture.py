@@ -171,7 +171,8 @@ def _head(model: nn.Module) -> str | None:
         return None
     if "pixel_values" in of_backbone or of_backbone & _OF_TEXTS - inputs:
         return None
-    if any(getattr(model.config.get_text_config(), name, None) not in (None, 1) for name in _OF_SCORES):
+    changed = (getattr(model.config.get_text_config(), name, None) not in (None, 1) for name in _OF_SCORES)
+    if any(changed) or hasattr(model, "final_logits_bias"):  # BART's and Marian's
         return None
     return next(path for path, module in model.named_modules() if module is head)
 

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from mergekit_pave.calibration.batches import Batch
@@ -61,17 +62,16 @@ class Predictions:
 
     Attributes:
         path: of its head.
-        sums: (tokens,) float64; None before the first sample.
+        sums: (tokens,) float64.
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, tokens: int):
         self.path = path
-        self.sums: Tensor | None = None
+        self.sums = torch.zeros(tokens, dtype=torch.float64)
 
     def add(self, head: nn.Module, rows: Tensor) -> None:
         """Add what is predicted from last hidden states, (n, d)."""
-        sums = predictions(head.weight, rows, head.bias)
-        self.sums = sums if self.sums is None else self.sums + sums
+        self.sums += predictions(head.weight, rows, head.bias)
 
 
 class ReenteredError(Exception):

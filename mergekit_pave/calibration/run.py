@@ -46,7 +46,7 @@ def calibrate(job: Job, artefact: cache.Artefact, runtime: Runtime) -> None:
         LOG.info("%s: covariances are in the cache", job.name)
         return
     if distributed.rank() > 0:
-        head = Predictions(job.architecture.head) if job.architecture.head else None
+        head = _predictions(job)
         for _ in _measure(job, runtime, head):
             pass
         if head:
@@ -68,7 +68,7 @@ def calibrate(job: Job, artefact: cache.Artefact, runtime: Runtime) -> None:
 
 def _measure_and_store(job: Job, artefact: cache.Artefact, runtime: Runtime) -> dict[str, Any]:
     files, layers = {}, {}
-    head = Predictions(job.architecture.head) if job.architecture.head else None
+    head = _predictions(job)
     for layers_that_share, covariance in _measure(job, runtime, head):
         name = f"{len(files):05}.safetensors"
         files[name] = artefact.write(name, covariance.to_tensors())
@@ -79,13 +79,18 @@ def _measure_and_store(job: Job, artefact: cache.Artefact, runtime: Runtime) -> 
         del files[name]
         artefact.remove(name)
     manifest = {"files": files, "layers": layers, **job.about}
-    if head:
-        files[PREDICTED] = artefact.write(PREDICTED, {"predicted": distributed.total(head.sums)})
+    if head and (sums := distributed.total(head.sums)).isfinite().all() and head.path in layers:
+        files[PREDICTED] = artefact.write(PREDICTED, {"predicted": sums})
         manifest["head"] = {"layer": head.path, "file": PREDICTED}
     if job.counts:
         files[COUNTS] = artefact.write(COUNTS, job.counts.to_tensors())
         manifest["counts"] = COUNTS
     return manifest
+
+
+def _predictions(job: Job) -> Predictions | None:
+    path = job.architecture.head
+    return Predictions(path, job.architecture.weights[f"{path}.weight"][0]) if path else None
 
 
 def _out_of_memory(job: Job, device: str) -> str:
@@ -112,7 +117,7 @@ def _measure(job: Job, runtime: Runtime, head: Predictions | None = None) -> Ite
         batch_size = 1
     while True:
         if head:
-            head.sums = None
+            head.sums.zero_()
         try:
             yield from measure(job, runtime, batch_size, apart, head)
             return

@@ -24,11 +24,13 @@ class Expert:
     Attributes:
         name: the model's name, for messages.
         encoded: its samples.
+        batch_size: how many of them run at a time.
     """
 
     name: str
     model: Loads
     encoded: list[Encoded]
+    batch_size: int
 
 
 Pairs = list[tuple[Tensor, Tensor]]  # by batch the rows of the merged model and of the expert for the same tokens, (n, d) each
@@ -49,11 +51,12 @@ class Reached(NamedTuple):
 
 
 def run_side_by_side(
-    merged: Loads, experts: list[Expert], layers: Iterable[str], batch_size: int, device: str
+    merged: Loads, experts: list[Expert], layers: Iterable[str], unpadded: bool, device: str
 ) -> Iterator[Reached]:
     """Run each expert's samples through it and through the merged model.
 
     Args:
+        unpadded: samples run one by one.
         layers: paths of linear layers within blocks. The merged model's weights may be replaced while samples stand before them.
 
     Raises:
@@ -61,8 +64,10 @@ def run_side_by_side(
         UnknownWeightError: a model has to be loaded whole.
         PaveError: the models do not call the same layers in the same order, or one of them more than once.
     """
-    unpadded, layers = batch_size == 1, list(layers)
-    batches = [[batch.to(device) for batch in make_batches(expert.encoded, batch_size)] for expert in experts]
+    layers = list(layers)
+    batches = [
+        [batch.to(device) for batch in make_batches(expert.encoded, 1 if unpadded else expert.batch_size)] for expert in experts
+    ]
     total = [len(of_expert) for of_expert in batches]
     ours = run_in_lockstep(merged, list(itertools.chain(*batches)), runner(merged.model, unpadded), layers=layers)
     theirs = [

@@ -7,9 +7,9 @@ their width, the merged head E minimises
 
     sum w_i ( sum_v n_i(v) ||E_v - E_i,v||^2 + d / tr(C_i) tr(D_i^T (diag(p_i) - p_i p_i^T) D_i C_i) ),    D_i = E - E_i.
 
-n_i(v) is the share of v among the tokens of model i's data, for a head that is also the token embedding: an embedding is a linear
-layer on one-hot inputs, see `core.vocabulary`. Any other head has n_i = `PRIOR` p_i instead. The minimum is found by conjugate
-gradients.
+n_i(v) is the (smoothed) share of v among the tokens of model i's data, for a head that is also the token embedding: an embedding
+is a linear layer on one-hot inputs, see `core.vocabulary`. Any other head has n_i = `PRIOR` p_i instead. The minimum is found by
+conjugate gradients.
 """
 
 from __future__ import annotations

@@ -58,8 +58,8 @@ def summed(pairs: Sequence[tuple[Tensor, Tensor]]) -> Inputs | None:
     """Sum up a layer's inputs; None where they have no row, or are all zero.
 
     In models with attention sinks, the first token's input of a layer may be hundreds of times larger than all others. It would
-    be the whole of C / tr(C). So the norm of a row of the merged model counts up to `CLIP` times the median norm. A longer row
-    and its partner are scaled down to that: they weigh less, and ask for the same.
+    be the whole of C / tr(C). So the norm of a row counts up to `CLIP` times the median norm of the merged model's rows, or of
+    the expert's. A pair with a longer row is scaled down to that: it weighs less, and asks for the same.
 
     Args:
         pairs: by batch the rows of the merged model and of the expert for the same tokens, (n, d_in) each.
@@ -68,21 +68,23 @@ def summed(pairs: Sequence[tuple[Tensor, Tensor]]) -> Inputs | None:
         ValueError: a value is not finite.
     """
     pairs = [(merged, expert) for merged, expert in pairs if len(merged)]
-    norms = [merged.float().norm(dim=1) for merged, _ in pairs]
-    if not all(norm.isfinite().all() for norm in norms):
-        raise ValueError("rows have values that are not finite, or too large")
-    tokens = sum(map(len, norms))
-    not_zero = [norm[norm > 0] for norm in norms]
-    if not sum(map(len, not_zero)):
+    if not pairs:
         return None
-    longest = CLIP * torch.cat(not_zero).median()
+    norms = [tuple(rows.float().norm(dim=1) for rows in pair) for pair in pairs]
+    if not all(norm.isfinite().all() for of_pair in norms for norm in of_pair):
+        raise ValueError("rows have values that are not finite, or too large")
+    tokens = sum(len(norm) for norm, _ in norms)
+    limits = [CLIP * _median_above_0([of_pair[side] for of_pair in norms]) for side in (0, 1)]
+    if not limits[0]:
+        return None
     width, device = pairs[0][0].shape[1], float64_device(pairs[0][0].device)
     moment = SecondMoment(width)
     # X_e X_m^T is C + (X_e - X_m) X_m^T. So rounding in the sums does not pass for a difference between the streams.
     difference = torch.zeros(width, width, dtype=torch.float64, device=device)
     sample, done = [], 0
-    for (merged, expert), norm in zip(pairs, norms):
-        scale = (longest / norm).clamp(max=1)[:, None].to(device)
+    for (merged, expert), of_pair in zip(pairs, norms):
+        shorter = torch.stack([limit / norm for limit, norm in zip(limits, of_pair) if limit]).amin(dim=0)
+        scale = shorter.clamp(max=1)[:, None].to(device)
         merged, expert = (rows.to(device, torch.promote_types(rows.dtype, torch.float32)) * scale for rows in (merged, expert))
         moment.add(merged)
         done += _add_product(difference, expert - merged, merged, done)
@@ -94,6 +96,12 @@ def summed(pairs: Sequence[tuple[Tensor, Tensor]]) -> Inputs | None:
     if not cross.isfinite().all():
         raise ValueError("rows have values that are not finite, or too large")
     return Inputs(square / trace, cross, *map(torch.cat, zip(*sample)), tokens)
+
+
+def _median_above_0(norms: Sequence[Tensor]) -> float:
+    """The median of those that are not 0; 0 if all are."""
+    above = torch.cat([norm[norm > 0] for norm in norms])
+    return above.median().item() if len(above) else 0.0
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, done: int) -> int:
@@ -151,6 +159,8 @@ def refine(anchor: Tensor, base: Tensor, experts: Iterable[Expert], data: float,
 
 def relative_error(weight: Tensor, experts: Iterable[Expert]) -> float | None:
     """How far a layer's outputs are from those of the experts, on a sample of tokens; None where no tokens were seen.
+
+    Long rows are scaled down in it, as in the fit.
 
     The root of the mean, over the experts by their shares, of ||W X_m - W_i X_e||^2 / ||W_i X_e||^2.
     """

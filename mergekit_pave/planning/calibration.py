@@ -118,11 +118,9 @@ def _of_data(config: PaveConfig, source: Source, merge: Merge, measures_layers: 
     is_there = cache.Artefact(entries / key_for(dtype, layers + heads)).manifest() is not None
     watched = layers + heads if measures_layers or is_there else heads
     key = key_for(dtype, watched)
-    elsewhere, counts = {}, None
-    is_new = cache.Artefact(entries / key).manifest() is None
-    if is_new or any(config.merges_vocabulary(tensor.data_share) != "method" for tensor in merge.tensors):
-        counts = count_tokens(encoded, getattr(processor, "tokenizer", processor))
-    if is_new:
+    elsewhere = {}
+    counts = count_tokens(encoded, getattr(processor, "tokenizer", processor))
+    if cache.Artefact(entries / key).manifest() is None:
         folders = {other: entries / key_for(other, watched) for other in others if other != dtype}
         elsewhere = {other: folder for other, folder in folders.items() if cache.Artefact(folder).manifest()}
     about = {

@@ -60,13 +60,13 @@ def plan_vocabulary(
     tensors = [_Tensor(planned, _parameters(planned, sources), sources) for planned in merge.tensors]
     rows: dict[int, Rows] = {}
     heads: dict[int, Heads] = {}
-    report: dict[str, Any] = {"by_counts": [], "by_method": {}}
+    report: dict[str, Any] = {"merged": [], "left": {}}
     for number, tensor in enumerate(tensors):
         if not _is_wanted(config, tensor.planned) or not tensor.has_vocabulary:
             continue
         reason = _reason(tensor, tensors, merge.method) or _missing_counts(tensor.planned, counts)
         if reason:
-            report["by_method"][tensor.planned.name] = reason
+            report["left"][tensor.planned.name] = reason
             continue
         made = _rows_of(config, tensor, counts)
         fits = config.merges_vocabulary(tensor.planned.data_share) == "fit" and tensor.is_output
@@ -74,11 +74,11 @@ def plan_vocabulary(
             heads[number] = _heads_of(tensor, made, calibrations)
         else:
             rows[number] = made
-        report["by_counts"].append(_row_of_report(tensor.planned.name, made, number in heads))
+        report["merged"].append(_row_of_report(tensor.planned.name, made, number in heads))
     if config.vocabulary in ("fit", "counts") and not rows and not heads:
-        why = "; ".join(f"{name} is left to {merge.method} ({reason})" for name, reason in report["by_method"].items())
+        why = "; ".join(f"{name} is left to {merge.method} ({reason})" for name, reason in report["left"].items())
         raise PaveError(f"pave.vocabulary: nothing can be merged by data: {why or 'no tensor has rows for tokens'}")
-    return Vocabulary(rows, heads, report if report["by_counts"] or report["by_method"] else None)
+    return Vocabulary(rows, heads, report if report["merged"] or report["left"] else None)
 
 
 @dataclass(frozen=True)

@@ -79,8 +79,8 @@ class _Rows(_Strict):
 
 
 class _Vocabulary(_Strict):
-    by_counts: list[_Rows]
-    by_method: dict[str, str]
+    merged: list[_Rows]
+    left: dict[str, str]
 
 
 class _RefinementSettings(_Strict):

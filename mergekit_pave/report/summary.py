@@ -104,7 +104,7 @@ def regmean_summary(regmean: dict[str, Any]) -> str:
 def vocabulary_lines(vocabulary: dict[str, Any]) -> list[str]:
     """A line for each tensor of the vocabulary that was merged by data, and one for the others."""
     lines = []
-    for row in vocabulary["by_counts"]:
+    for row in vocabulary["merged"]:
         tokens = ", ".join(f"{count} of {model}" for model, count in row["tokens"].items())
         lines.append(f"{row['shown']} of {row['rows']} rows of {row['tensor']} are merged by {MERGED_BY[row['by']]} ({tokens})")
     if reasons := vocabulary_reasons(vocabulary):
@@ -114,7 +114,7 @@ def vocabulary_lines(vocabulary: dict[str, Any]) -> list[str]:
 
 def vocabulary_reasons(vocabulary: dict[str, Any]) -> str:
     """How many tensors of the vocabulary are as the merge method gives them, by reason."""
-    return ", ".join(f"{count} {reason}" for reason, count in count_reasons(vocabulary["by_method"]))
+    return ", ".join(f"{count} {reason}" for reason, count in count_reasons(vocabulary["left"]))
 
 
 def mean_errors(refined: dict[str, Any]) -> tuple[float, float] | None:

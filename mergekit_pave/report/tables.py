@@ -53,7 +53,7 @@ MERGED_BY = {"counts": "token counts", "predictions": "what the models predict"}
 
 def vocabulary_table(report: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple]]:
     """What of the vocabulary was merged by data, with the tokens of each model. There are no rows if nothing was."""
-    merged = report.get("vocabulary", {"by_counts": []})["by_counts"]
+    merged = report.get("vocabulary", {"merged": []})["merged"]
     names = short_models(dict.fromkeys(model for row in merged for model in row["tokens"]))
     head = ("tensor", "rows", "merged by", "lambda (λ)", *(f"tokens of {name}" for name in names.values()))
     return head, [

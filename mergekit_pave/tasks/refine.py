@@ -143,18 +143,18 @@ def refine_merge(planned: Refinement, tasks: dict[int, Task], names: dict[str, i
     merged = MergedTensors(tasks, names, store, run)
     if planned.resized is not None:
         planned.config.get_text_config().vocab_size = len(merged.get(planned.resized))
-    batch_size, open_model = max(job.batch_size for job in planned.experts.values()), _streamed
+    unpadded, open_model = False, _streamed
     while True:
         try:
             with advising("running the models side by side", planned.runtime.device, REMEDY):
-                refined = _refine(planned, merged, open_model, batch_size, store, run)
+                refined = _refine(planned, merged, open_model, unpadded, store, run)
             break
         except UnknownWeightError as error:
             LOG.info("refining cannot load the models block by block (%s), loading them whole", error)
             open_model = _whole
         except UnalignedInputError as error:
             LOG.info("refining runs samples one by one, because padding cannot be told from tokens in %s", error)
-            batch_size = 1
+            unpadded = True
         store.clear()
     for number in planned.numbers:
         merged.get(number)
@@ -192,20 +192,20 @@ def _refine(
     planned: Refinement,
     merged: MergedTensors,
     open_model: Callable[[Refinement, MergedTensors], tuple[Loads, list[Loads]]],
-    batch_size: int,
+    unpadded: bool,
     store: TensorStore,
     run: Callable[[Task], Any],
 ) -> Refined:
     device, result = planned.runtime.device, Refined()
     ours, theirs = open_model(planned, merged)
-    experts = [Expert(job.name, model, job.encoded) for job, model in zip(planned.experts.values(), theirs)]
+    experts = [Expert(job.name, model, job.encoded, job.batch_size) for job, model in zip(planned.experts.values(), theirs)]
     inputs: dict[ModelReference, refine.Inputs | None] = {}
     with (
         torch.inference_mode(False),  # in that mode tensors do not count how often they are written to
         torch.no_grad(),
         bar(len(find_blocks(ours.model)), "Refining", "blocks", planned.runtime.quiet) as progress,
     ):
-        for reached in run_side_by_side(ours, experts, planned.layers, batch_size, device):
+        for reached in run_side_by_side(ours, experts, planned.layers, unpadded, device):
             if reached.pairs is None:
                 inputs = {}
                 progress.update()

@@ -128,6 +128,11 @@ class MergeHeads(Task[Tensor]):
         with advising(f"merging {self.name} by what the models predict", first.device):
             for model, weight in heads.weights.items():
                 stored, tensor = stored_covariances(heads.folders[model]), tensors[model]
+                if stored.head is None:
+                    raise PaveError(
+                        f"{model}: its samples do not show what it predicts, as its head was not reached or gave scores that are "
+                        "not finite. Look at the samples, or set pave.vocabulary: counts"
+                    )
                 predicted, covariance = stored.predicted(), stored.load([stored.head])
                 if tensor.shape != (len(predicted), covariance.dim):
                     raise PaveError(

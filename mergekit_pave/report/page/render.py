@@ -155,7 +155,7 @@ def _tiles(report: dict[str, Any]) -> list[tuple[str, str]]:
             (f"{100 * kept:.2f} %", "of rank kept"),
             (scientific(sum(row["energy_dropped"] for row in rows) / len(rows)), "of energy dropped, mean"),
         ]
-    for row in report.get("vocabulary", {"by_counts": []})["by_counts"]:
+    for row in report.get("vocabulary", {"merged": []})["merged"]:
         tiles.append((f"{row['shown']} of {row['rows']}", f"rows of {row['tensor']} merged by {tables.MERGED_BY[row['by']]}"))
     if "layers" in report.get("refined", {}):
         tiles.append((f"{len(report['refined']['layers'])} of {report['tensors']}", "tensors refined"))
@@ -186,9 +186,7 @@ def _models(report: dict[str, Any]) -> Table:
 def _settings(report: dict[str, Any]) -> Table:
     """The settings of purification, or of `regmean` if nothing was purified, and those of refining."""
     ways = (
-        dict.fromkeys(tables.MERGED_BY[row["by"]] for row in report["vocabulary"]["by_counts"])
-        if _only_vocabulary(report)
-        else ()
+        dict.fromkeys(tables.MERGED_BY[row["by"]] for row in report["vocabulary"]["merged"]) if _only_vocabulary(report) else ()
     )
     rows = [("vocabulary", ", ".join(ways))] if ways else []
     if report["purified"]:

@@ -65,7 +65,7 @@ def _closed_form(report: dict[str, Any]) -> Section:
 def _vocabulary(report: dict[str, Any]) -> Section:
     """How the vocabulary was merged."""
     merged = tables.vocabulary_table(report)
-    reasons = tables.count_reasons(report["vocabulary"]["by_method"])
+    reasons = tables.count_reasons(report["vocabulary"]["left"])
     others = [(("left to the merge method, because it is", "tensors"), reasons)] if reasons else []
     text = (
         "Rows are merged by how often each model's samples have their token, or so that the head predicts what each model "
