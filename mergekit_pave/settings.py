@@ -66,7 +66,7 @@ class Refine(Block):
     """
 
     covariance: Annotated[float, BeforeValidator(_reject_bool), Field(ge=0, le=1)] = 0.5
-    lambda_: Positive = Field(default=1.0, alias="lambda")
+    lambda_: Positive = Field(default=1.2, alias="lambda")
 
 
 OptionalRefine = Annotated[
