@@ -122,6 +122,8 @@ def inference_dtype(config: transformers.PretrainedConfig, device: str) -> torch
     On other devices bfloat16 replaces float16, whose range ends at 65504. Models that were trained in bfloat16 exceed it.
     """
     stored = getattr(config, "dtype", None)
+    if isinstance(stored, str):  # as mergekit sets it for what it writes
+        stored = getattr(torch, stored)
     if torch.device(device).type == "cpu" or stored is None:
         return torch.float32
     return torch.bfloat16 if stored == torch.float16 else stored

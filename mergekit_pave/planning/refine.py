@@ -129,7 +129,8 @@ def plan_refinement(
 def _itemsize(merge: Merge) -> int:
     """Bytes of a number in the precision that the merge computes in."""
     name = next((planned.gather.dtype for planned in merge.tensors if planned.gather), None)
-    dtype = dtype_from_name(name) or getattr(merge.config, "dtype", None)
+    dtype = getattr(merge.config, "dtype", None)
+    dtype = dtype_from_name(name) or (dtype_from_name(dtype) if isinstance(dtype, str) else dtype)
     return (dtype or torch.float32).itemsize
 
 

@@ -68,6 +68,18 @@ def test_methods(llama, tmp_path, measured, method):
         assert torch.equal(tensor, on_device[name]), name
 
 
+@pytest.mark.parametrize("options", [{}, {"low_cpu_memory": True, "read_to_gpu": True}, {"multi_gpu": True}], ids=str)
+def test_refining(llama, tmp_path, cache, options):
+    """With a head that is fitted, and embeddings merged by token counts."""
+    config = config_for(llama, {"purify": False, "refine": True})
+    expected = merge(config, tmp_path / "cpu", device="cpu")
+    before = memory.allocations
+    found = merge(config, tmp_path / "device", device="npu", **options)
+    assert memory.allocations > before
+    for name, tensor in expected.items():
+        assert (found[name] - tensor).norm() <= 1e-4 * (tensor - weights(llama.base)[name]).norm() + 1e-6 * tensor.norm(), name
+
+
 def test_low_cpu_memory_moves_every_tensor_once(llama, tmp_path, cache):
     """Inputs and tails go to the device, and what is written comes back; otherwise values make the way at every step."""
     config = config_for(llama, {})

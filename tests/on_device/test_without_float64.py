@@ -57,6 +57,11 @@ def test_closed_forms(llama, tmp_path, cache, config):
     assert_as_on_a_cpu(config_for(llama, {}, **config), tmp_path, plain=weights(llama.base), low_cpu_memory=True)
 
 
+def test_refining(llama, tmp_path, cache):
+    config = config_for(llama, {"purify": False, "refine": True})
+    assert_as_on_a_cpu(config, tmp_path, plain=weights(llama.base), low_cpu_memory=True)
+
+
 def test_experts(family_of, tmp_path, cache):  # noqa: F811
     assert_as_on_a_cpu(config_for(family_of("mixtral"), {"calibration": {"min_tokens": 1}}), tmp_path)
 
