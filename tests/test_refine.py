@@ -234,7 +234,7 @@ def test_precisions(llama, tmp_path):
 def test_an_adapter(llama, tmp_path):
     """A single expert is what its own merge is refined to, whatever the weight."""
     config = with_adapter(llama, tmp_path)
-    config["pave"] |= {"purify": False, "refine": {"covariance": 1.0}, "vocabulary": "method"}
+    config["pave"] |= {"purify": False, "refine": {"covariance": 1.0, "lambda": 1.0}, "vocabulary": "method"}
     merge(config, tmp_path / "out", lora_merge_cache=str(tmp_path / "loras"))
     rows = rows_of(tmp_path / "out")
     assert rows[0]["error_before"] > 0.01 and all(row["error_after"] < 1e-3 for row in rows)
@@ -248,7 +248,7 @@ def test_a_tied_vocabulary(tmp_path, twice):
         family = stored_otherwise(family, tmp_path / "twice", head)
     by_data = None if twice else {"purify": False, "vocabulary": "fit", "models": entries(family)}
     plain = merge(config_for(family, by_data), tmp_path / "plain")
-    written = merge(refined(family), tmp_path / "out")
+    written = merge(refined(family, refine={"lambda": 1.0}), tmp_path / "out")
     names = {row["tensor"] for row in rows_of(tmp_path / "out")}
     assert len(names) == 21
     assert_equal({name: written[name] for name in plain if name not in names}, {n: t for n, t in plain.items() if n not in names})

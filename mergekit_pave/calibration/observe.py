@@ -71,7 +71,7 @@ class Predictions:
 
     def add(self, head: nn.Module, rows: Tensor) -> None:
         """Add what is predicted from last hidden states, (n, d)."""
-        self.sums += predictions(head.weight, rows, head.bias)
+        self.sums = self.sums + predictions(head.weight, rows, head.bias)  # in place would fail on a tensor of inference mode
 
 
 class ReenteredError(Exception):
