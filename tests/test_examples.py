@@ -66,12 +66,16 @@ def test_example(path, tmp_path, monkeypatch, cache):
     else:
         planned = json.loads(run(main, "plan", path, "--json", *options))
         assert planned["models"].keys() == {entry["model"] for entry in steps[0]["pave"]["models"]}
-        assert all(model["purified"] and model["tokens"] for model in planned["models"].values())
+        purifies = steps[0]["pave"].get("purify", True)
+        assert all(bool(model["purified"]) == purifies and model["tokens"] for model in planned["models"].values())
         run(run_yaml.main, path, "merged", *options)
         out = Path("merged")
     report = json.loads((out / "pave_report.json").read_text())
-    assert {row["model"] for row in report["purified"]} == {entry["model"] for entry in steps[0]["pave"]["models"]}
-    assert any(row["kept"] < row["components"] for row in report["purified"])
+    if "refine" in steps[0]["pave"]:
+        assert report["refined"]["layers"]
+    else:
+        assert {row["model"] for row in report["purified"]} == {entry["model"] for entry in steps[0]["pave"]["models"]}
+        assert any(row["kept"] < row["components"] for row in report["purified"])
     assert weights(Path("merged")) and all(tensor.isfinite().all() for tensor in weights(Path("merged")).values())
     assert "### PAVE" in (out / "README.md").read_text()
 
