@@ -236,10 +236,8 @@ def check_models(config: PaveConfig, merge: dict[str, Any]) -> None:
             raise PaveError(f"pave.models: refine needs data for each model, and {entry.model} has none: give it `data`")
     listed = {entry.model for entry in config.models}
     for model in sorted(merged - listed, key=str):
-        raise PaveError(
-            f"pave.models: {model} is merged but has no entry; give it `data` to calibrate with, "
-            "or `purify: false` to merge it as it is"
-        )
+        otherwise = "" if config.refine else ", or `purify: false` to merge it as it is"
+        raise PaveError(f"pave.models: {model} is merged but has no entry; give it `data` to calibrate with{otherwise}")
 
 
 def _location(model: ModelReference) -> list[tuple[str, str | None]]:

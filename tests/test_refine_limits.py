@@ -85,7 +85,7 @@ CONFIGS = {
     "no base": (baseless, r"linear merges without a base model here; set base_model"),
     "slerp": (between_two, r"slerp merges a model with the base model"),
     "passthrough": (passthrough, r"no tensor of this merge would be refined \(.*21 the base model's weight is not part"),
-    "a negative weight": (lambda f: refined(f, weight=(0.5, -0.2)), r"tuned1 has a negative weight \(-0\.2\) in model\."),
+    "a negative weight": (lambda f: refined(f, weight=(0.5, -0.2)), r"tuned1 has a negative weight \(-0\.2 in model\."),
     "weights of 0": (lambda f: refined(f, weight=(0.0, 0.0)), r"no tensor of this merge would be refined \(.*every weight is 0"),
     "no data": (without_data, r"pave.models: refine needs data for each model, and .*tuned0 has none: give it `data`"),
     "given covariances": (lambda f: without_data(f, covariance="./cov"), r"refine needs data for each model, and .*tuned0"),

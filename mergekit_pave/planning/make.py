@@ -85,7 +85,9 @@ def make_plan(config: PaveConfig, merge: Merge) -> Plan:
     if vocabulary.report:
         header["vocabulary"] = vocabulary.report
     if refinement:
-        header["refined"] = {"settings": refinement.settings.model_dump(by_alias=True), "left": unrefined}
+        by_data = {merge.tensors[number].name for number in (*vocabulary.rows, *vocabulary.heads)}
+        left = {name: reason for name, reason in unrefined.items() if name not in by_data}
+        header["refined"] = {"settings": refinement.settings.model_dump(by_alias=True), "left": left}
     return Plan(
         weights=[weight for chain in chains.values() for weight in chain.weights],
         gathers={number: chain.gather for number, chain in chains.items()},

@@ -47,8 +47,8 @@ def models_to_refine(config: PaveConfig, merge: Merge) -> list[ModelReference]:
         for model in planned.fine_tuned:
             if planned.weights[model] < 0:
                 raise PaveError(
-                    f"pave.refine: {model} has a negative weight ({planned.weights[model]:g}) in {planned.name}, so there is no "
-                    "expert whose outputs could be kept; leave `refine` out"
+                    f"pave.refine: {model} has a negative weight ({planned.weights[model]:g} in {planned.name}), so its outputs "
+                    "are not to be kept; make it positive, or leave `refine` out"
                 )
     return list(dict.fromkeys(model for planned in merge.tensors for model in planned.fine_tuned))
 
