@@ -9,15 +9,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from mergekit_pave.calibration.batches import Batch
 from mergekit_pave.calibration.blame import NotFiniteError
 from mergekit_pave.calibration.experts import find_experts, run_experts
 from mergekit_pave.calibration.forward import HeadReachedError, counted_rows, version
+from mergekit_pave.calibration.predictions import Predictions
 from mergekit_pave.core.covariance import Covariance, Measurement, SecondMoment
-from mergekit_pave.core.head import predictions
 from mergekit_pave.errors import PaveError
 
 
@@ -55,23 +54,6 @@ class _Failure:
     rows: list[str] = field(default_factory=list)
     exact: bool = True
     some_are_finite: bool = False
-
-
-class Predictions:
-    """How likely a language model thinks each token to come next, added up over all tokens of its samples that count.
-
-    Attributes:
-        path: of its head.
-        sums: (tokens,) float64.
-    """
-
-    def __init__(self, path: str, tokens: int):
-        self.path = path
-        self.sums = torch.zeros(tokens, dtype=torch.float64)
-
-    def add(self, head: nn.Module, rows: Tensor) -> None:
-        """Add what is predicted from last hidden states, (n, d)."""
-        self.sums = self.sums + predictions(head.weight, rows, head.bias)  # in place would fail on a tensor of inference mode
 
 
 class ReenteredError(Exception):

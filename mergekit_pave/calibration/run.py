@@ -20,7 +20,8 @@ from mergekit_pave.calibration.job import Job, Runtime
 from mergekit_pave.calibration.lockstep import run_in_lockstep
 from mergekit_pave.calibration.masks import packed_masks
 from mergekit_pave.calibration.models import find_blocks, inference_dtype, load_model
-from mergekit_pave.calibration.observe import DivergedError, Observer, Predictions, ReenteredError
+from mergekit_pave.calibration.observe import DivergedError, Observer, ReenteredError
+from mergekit_pave.calibration.predictions import Predictions
 from mergekit_pave.calibration.weights import Checkpoint, StreamedModel, UnknownWeightError, stored_weights
 from mergekit_pave.core.covariance import Measurement
 from mergekit_pave.core.failures import is_out_of_memory
