@@ -47,11 +47,8 @@ def calibrate(job: Job, artefact: cache.Artefact, runtime: Runtime) -> None:
         LOG.info("%s: covariances are in the cache", job.name)
         return
     if distributed.rank() > 0:
-        head = _predictions(job)
-        for _ in _measure(job, runtime, head):
+        for _ in _measure(job, runtime, _predictions(job)):
             pass
-        if head:
-            distributed.total(head.sums)
         return
     with artefact.lock():
         if distributed.world_size() == 1 and artefact.is_intact():
@@ -80,8 +77,8 @@ def _measure_and_store(job: Job, artefact: cache.Artefact, runtime: Runtime) -> 
         del files[name]
         artefact.remove(name)
     manifest = {"files": files, "layers": layers, **job.about}
-    if head and (sums := distributed.total(head.sums)).isfinite().all() and head.path in layers:
-        files[PREDICTED] = artefact.write(PREDICTED, {"predicted": sums})
+    if head and head.sums.isfinite().all() and head.path in layers:
+        files[PREDICTED] = artefact.write(PREDICTED, {"predicted": head.sums})
         manifest["head"] = {"layer": head.path, "file": PREDICTED}
     if job.counts:
         files[COUNTS] = artefact.write(COUNTS, job.counts.to_tensors())
@@ -121,6 +118,8 @@ def _measure(job: Job, runtime: Runtime, head: Predictions | None = None) -> Ite
             head.sums.zero_()
         try:
             yield from measure(job, runtime, batch_size, apart, head)
+            if head:
+                head.sums = distributed.total(head.sums)
             return
         except DivergedError as error:
             # DeBERTa also computes queries and keys, but not values, of relative positions.

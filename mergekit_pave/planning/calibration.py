@@ -115,9 +115,11 @@ def _of_data(config: PaveConfig, source: Source, merge: Merge, measures_layers: 
         return covariance_key(cache.digest(source.identity, architecture.computation, watched, dtype), encoded)
 
     entries = cache.cache_root(config.cache_dir) / "covariance"
-    is_there = cache.Artefact(entries / key_for(dtype, layers + heads)).manifest() is not None
-    watched = layers + heads if measures_layers or is_there else heads
+    watched = layers + heads
     key = key_for(dtype, watched)
+    if not measures_layers and cache.Artefact(entries / key).manifest() is None:
+        watched = heads
+        key = key_for(dtype, watched)
     elsewhere = {}
     counts = count_tokens(encoded, getattr(processor, "tokenizer", processor))
     if cache.Artefact(entries / key).manifest() is None:

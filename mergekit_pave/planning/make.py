@@ -78,14 +78,13 @@ def make_plan(config: PaveConfig, merge: Merge) -> Plan:
     used = {*layers_used, *of_heads, *(model for rows in vocabulary.rows.values() for model in rows.counts)}
     header = header_of(config, merge, calibrations, used, _joined(reasons, compared.reasons, never_called))
     header["warnings"] = warnings
+    by_data = {merge.tensors[number].name for number in (*vocabulary.rows, *vocabulary.heads)}
     if merge.is_regmean:
-        by_counts = {merge.tensors[number].name for number in (*vocabulary.rows, *vocabulary.heads)}
-        others = {name: reason for name, reason in regmean.reasons.items() if name not in by_counts}
+        others = {name: reason for name, reason in regmean.reasons.items() if name not in by_data}
         header["regmean"] = {"as_task_arithmetic": others}
     if vocabulary.report:
         header["vocabulary"] = vocabulary.report
     if refinement:
-        by_data = {merge.tensors[number].name for number in (*vocabulary.rows, *vocabulary.heads)}
         left = {name: reason for name, reason in unrefined.items() if name not in by_data}
         header["refined"] = {"settings": refinement.settings.model_dump(by_alias=True), "left": left}
     return Plan(

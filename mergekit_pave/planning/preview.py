@@ -13,7 +13,7 @@ from mergekit_pave.core.exact import float64_device
 from mergekit_pave.core.linear import Linear
 from mergekit_pave.files import readable
 from mergekit_pave.planning.plan import Plan
-from mergekit_pave.report.summary import by_model, kind, refined_reasons, regmean_reasons, vocabulary_lines, warnings
+from mergekit_pave.report.summary import by_model, kind, reasons_in_a_line, vocabulary_lines, warnings
 
 
 def preview(plan: Plan, device: str, samples: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def as_text(preview: dict[str, Any]) -> str:
     if not preview["compared"]:
         lines[0] += " Weights that equal the base model's are left as they are; the merge finds out which ones do."
     if "regmean" in preview:
-        others = regmean_reasons(preview["regmean"]) or "none"
+        others = reasons_in_a_line(preview["regmean"]["as_task_arithmetic"]) or "none"
         lines.append(f"{preview['regmean']['closed_form']} will be merged in closed form; as task_arithmetic does: {others}.")
     if "vocabulary" in preview:
         lines += [f"{line}." for line in vocabulary_lines(preview["vocabulary"])]
@@ -140,7 +140,7 @@ def as_text(preview: dict[str, Any]) -> str:
         lines.append(
             f"{len(refined['layers'])} will be refined: about {_duration(refined['seconds'])} on {preview['device']}, "
             f"{readable(refined['memory'])} of memory, and while the merge runs {readable(refined['disk'])} of disk; as the "
-            f"merge method gives them: {refined_reasons(refined) or 'none'}."
+            f"merge method gives them: {reasons_in_a_line(refined['left']) or 'none'}."
         )
     for name, model in preview["models"].items():
         sets = [" / ".join(filter(None, (data["path"], data.get("name"), data["split"]))) for data in model["data"]]

@@ -160,13 +160,15 @@ def _with_purification(plan):
         if is_regmean(self):
             for number, (weight, task) in enumerate(self._tensors):
                 self._tensors[number] = weight, _by_regmean(task, closed_forms.get(number))
-        for number, rows in self._pave_plan.rows.items() if self.config.pave is not None else ():
+        if self.config.pave is None:
+            return
+        for number, rows in self._pave_plan.rows.items():
             weight, task = self._tensors[number]
             self._tensors[number] = weight, MergeRows(merged=task, rows=rows)
-        for number, heads in self._pave_plan.heads.items() if self.config.pave is not None else ():
+        for number, heads in self._pave_plan.heads.items():
             weight, task = self._tensors[number]
             self._tensors[number] = weight, MergeHeads(name=weight.name, gather=task.gather_tensors, heads=heads)
-        if self.config.pave is not None and self._pave_plan.refinement:
+        if self._pave_plan.refinement:
             _read_refined(self)
 
     return wrapper
@@ -174,9 +176,7 @@ def _with_purification(plan):
 
 def _read_refined(planner: MergePlanner) -> None:
     """Have the output tensors that are refined, and those that the refined model is run with, read from a store."""
-    store = TensorStore(planner._pave_plan.refinement.folder)
-    planner._pave_merged = {}, {}, store
-    tasks, names, _ = planner._pave_merged
+    store, tasks, names = TensorStore(planner._pave_plan.refinement.folder), {}, {}
     for number in planner._pave_plan.refinement.numbers:
         weight, tasks[number] = planner._tensors[number]
         names.update(dict.fromkeys(own_names(weight), number))
@@ -184,6 +184,7 @@ def _read_refined(planner: MergePlanner) -> None:
     for number in tasks:  # a tensor stands in for those that are tied with it only where they are not stored
         for name in all_names(planner._tensors[number][0]):
             names.setdefault(name, number)
+    planner._pave_merged = tasks, names, store
 
 
 def _by_regmean(task: ExecuteMergeMethodTask, form: ClosedForm | None) -> MergeByRegMean:

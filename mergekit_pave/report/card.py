@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 
 from mergekit_pave.report.outputs import REPORT_NAME
 from mergekit_pave.report.places import projections, short_models
-from mergekit_pave.report.summary import by_model, num_purified, refined_reasons, regmean_reasons, vocabulary_reasons
+from mergekit_pave.report.summary import by_model, num_purified, reasons_in_a_line
 from mergekit_pave.report.tables import (
     calibration_data,
     common_settings,
@@ -108,7 +108,7 @@ def _regmean(report: dict) -> list[str]:
         *_table(("parameter", "value"), [(f"`{key}`{_SYMBOLS.get(key, '')}", value) for key, value in parameters.items()]),
         "",
     ]
-    if reasons := regmean_reasons(regmean):
+    if reasons := reasons_in_a_line(regmean["as_task_arithmetic"]):
         lines += [f"Merged as `task_arithmetic` does, by reason: {_escape(reasons)}.", ""]
     return lines
 
@@ -127,7 +127,7 @@ def _vocabulary(report: dict) -> list[str]:
             *_table(head, rows),
             "",
         ]
-    if reasons := vocabulary_reasons(report["vocabulary"]):
+    if reasons := reasons_in_a_line(report["vocabulary"]["left"]):
         lines += [f"Vocabulary left to the merge method, by reason: {_escape(reasons)}.", ""]
     return lines
 
@@ -154,7 +154,7 @@ def _refined(report: dict) -> list[str]:
             *_table(*refined_table(report)),
             "",
         ]
-    if reasons := refined_reasons(refined):
+    if reasons := reasons_in_a_line(refined["left"]):
         lines += [f"As the merge method gives them, by reason: {_escape(reasons)}.", ""]
     return lines
 

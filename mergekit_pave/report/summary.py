@@ -89,15 +89,15 @@ def summary(report: dict[str, Any]) -> str:
     return f"PAVE purified {num_purified(report)} of {report['tensors']} tensors: {'; '.join(parts)}"
 
 
-def regmean_reasons(regmean: dict[str, Any]) -> str:
-    """How many tensors, or experts, regmean merged as task_arithmetic does, by reason."""
-    return ", ".join(f"{count} {reason}" for reason, count in count_reasons(regmean["as_task_arithmetic"]))
+def reasons_in_a_line(reasons: dict[str, str]) -> str:
+    """How many tensors, or experts, have each reason; see `count_reasons`."""
+    return ", ".join(f"{count} {reason}" for reason, count in count_reasons(reasons))
 
 
 def regmean_summary(regmean: dict[str, Any]) -> str:
     """One line for the log."""
     line = f"regmean merged {len(regmean['closed_form'])} tensors in closed form"
-    reasons = regmean_reasons(regmean)
+    reasons = reasons_in_a_line(regmean["as_task_arithmetic"])
     return f"{line}; as task_arithmetic does: {reasons}" if reasons else line
 
 
@@ -107,14 +107,9 @@ def vocabulary_lines(vocabulary: dict[str, Any]) -> list[str]:
     for row in vocabulary["merged"]:
         tokens = ", ".join(f"{count} of {model}" for model, count in row["tokens"].items())
         lines.append(f"{row['shown']} of {row['rows']} rows of {row['tensor']} are merged by {MERGED_BY[row['by']]} ({tokens})")
-    if reasons := vocabulary_reasons(vocabulary):
+    if reasons := reasons_in_a_line(vocabulary["left"]):
         lines.append(f"Vocabulary left to the merge method: {reasons}")
     return lines
-
-
-def vocabulary_reasons(vocabulary: dict[str, Any]) -> str:
-    """How many tensors of the vocabulary are as the merge method gives them, by reason."""
-    return ", ".join(f"{count} {reason}" for reason, count in count_reasons(vocabulary["left"]))
 
 
 def mean_errors(refined: dict[str, Any]) -> tuple[float, float] | None:
@@ -124,17 +119,12 @@ def mean_errors(refined: dict[str, Any]) -> tuple[float, float] | None:
     return tuple(sum(column) / len(known) for column in zip(*known)) if known else None
 
 
-def refined_reasons(refined: dict[str, Any]) -> str:
-    """How many tensors are as the merge method gives them, by reason."""
-    return ", ".join(f"{count} {reason}" for reason, count in count_reasons(refined["left"]))
-
-
 def refined_summary(refined: dict[str, Any]) -> str:
     """One line for the log."""
     line = f"{len(refined['layers'])} layers refined"
     if errors := mean_errors(refined):
         line += f": their outputs differ from the models' by {errors[1]:.2g}, before by {errors[0]:.2g} (mean relative error)"
-    reasons = refined_reasons(refined)
+    reasons = reasons_in_a_line(refined["left"])
     return f"{line}; as the merge method gives them: {reasons}" if reasons else line
 
 
