@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 
 import torch
-from texts import running_texts
+from texts import fast_products, running_texts
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -111,7 +111,7 @@ class Decoder:
             windows = tokens.unfold(0, LENGTH, 1)[starts]
             nats = 0.0
             for batch in windows.split(16):
-                with torch.autocast("cpu", torch.bfloat16):  # twice as fast on processors that have it
+                with fast_products():
                     logits = loaded(input_ids=batch).logits[:, :-1].float()
                 nats += torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
             found[task] = nats / math.log(2) / size[windows[:, 1:]].sum().item()
@@ -162,7 +162,7 @@ def train(model: LlamaForCausalLM, streams: list[Tensor], steps: int, rate: floa
         sources = [streams[(step * BATCH + i) % len(streams)] for i in range(BATCH)]
         starts = [int(torch.randint(len(source) - LENGTH, (1,), generator=generator)) for source in sources]
         windows = torch.stack([source[start : start + LENGTH] for source, start in zip(sources, starts)])
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_products():
             loss = model(input_ids=windows, labels=windows).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -61,6 +61,11 @@ class Task:
     parts: dict[str, list[tuple[str, int]]]
 
 
+def fast_products() -> torch.autocast:
+    """Products in bfloat16 where the processor has them, which is twice as fast there. Elsewhere it would take 30 times as long."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())
+
+
 def require_packages() -> None:
     """Say what has to be installed."""
     missing = []
