@@ -1,0 +1,128 @@
+"""What `mergekit-pave tune` has found: the settings with their scores, as JSON, as a table, and as a comment in a YAML."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import yaml
+
+from mergekit_pave.core.score import Distances, Estimate, mean_more, worst_more
+from mergekit_pave.report.places import short_models
+
+FORMAT = 1
+AS_IT_IS = "the config as it is"
+_MORE = {"mean": mean_more, "worst": worst_more}
+
+
+def shown(changes: dict[str, Any]) -> str:
+    """Changes of a config as `--set` takes them."""
+    return " ".join(f"{key}={_yaml(value)}" for key, value in changes.items()) or AS_IT_IS
+
+
+def _yaml(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("\n").removesuffix("\n...")
+
+
+def tuned(settings: Sequence[tuple[dict[str, Any], dict[str, Any]]], by: str) -> dict[str, Any]:
+    """The settings that were tried, compared on the same rows.
+
+    Args:
+        settings: the changes and the score of each, the config as it is first.
+        by: what they are ordered by, `mean` or `worst`.
+    """
+    best = max(range(len(settings)), key=lambda number: _value(settings[number][1], by))
+    distances = [_distances(score) for _, score in settings]
+    more = _MORE[by]
+    return {
+        "format": FORMAT,
+        "by": by,
+        "settings": [
+            {
+                "set": changes,
+                "score": score,
+                "better_than_plain": _as_json(more(of_setting, distances[0])),
+                "behind_best": _as_json(more(distances[best], of_setting)),
+            }
+            for (changes, score), of_setting in zip(settings, distances)
+        ],
+        "best": best,
+    }
+
+
+def _value(score: dict[str, Any], by: str) -> float:
+    return score[by]["kept"] if score[by] else -math.inf
+
+
+def _distances(score: dict[str, Any]) -> list[Distances]:
+    rows = [model["by_row"] for model in score["models"].values()]
+    return [Distances(*(torch.tensor(of_model[key], dtype=torch.float64) for key in ("merged", "base"))) for of_model in rows]
+
+
+def _as_json(estimate: Estimate | None) -> dict[str, float | None] | None:
+    """JSON knows no infinity, which is the error where nobody knows it."""
+    if estimate is None:
+        return None
+    return {"value": estimate.value, "error": estimate.error if math.isfinite(estimate.error) else None}
+
+
+def as_text(result: dict[str, Any]) -> str:
+    """The table for people, the config as it is first, then the best first; in per cent."""
+    by = result["by"]
+    first, *others = result["settings"]
+    others.sort(key=lambda setting: -_value(setting["score"], by))
+    names = short_models(first["score"]["models"])
+    best = result["settings"][result["best"]]
+    columns = ["mean", "worst", "behind the best", *names.values(), "setting"]
+    rows = [[*_cells(setting, names, setting is best), shown(setting["set"])] for setting in (first, *others)]
+    lines = _aligned([columns, *rows])
+    rows_each = sorted({model["rows"] for model in first["score"]["models"].values()})
+    about = (
+        f"Share of each expert that the merge keeps, in per cent: 0 is {first['score']['base']}, 100 the expert, on "
+        f"{' to '.join(map(str, dict.fromkeys((rows_each[0], rows_each[-1]))))} held-out rows of each model."
+    )
+    return "\n".join([about, "", *lines, "", _verdict(result)])
+
+
+def _cells(setting: dict[str, Any], names: Iterable[str], is_best: bool) -> list[str]:
+    score, behind = setting["score"], setting["behind_best"]
+    difference = "best" if is_best else _percent(behind["value"], behind["error"]) if behind else "-"
+    if not is_best and is_within_noise(setting):
+        difference += " *"
+    models = [_percent(score["models"][name]["kept"], score["models"][name]["error"]) for name in names]
+    mean, worst = (_percent(part["kept"], part["error"]) if part else "-" for part in (score["mean"], score["worst"]))
+    return [mean, worst, difference, *models]
+
+
+def is_within_noise(setting: dict[str, Any]) -> bool:
+    """Whether a setting is as good as the best, as far as the rows can tell: two standard errors of the difference."""
+    behind = setting["behind_best"]
+    return behind is None or behind["error"] is None or behind["value"] <= 2 * behind["error"]
+
+
+def _verdict(result: dict[str, Any]) -> str:
+    settings, by = result["settings"], result["by"]
+    best = settings[result["best"]]
+    if settings[0]["score"][by] is None:
+        return "The base model equals the experts on these rows, so nothing can be told apart."
+    alike = [setting for setting in settings if setting is not best and is_within_noise(setting)]
+    noise = "* as good as the best, as far as these rows can tell (less than two standard errors behind)." if alike else ""
+    if result["best"] == 0:
+        return f"Nothing that was tried is better than the config as it is, by the {by}. {noise}".rstrip()
+    gain = best["better_than_plain"]
+    line = f"Best by the {by}: {shown(best['set'])}, {_percent(gain['value'], gain['error'])} points above the config as it is."
+    return f"{line} {noise}".rstrip()
+
+
+def _percent(value: float | None, error: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{100 * value:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    """Columns side by side, the last one as wide as it is."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
