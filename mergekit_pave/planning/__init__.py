@@ -11,6 +11,8 @@
     warnings      what should make a user look twice
     plan          the result; `preview` shows it, and `measured` measures it for the page
 
+`variants` makes several configs of one, for `mergekit-pave tune`.
+
 Planning reads configurations, tokenizers, samples and the headers of weights, so that every mistake in the `pave:` block shows
 before any work. Only `unchanged` may read weights, mostly their first rows, and only when all else is in order.
 """
