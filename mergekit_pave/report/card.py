@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import html
-import itertools
-import re
-
 from huggingface_hub import ModelCard
 
+from mergekit_pave.report.markdown import escape, table
 from mergekit_pave.report.outputs import REPORT_NAME
 from mergekit_pave.report.places import projections, short_models
 from mergekit_pave.report.summary import by_model, num_purified, reasons_in_a_line
@@ -64,7 +61,7 @@ def section(report: dict, picture: str | None = None) -> str:
         lines += _vocabulary(report)
     if "refined" in report:
         lines += _refined(report)
-    lines += [line for warning in report["warnings"] for line in (f"> {_escape(warning)}.", "")]
+    lines += [line for warning in report["warnings"] for line in (f"> {escape(warning)}.", "")]
     lines += _calibration(report)
     if report["purified"]:
         lines += [*_effect(report), *_ranks(report), *_settings(report), *_left_as_they_are(report)]
@@ -105,11 +102,11 @@ def _regmean(report: dict) -> list[str]:
         f"`regmean` of mergekit-pave {report['versions']['mergekit-pave']} merged {len(regmean['closed_form'])} of "
         f"{report['tensors']} tensors in closed form. `{REPORT_NAME}` lists them.",
         "",
-        *_table(("parameter", "value"), [(f"`{key}`{_SYMBOLS.get(key, '')}", value) for key, value in parameters.items()]),
+        *table(("parameter", "value"), [(f"`{key}`{_SYMBOLS.get(key, '')}", value) for key, value in parameters.items()]),
         "",
     ]
     if reasons := reasons_in_a_line(regmean["as_task_arithmetic"]):
-        lines += [f"Merged as `task_arithmetic` does, by reason: {_escape(reasons)}.", ""]
+        lines += [f"Merged as `task_arithmetic` does, by reason: {escape(reasons)}.", ""]
     return lines
 
 
@@ -124,11 +121,11 @@ def _vocabulary(report: dict) -> list[str]:
             "samples of model i. By what the models predict: the head that is closest to all models' predictions on their own "
             "samples, to second order. Rows that no sample shows are as the merge method gives them.",
             "",
-            *_table(head, rows),
+            *table(head, rows),
             "",
         ]
     if reasons := reasons_in_a_line(report["vocabulary"]["left"]):
-        lines += [f"Vocabulary left to the merge method, by reason: {_escape(reasons)}.", ""]
+        lines += [f"Vocabulary left to the merge method, by reason: {escape(reasons)}.", ""]
     return lines
 
 
@@ -143,7 +140,7 @@ def _refined(report: dict) -> list[str]:
         "its outputs are to be those that the layer of model i has on its own inputs Xᵢ. Layers that come later saw the new "
         "outputs.",
         "",
-        *_table(("setting", "value"), settings),
+        *table(("setting", "value"), settings),
         "",
     ]
     if refined["layers"]:
@@ -151,11 +148,11 @@ def _refined(report: dict) -> list[str]:
             "Relative error: `‖W X - Wᵢ Xᵢ‖ / ‖Wᵢ Xᵢ‖`, over all models. Before: with the weight that the merge gave, when all "
             "layers before it had been refined. Each figure is the mean over the layers, with the smallest and the largest.",
             "",
-            *_table(*refined_table(report)),
+            *table(*refined_table(report)),
             "",
         ]
     if reasons := reasons_in_a_line(refined["left"]):
-        lines += [f"As the merge method gives them, by reason: {_escape(reasons)}.", ""]
+        lines += [f"As the merge method gives them, by reason: {escape(reasons)}.", ""]
     return lines
 
 
@@ -168,7 +165,7 @@ def commands(report: dict) -> str:
 def _calibration(report: dict) -> list[str]:
     rows = [(model, calibration_data(source), source["samples"], source["tokens"]) for model, source in report["models"].items()]
     rows += [(model, "not purified", "-", "-") for model in report["not_purified"] if model not in report["models"]]
-    return ["#### Calibration", "", *_table(("model", "data", "samples", "tokens"), rows), ""]
+    return ["#### Calibration", "", *table(("model", "data", "samples", "tokens"), rows), ""]
 
 
 def _effect(report: dict) -> list[str]:
@@ -188,7 +185,7 @@ def _effect(report: dict) -> list[str]:
     return [
         "#### What it did",
         "",
-        *_table(head, rows),
+        *table(head, rows),
         "",
         "Energy is the dropped share of `‖W (C + λI)‖²`. The removed part over the change is `‖W' - W‖ / ‖W - W_base‖`, over all "
         "tensors; above 1, more was removed than fine-tuning had changed. The last column counts the tensors where it is.",
@@ -207,7 +204,7 @@ def _ranks(report: dict) -> list[str]:
     rows = [(label, components, *(_range(kept.get(model)) for model in names)) for (label, components), kept in groups.items()]
     head = ("projection", "components", *names.values())
     text = "Rank kept: mean over the layers, with the smallest and the largest."
-    return ["#### Ranks", "", text, "", *_table(head, rows), ""]
+    return ["#### Ranks", "", text, "", *table(head, rows), ""]
 
 
 def _range(kept: list[int] | None) -> str:
@@ -219,11 +216,11 @@ def _range(kept: list[int] | None) -> str:
 
 def _settings(report: dict) -> list[str]:
     rows = [(f"`{key}`{_SYMBOLS.get(key, '')}", value) for key, value in common_settings(report).items()]
-    lines = ["#### Settings", "", *_table(("setting", "value"), rows), ""]
+    lines = ["#### Settings", "", *table(("setting", "value"), rows), ""]
     for model, settings in model_settings(report).items():
         if settings:
-            values = "; ".join(f"`{key}` {_escape(value)}" for key, value in settings.items())
-            lines += [f"For {_escape(model)}: {values}.", ""]
+            values = "; ".join(f"`{key}` {escape(value)}" for key, value in settings.items())
+            lines += [f"For {escape(model)}: {values}.", ""]
     return lines
 
 
@@ -235,25 +232,6 @@ def _left_as_they_are(report: dict) -> list[str]:
         models.setdefault("; ".join(f"{count} {reason}" for reason, count in counts), []).append(model)
     lines = []
     for reasons, names in models.items():
-        who = "each model" if len(names) == len(report["models"]) > 1 else ", ".join(map(_escape, names))
-        lines += [f"Left as they are in {who}: {_escape(reasons)}.", ""] if reasons else []
+        who = "each model" if len(names) == len(report["models"]) > 1 else ", ".join(map(escape, names))
+        lines += [f"Left as they are in {who}: {escape(reasons)}.", ""] if reasons else []
     return lines
-
-
-def _table(head: tuple, rows: list[tuple]) -> list[str]:
-    """A table of Markdown, with numbers to the right."""
-    numbers = [all(str(row[i])[:1].isdigit() or row[i] in ("-", "all") for row in rows) for i in range(len(head))]
-    lines = [head, ["---:" if number else "---" for number in numbers], *rows]
-    return [f"| {' | '.join(_escape(str(cell)) for cell in line)} |" for line in lines]
-
-
-def _escape(text: str) -> str:
-    """Text as Markdown that shows it as it is, whatever is in a name or a path. A `key` or `key: value` of ours stays code."""
-    pieces = re.split(r"((?<!`)`\w+(?:: [\w.]+)?`(?!`))", " ".join(text.split()))
-    return "".join(piece if code else _literal(piece) for piece, code in zip(pieces, itertools.cycle((False, True))))
-
-
-def _literal(text: str) -> str:
-    # An underscore within a word is one, and tensors have many.
-    text = re.sub(r"[\\`*\[\]|~$#]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)
-    return html.escape(text, quote=False)

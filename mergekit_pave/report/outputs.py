@@ -11,14 +11,17 @@ from pathlib import Path
 
 REPORT_NAME = "pave_report.json"
 PICTURE_NAME = "pave_ranks.png"
+SCORES_NAME = "pave_scores.json"
+SCORES_PICTURE_NAME = "pave_scores.png"
 PAGE_FOLDER = "pave_report"
 PAGE_NAME = "index.html"
 GENERATOR = "mergekit-pave report"
 
 
 def remove(folder: Path) -> None:
-    """Remove the report of a merge, the picture in its card, and its page; nothing else."""
-    ours = [folder / REPORT_NAME, folder / PICTURE_NAME, *_page(folder / PAGE_FOLDER)]
+    """Remove the report and the scores of a merge, the pictures in its card, and its page; nothing else."""
+    names = (REPORT_NAME, PICTURE_NAME, SCORES_NAME, SCORES_PICTURE_NAME)
+    ours = [*(folder / name for name in names), *_page(folder / PAGE_FOLDER)]
     for path in ours:
         path.unlink(missing_ok=True)
     pages = folder / PAGE_FOLDER

@@ -1,4 +1,4 @@
-"""What `pave_report.json` has to hold, and its one check, so that the card and the page can rely on it."""
+"""What `pave_report.json` and `pave_scores.json` have to hold, and their checks, so that card and page can rely on them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ Count = Annotated[int, Field(ge=0, lt=2**63)]
 PositiveCount = Annotated[int, Field(gt=0, lt=2**63)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Norm = Annotated[float, Field(ge=0, lt=1e150)]  # its square is finite
+Share = Annotated[float, Field(gt=-1e9, lt=1e9)]
 Paths = str | list[str]
 
 
@@ -121,18 +122,73 @@ class _Report(_Strict):
     weights: Optional[dict[str, Optional[str]]] = None
 
 
+class _BitsPerByte(_Strict):
+    merged: Norm
+    expert: Norm
+    base: Norm
+
+
+class _ByRow(_Strict):
+    merged: list[Number]
+    base: list[Number]
+
+
+class _Kept(_Strict):
+    kept: Share
+    error: Optional[Norm]
+
+
+class _Worst(_Kept):
+    model: str
+
+
+class _ScoredModel(_Kept):
+    rows: PositiveCount
+    places: PositiveCount
+    measure: Literal["kl", "cosine"]
+    kept: Optional[Share]
+    agreement: Optional[Annotated[float, Field(ge=0, le=1)]]
+    bits_per_byte: Optional[_BitsPerByte]
+    drift: Optional[Number]
+    by_row: _ByRow
+
+
+class _Scores(_Strict):
+    versions: _Versions
+    base: str
+    models: Annotated[dict[str, _ScoredModel], Field(min_length=1)]
+    mean: Optional[_Kept]
+    worst: Optional[_Worst]
+    weights: dict[str, Optional[str]]
+
+
 def validate(report: Any) -> None:
     """Check the content of a report, whatever it is.
 
     Raises:
         ValueError: it is damaged, or no report; the message names the first place where something is wrong.
     """
+    _validate(_Report, report)
+    for i, row in enumerate(report["purified"]):
+        if row["model"] not in report["models"]:
+            raise ValueError(f"purified.{i}.model: {row['model']} is not among the models")
+
+
+def validate_scores(scores: Any) -> None:
+    """Check the content of the scores of a merge, whatever it is.
+
+    Raises:
+        ValueError: they are damaged, or no scores; the message names the first place where something is wrong.
+    """
+    _validate(_Scores, scores)
+    if scores["worst"] and scores["worst"]["model"] not in scores["models"]:
+        raise ValueError(f"worst.model: {scores['worst']['model']} is not among the models")
+
+
+def _validate(model: type[_Strict], content: Any) -> None:
     try:
-        _Report.model_validate(report)
+        model.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"]))
         raise ValueError(f"{place}: {first['msg']}" if place else first["msg"]) from None
-    for i, row in enumerate(report["purified"]):
-        if row["model"] not in report["models"]:
-            raise ValueError(f"purified.{i}.model: {row['model']} is not among the models")

@@ -1,19 +1,49 @@
-"""`pave_report.json` on the disk. It is read back only if it is intact and belongs to the weights beside it."""
+"""`pave_report.json` and `pave_scores.json` on the disk: read only if intact, and of the weights beside them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mergekit_pave.cache import weights_fingerprint
 from mergekit_pave.cache.checkpoint import find_weights, is_pointer
 from mergekit_pave.errors import PaveError
-from mergekit_pave.report.outputs import REPORT_NAME
-from mergekit_pave.report.schema import validate
+from mergekit_pave.files import replacing
+from mergekit_pave.report.outputs import REPORT_NAME, SCORES_NAME
+from mergekit_pave.report.schema import validate, validate_scores
 
 FORMAT = 1  # raised when a reader of the format before would misread it; a report without a number has 1
+
+
+class _Kind(NamedTuple):
+    """A file of ours beside weights: its name, its check, and what errors about it say."""
+
+    name: str
+    check: Callable[[Any], None]
+    missing: str
+    what: str  # it is
+    renew: str  # what to do if it is damaged
+    again: str  # and if it is of other weights
+
+
+_REPORT = _Kind(
+    REPORT_NAME,
+    validate,
+    "so it is not the output of a merge with a `pave:` block",
+    "a report of mergekit-pave, or a damaged one",
+    "merge again to get a new one",
+    "Merge again with the `pave:` block; to see the old report",
+)
+_SCORES = _Kind(
+    SCORES_NAME,
+    validate_scores,
+    "which `mergekit-pave score CONFIG FOLDER` writes",
+    "scores of mergekit-pave, or damaged ones",
+    "score again to get new ones",
+    "Score again; to see the old scores",
+)
 
 
 def read_report(out_path: str) -> dict[str, Any]:
@@ -22,28 +52,54 @@ def read_report(out_path: str) -> dict[str, Any]:
     Raises:
         PaveError: there is no report, or it is damaged, of a later version, or of other weights.
     """
-    path = Path(out_path, REPORT_NAME)
+    return _read(_REPORT, out_path)
+
+
+def read_scores(out_path: str) -> dict[str, Any]:
+    """The scores of a merged model. If weights lie beside them, they have to be those that were scored.
+
+    Raises:
+        PaveError: there are no scores, or they are damaged, of a later version, or of other weights.
+    """
+    return _read(_SCORES, out_path)
+
+
+def write_scores(out_path: str, score: dict[str, Any]) -> None:
+    """Write the scores of a merged model into its folder, with fingerprints of the weights beside them.
+
+    Raises:
+        PaveError: the file cannot be written.
+    """
+    folder = Path(out_path)
+    content = score | {"weights": written_weights(folder, _weights_beside(folder))}
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        json.dumps(report, ensure_ascii=False).encode()  # JSON can hold halves of letters, which no page can
+        with replacing(folder / SCORES_NAME) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise PaveError(f"the scores cannot be written to {folder}: {error}") from error
+
+
+def _read(kind: _Kind, out_path: str) -> dict[str, Any]:
+    path = Path(out_path, kind.name)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(content, ensure_ascii=False).encode()  # JSON can hold halves of letters, which no page can
     except FileNotFoundError as error:
-        raise PaveError(f"{out_path} has no {REPORT_NAME}, so it is not the output of a merge with a `pave:` block") from error
+        raise PaveError(f"{out_path} has no {kind.name}, {kind.missing}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise PaveError(f"{path} cannot be read: {error}") from error
-    number = report.get("format", 1) if isinstance(report, dict) else None
+    number = content.get("format", 1) if isinstance(content, dict) else None
     if isinstance(number, int) and number > FORMAT:
         raise PaveError(
             f"{path} has format {number}, which a later mergekit-pave wrote; this one reads formats up to {FORMAT}: "
             "pip install --upgrade mergekit-pave"
         )
     try:
-        validate(report)
+        kind.check(content)
     except ValueError as error:
-        raise PaveError(
-            f"{path} is not a report of mergekit-pave, or a damaged one ({error}); merge again to get a new one"
-        ) from error
-    _check_weights(path, report.pop("weights", None))
-    return report
+        raise PaveError(f"{path} is not {kind.what} ({error}); {kind.renew}") from error
+    _check_weights(path, content.pop("weights", None), kind.again)
+    return content
 
 
 def written_weights(folder: Path, files: Iterable[str]) -> dict[str, str | None]:
@@ -58,8 +114,8 @@ def _fingerprint(folder: Path, file: str) -> str | None:
         return None
 
 
-def _check_weights(path: Path, written: dict[str, str | None] | None) -> None:
-    """Refuse a report that lies beside weights of another merge. Older reports do not say which weights are theirs."""
+def _check_weights(path: Path, written: dict[str, str | None] | None, again: str) -> None:
+    """Refuse a file of ours that lies beside weights of another merge. Older reports do not say which weights are theirs."""
     if written is None:
         return
     for file, fingerprint in written_weights(path.parent, _weights_beside(path.parent)).items():
@@ -70,8 +126,8 @@ def _check_weights(path: Path, written: dict[str, str | None] | None) -> None:
             )
         if fingerprint is None or written.get(file) != fingerprint:
             raise PaveError(
-                f"{path} is not of the weights beside it: {file} was written by another merge, or changed since. Merge again "
-                f"with the `pave:` block; to see the old report, copy {REPORT_NAME} to a folder of its own"
+                f"{path} is not of the weights beside it: {file} was written by another merge, or changed since. "
+                f"{again}, copy {path.name} to a folder of its own"
             )
 
 

@@ -1,0 +1,120 @@
+"""Pictures of the share kept of each model: of one merge, and of every setting that was tried."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from mergekit_pave.report.page.drawing import COLOURS, INK, LINE, MUTED, STYLE, WIDTH, Plot, colours
+from mergekit_pave.report.places import short_models
+
+_LONGEST = 48  # letters of a label
+_LEAST = -1.0  # no axis begins with a smaller share
+_OUTSIDE = " A point at the left edge: less than the axis shows."
+
+
+def plot_score(score: Mapping[str, Any]) -> Plot:
+    """The share kept of each model with its standard error, and the mean.
+
+    Args:
+        score: of a merge. A share is None where the base model gives what the expert gives.
+    """
+    models, names = score["models"], short_models(score["models"])
+    values = np.array([[model["kept"], model["error"]] for model in models.values()], dtype=float)  # (models, 2)
+    left, right = _limits(np.concatenate([values, [[0, 0], [1, 0]]]))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, min(1.1 + 0.27 * len(models), 100)), layout="constrained")
+        panel = figure.subplots()
+        if score["mean"]:
+            mean, error = score["mean"]["kept"], score["mean"]["error"] or 0
+            panel.axvspan(mean - error, mean + error, color=LINE, linewidth=0)
+            panel.axvline(mean, color=MUTED, linewidth=1.2)
+            over = panel.get_xaxis_transform()
+            panel.text(max(mean, left), 1.01, f"mean {100 * mean:.1f} %", transform=over, ha="center", va="bottom", color=MUTED)
+        _points(panel, values, np.arange(len(models)), COLOURS[0], left, size=6)
+        _finish(panel, [_label(name) for name in names.values()], left, right)
+    caption = "Each point is the share kept of one model with its standard error; the grey line is their mean, with its own."
+    return Plot("share-kept", "Share kept of each model", caption + _outside(values, left), figure)
+
+
+def plot_settings(labels: Sequence[str], scores: Sequence[Mapping[str, Any]], by: str) -> Plot:
+    """The share kept by setting: a line for each model, and one for the mean, or the worst, with its standard error.
+
+    Args:
+        labels: of the settings, from the top.
+        scores: of the settings.
+        by: what the settings are compared by, `mean` or `worst`.
+    """
+    models = list(scores[0]["models"])
+    names, palette = short_models(models), colours(models)
+    shares = np.array([[score["models"][model]["kept"] for model in models] for score in scores], dtype=float)
+    summary = [score[by] or {"kept": None, "error": None} for score in scores]
+    values = np.array([[of_score["kept"], of_score["error"]] for of_score in summary], dtype=float)  # (settings, 2)
+    every = np.concatenate([values, np.stack([shares.ravel(), np.zeros(shares.size)], axis=1)])
+    left, right = _limits(every)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, min(1.2 + 0.3 * len(scores), 100)), layout="constrained")
+        panel = figure.subplots()
+        rows = np.arange(len(scores))
+        for model, of_model in zip(models, shares.T):
+            line = {"color": palette[model], "label": _label(names[model]), "marker": "o", "markersize": 3.5, "linewidth": 1.1}
+            panel.plot(np.maximum(of_model, left), rows, **line)
+        panel.plot(np.maximum(values[:, 0], left), rows, color=INK, linewidth=2.4, label=by, zorder=3)
+        _points(panel, values, rows, INK, left, size=4)
+        _finish(panel, [_label(label) for label in labels], left, right)
+        columns = min(len(models) + 1, 6)
+        handles, texts = panel.get_legend_handles_labels()
+        figure.legend(
+            [handles[-1], *handles[:-1]], [texts[-1], *texts[:-1]], loc="outside upper left", ncols=columns, fontsize=8.5
+        )
+    caption = f"A line a model; the thick one is the {by} of the models, with its standard error."
+    return Plot("share-kept", "Share kept by setting", caption + _outside(every, left), figure)
+
+
+def _points(panel: Axes, values: np.ndarray, rows: np.ndarray, colour: str, left: float, size: float) -> None:
+    """Points with error bars; a triangle at the edge for those that lie left of it."""
+    shares, errors = values.T
+    inside = shares >= left
+    bars = {"xerr": np.nan_to_num(errors[inside]), "fmt": "o", "markersize": size, "elinewidth": 1.6, "capsize": 2.5}
+    panel.errorbar(shares[inside], rows[inside], color=colour, zorder=4, **bars)
+    outside = shares < left
+    if outside.any():
+        panel.plot(np.full(outside.sum(), left), rows[outside], "<", color=colour, markersize=size, clip_on=False, zorder=4)
+
+
+def _finish(panel: Axes, labels: list[str], left: float, right: float) -> None:
+    panel.set_yticks(range(len(labels)), labels)
+    panel.set_ylim(len(labels) - 0.5, -0.5)
+    panel.set_xlim(left, right)
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
+    panel.tick_params(axis="y", length=0)
+    panel.grid(axis="y", visible=False)
+    panel.set_xlabel("share kept: 0 % is the base model, 100 % the expert")
+
+
+def _limits(values: np.ndarray) -> tuple[float, float]:
+    """The ends of the axis. All shares and errors are between them, but a few that are far below the others are not."""
+    shares, errors = values[:, 0], np.nan_to_num(values[:, 1])
+    known = np.isfinite(shares)
+    if not known.any():
+        return 0.0, 1.0
+    left, right = (shares - errors)[known].min(), (shares + errors)[known].max()
+    low = np.quantile(shares[known], 0.1)
+    left = max(left, low - 1.5 * (right - low), _LEAST)
+    margin = 0.03 * max(right - left, 0.05)
+    return left - margin, right + margin
+
+
+def _outside(values: np.ndarray, left: float) -> str:
+    return _OUTSIDE if (values[:, 0] < left).any() else ""
+
+
+def _label(name: str) -> str:
+    name = " ".join(name.split())
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST // 2]}…{name[-_LONGEST // 2 + 1 :]}"
