@@ -9,12 +9,15 @@ from pathlib import Path
 from mergekit_pave.cache.artefact import Artefact, writable
 from mergekit_pave.errors import PaveError
 
-KINDS = ("covariance", "subspace", "comparison")
+KINDS = ("covariance", "subspace", "comparison", "predictions", "score")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One cache entry: the covariances of a model, the subspaces of its weights, or which of its weights equal a base model's.
+    """One cache entry.
+
+    It has the covariances of a model, the subspaces of its weights, or which of its weights equal a base model's; what a model
+    gives on held-out rows, or how what a merge gives compares with that.
 
     Attributes:
         kind: one of `KINDS`.

@@ -101,8 +101,16 @@ class _Comparison(_Manifest):
     equal: dict[str, list[_Natural]]
 
 
+class _Recorded(_Manifest):
+    """What a model gives on held-out rows, or how that of a merge compares."""
+
+    rows: _Positive
+    places: _Positive
+    dtype: str
+
+
 def parse(content: bytes) -> dict[str, Any]:
-    """A manifest of covariances, of a tail or of a comparison, without its digest.
+    """A manifest of any kind of artefact, without its digest.
 
     Raises:
         ValueError: it is damaged, or not sound.
@@ -131,4 +139,6 @@ def sealed(manifest: dict[str, Any]) -> str:
 def _form(manifest: dict[str, Any]) -> type[_Manifest]:
     if "layers" in manifest:
         return _CurrentCovariances if manifest.get("format") == FORMATS["covariance"] else _Covariances
+    if "places" in manifest:
+        return _Recorded
     return _Tail if "slices" in manifest else _Comparison

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -62,6 +63,32 @@ def load_samples(sources: list[Data], calibration: Calibration, model: str) -> l
     Raises:
         PaveError: a data set cannot be loaded, has no rows or lacks a column that is asked for.
     """
+    samples = [sample for rows in _draw(sources, calibration, model) for sample in rows.drawn()]
+    if len({sample.text is None and sample.messages is None for sample in samples if sample.problem is None}) > 1:
+        raise PaveError(f"pave.models[{model}].data: a model cannot be calibrated with both texts and images without a text")
+    return samples
+
+
+def load_held_out(sources: list[Data], calibration: Calibration, model: str, rows: int, used: Container[int]) -> list[Sample]:
+    """The rows that follow those of `load_samples` in the same shuffles, evenly from all data sets.
+
+    Args:
+        rows: how many are wanted. There are fewer if the data sets have no more.
+        used: contents that are passed over. A content is also passed over once it has been taken.
+    """
+    loaded = _draw(sources, calibration, model)
+    found: dict[int, Sample] = {}
+    turns = itertools.zip_longest(*(of_source.further() for of_source in loaded))
+    for sample in islice(filter(None, itertools.chain.from_iterable(turns)), _most(50 * rows)):
+        if sample.problem is None and sample.content not in used:
+            found.setdefault(sample.content, sample)
+        if len(found) == rows:
+            break
+    return list(found.values())
+
+
+def _draw(sources: list[Data], calibration: Calibration, model: str) -> list[_Rows]:
+    """The data sets, with the rows drawn that `load_samples` gives."""
     loaded = [_Rows(data, calibration, model) for data in sources]
     available, is_short = [len(rows) for rows in loaded], True
     while is_short:
@@ -69,10 +96,7 @@ def load_samples(sources: list[Data], calibration: Calibration, model: str) -> l
         drawn = [rows.draw(share) for rows, share in zip(loaded, shares)]
         is_short = any(count < share for count, share in zip(drawn, shares))
         available = [count if count < share else most for count, share, most in zip(drawn, shares, available)]
-    samples = [sample for rows in loaded for sample in rows.drawn()]
-    if len({sample.text is None and sample.messages is None for sample in samples if sample.problem is None}) > 1:
-        raise PaveError(f"pave.models[{model}].data: a model cannot be calibrated with both texts and images without a text")
-    return samples
+    return loaded
 
 
 def share_evenly(limits: list[int], budget: int) -> list[int]:
@@ -106,6 +130,7 @@ class _Rows:
         if isinstance(rows, list):
             self._follow(ahead, calibration.samples)
             numbers = np.arange(len(rows))
+        self._ahead = ahead
         self._order = np.random.default_rng(calibration.seed).permutation(numbers).tolist()
         self._drawn: dict[int, Sample] = {}
 
@@ -126,6 +151,13 @@ class _Rows:
     def drawn(self) -> list[Sample]:
         """All rows that were drawn, also blank ones, in the order of the data set."""
         return [self._drawn[i] for i in sorted(self._drawn)]
+
+    def further(self) -> Iterator[Sample]:
+        """The rows behind those that were drawn, in the order of the shuffle, and behind these the rest of a stream."""
+        for i in self._order[len(self._drawn) :]:
+            yield self._read(i, self._rows[i])
+        for i, row in enumerate(self._ahead, len(self._order)):
+            yield self._read(i, row)
 
     def _follow(self, ahead: Iterator[dict[str, Any]], count: int) -> None:
         """Read further rows of a stream, in the place of its blank rows."""

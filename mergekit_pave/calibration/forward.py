@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,11 +21,14 @@ class UnalignedInputError(Exception):
     """The rows of a layer's input are not the tokens of the batch, so padding among them cannot be recognised."""
 
 
-def runner(model: nn.Module, unpadded: bool, with_head: bool = False) -> Callable[[Batch], None]:
+def runner(
+    model: nn.Module, unpadded: bool, with_head: bool = False, take: Callable[[Batch, Any], None] = lambda batch, output: None
+) -> Callable[[Batch], None]:
     """A function that runs the model on a batch.
 
     Args:
         with_head: run the whole model, up to a `HeadReachedError`. Otherwise only the backbone is run.
+        take: is given what the model returns.
 
     Raises:
         UnalignedInputError: the model takes no attention mask, so padding would be read as text.
@@ -41,7 +45,7 @@ def runner(model: nn.Module, unpadded: bool, with_head: bool = False) -> Callabl
 
     def run(batch: Batch) -> None:
         with contextlib.suppress(HeadReachedError):
-            base(**{name: values for name, values in batch.inputs.items() if name in accepted}, **options)
+            take(batch, base(**{name: values for name, values in batch.inputs.items() if name in accepted}, **options))
 
     return run
 

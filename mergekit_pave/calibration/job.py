@@ -64,9 +64,14 @@ class Runtime:
 
 
 def covariance_key(model: str, encoded: list[Encoded]) -> str:
-    """Key of the covariances: the model, with what it computes, and exactly the tokens that it sees and that count.
+    """Key of the covariances: the model, with what it computes, and exactly the tokens that it sees and that count."""
+    return cache.key("covariance", model, *seen(encoded))
 
-    The tokens stand for the data set, its columns, the tokenizer, the chat template, the seed and all limits.
+
+def seen(encoded: list[Encoded]) -> list[Any]:
+    """What a model sees, as parts of a key.
+
+    They stand for the data set, its columns, the tokenizer, the chat template, the seed and all limits.
     """
     parts: list[Any] = []
     for sample in encoded:
@@ -76,4 +81,4 @@ def covariance_key(model: str, encoded: list[Encoded]) -> str:
             [texts, sample.counted, sample.counted_target, list(images)],
             *(image.numpy().tobytes() for image in images.values()),
         ]
-    return cache.key("covariance", model, *parts)
+    return parts

@@ -138,22 +138,39 @@ def load_model(cls: Any, config: transformers.PretrainedConfig, folder: str, dev
     return _load(cls, config, device, folder, "the checkpoint")
 
 
-def load_tensors(cls: Any, config: transformers.PretrainedConfig, tensors: dict[str, Tensor], device: str) -> nn.Module:
+def load_tensors(
+    cls: Any,
+    config: transformers.PretrainedConfig,
+    tensors: dict[str, Tensor],
+    device: str,
+    source: str = "the merge",
+    with_head: bool = False,
+) -> nn.Module:
     """The whole model with these tensors, which have the names that a checkpoint would have.
 
+    Args:
+        source: where they are from, for messages.
+        with_head: the head is needed, too.
+
     Raises:
-        PaveError: weights of the backbone are missing.
+        PaveError: weights of the backbone, or of the head, are missing.
     """
     before = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()  # or it would tell that heads are missing, and advise to train them
     try:
-        return _load(cls, config, device, None, "the merge", state_dict=tensors)
+        return _load(cls, config, device, None, source, with_head, state_dict=tensors)
     finally:
         transformers.utils.logging.set_verbosity(before)
 
 
 def _load(
-    cls: Any, config: transformers.PretrainedConfig, device: str, folder: str | None, source: str, **more: Any
+    cls: Any,
+    config: transformers.PretrainedConfig,
+    device: str,
+    folder: str | None,
+    source: str,
+    with_head: bool = False,
+    **more: Any,
 ) -> nn.Module:
     dtype = inference_dtype(config, device)
     try:
@@ -162,11 +179,11 @@ def _load(
         if is_out_of_memory(error):
             raise
         raise PaveError(f"{folder or source}: transformers cannot load it as {cls.__name__}: {error}") from error
-    inside = {id(parameter) for parameter in backbone(model).parameters()}
+    inside = {id(parameter) for parameter in (model if with_head else backbone(model)).parameters()}
     missing = [name for name in sorted(info["missing_keys"]) if id(model.get_parameter(name)) in inside]
     if missing:
         raise PaveError(
             f"{folder or source}: {len(missing)} weights of {cls.__name__} are not in {source} (the first: {missing[0]}), "
-            "so it cannot be run for calibration"
+            "so it cannot be run"
         )
     return model.eval().requires_grad_(False).to(device)

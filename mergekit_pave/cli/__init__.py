@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-import os
 from pathlib import Path
 
 import click
-import yaml
-from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
-from pydantic import ValidationError
 
 from mergekit_pave.calibration import distributed
 from mergekit_pave.cli.cache import cache
-from mergekit_pave.cli.doctor import doctor, switched_off
-from mergekit_pave.errors import PaveError
+from mergekit_pave.cli.config import is_first_process, read_config
+from mergekit_pave.cli.doctor import doctor
+from mergekit_pave.cli.score import score
 from mergekit_pave.hook import host
-from mergekit_pave.hook.refusals import tool_of
 from mergekit_pave.report.page.picture import require_matplotlib
 from mergekit_pave.report.stored import read_report
 
@@ -39,6 +34,7 @@ def main(context: click.Context) -> None:
 
 main.add_command(cache)
 main.add_command(doctor)
+main.add_command(score)
 
 
 @main.command(cls=PrettyPrintHelp)
@@ -48,10 +44,10 @@ def calibrate(config_file: str, merge_options: MergeOptions) -> None:
     """Fill the caches for CONFIG_FILE (a mergekit YAML with a `pave:` block) and merge nothing."""
     merge_options.apply_global_options()
     distributed.start()
-    config = distributed.first_alone(lambda: _read_config(config_file))
+    config = distributed.first_alone(lambda: read_config(config_file))
     plan = fill_caches(config, merge_options)
     num_new, num_weights = len(plan.decompositions), plan.decomposed
-    if _is_first_process():
+    if is_first_process():
         click.echo(f"{num_weights} weights ready: {num_new} decomposed now, {num_weights - num_new} were in the cache.")
         if num_forms := sum(bool(form.measured) for form in plan.closed_forms.values()):
             click.echo(f"Covariances for {num_forms} tensors that regmean merges are in the cache.")
@@ -68,7 +64,7 @@ def plan(config_file: str, as_json: bool, merge_options: MergeOptions) -> None:
     (`model+lora`) is merged into its model, which is kept in --lora-merge-cache.
     """
     merge_options.apply_global_options()
-    planned = plan_merge(_read_config(config_file), merge_options, compares=False)
+    planned = plan_merge(read_config(config_file), merge_options, compares=False)
     samples = sample_removal(planned, merge_options)
     shown = preview(planned, merge_options.device, samples)
     click.echo(json.dumps(shown, indent=1) if as_json else as_text(shown))
@@ -102,35 +98,8 @@ def write_report(source: Path, output: Path | None, merge_options: MergeOptions)
     if source.is_dir():
         report, measured, config = read_report(str(source)), None, source / "mergekit_config.yml"
     else:
-        report, measured = measure(plan_merge(_read_config(str(source)), merge_options), merge_options)
+        report, measured = measure(plan_merge(read_config(str(source)), merge_options), merge_options)
         config = source
     name = (source if source.is_dir() else source.with_suffix("")).resolve().name
     text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None
     click.echo(f"written to {render.write(folder, name, report, measured, text)}")
-
-
-def _read_config(path: str) -> MergeConfiguration:
-    if (warning := switched_off()) and _is_first_process():
-        click.echo(f"Warning: {warning}", err=True)
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise PaveError(f"{path} is not a mergekit config: it holds no mapping")
-        if tool := tool_of(content):
-            raise PaveError(
-                f"{path} is a config for {tool.command}, which does not honour a `pave:` block; this takes one for "
-                f"mergekit-yaml. To purify, {tool.advice}"
-            )
-        keys = {str(key).lower(): key for key in content}
-        if "pave" not in content and (close := difflib.get_close_matches("pave", keys, n=1)):
-            raise PaveError(f"{path}: unknown key {keys[close[0]]!r}; did you mean 'pave'?")
-        return MergeConfiguration.model_validate(content)
-    except yaml.composer.ComposerError as error:
-        raise PaveError(f"{path} holds several merges, as for mergekit-multi; this takes one, in a file of its own") from error
-    except (yaml.YAMLError, ValidationError, UnicodeDecodeError) as error:
-        raise PaveError(f"{path} is not a mergekit config: {error}") from error
-
-
-def _is_first_process() -> bool:
-    """Whether this process is the one of several that writes to the terminal."""
-    return os.environ.get("RANK", "0") == "0"

@@ -15,7 +15,7 @@ from mergekit_pave.files import readable
 
 @click.group()
 def cache() -> None:
-    """Look after the cache: covariances, subspaces, and which weights equal a base model's."""
+    """Look after the cache: covariances, subspaces, which weights equal a base model's, predictions and scores."""
 
 
 _cache_dir = click.option("--cache-dir", help="The cache, where a config sets pave.cache_dir.")
@@ -32,7 +32,7 @@ def list_cache(cache_dir: str | None) -> None:
         manifests = [manifest for artefact in entry.artefacts if (manifest := artefact.manifest())]
         model = manifests[0]["model"] if manifests else "(incomplete)"
         content = _content(entry.kind, manifests)
-        click.echo(f"{entry.key[:12]}  {entry.kind:10}  {readable(entry.size):>8}  {content:38}  {model}")
+        click.echo(f"{entry.key[:12]}  {entry.kind:11}  {readable(entry.size):>8}  {content:38}  {model}")
     click.echo(f"{readable(sum(entry.size for entry in entries))} in {root}")
 
 
@@ -44,6 +44,8 @@ def _content(kind: str, manifests: list[dict[str, Any]]) -> str:
     (manifest,) = manifests
     if kind == "comparison":
         return f"{sum(map(bool, manifest['equal'].values()))} equal weights"
+    if "places" in manifest:
+        return f"{manifest['rows']} rows, {manifest['places']} places, {manifest['dtype']}"
     return f"{len(manifest['layers'])} layers, {manifest['tokens']} tokens, {manifest.get('dtype', 'format 1')}"
 
 
@@ -57,7 +59,7 @@ def verify(cache_dir: str | None) -> None:
             if not artefact.is_intact():
                 num_damaged += 1
                 state = "incomplete" if artefact.manifest() is None else "DAMAGED"
-                click.echo(f"{entry.key[:12]}  {entry.kind:10}  {state}  {artefact.folder}")
+                click.echo(f"{entry.key[:12]}  {entry.kind:11}  {state}  {artefact.folder}")
     if num_damaged:
         click.echo(f"{num_damaged} not intact; the next run that needs them makes them again.")
         raise SystemExit(1)

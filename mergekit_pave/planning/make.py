@@ -21,7 +21,7 @@ from mergekit_pave.planning.select import models_to_purify, select
 from mergekit_pave.planning.source import open_source
 from mergekit_pave.planning.unchanged import leave_never_called, leave_unchanged
 from mergekit_pave.planning.vocabulary import models_to_count, plan_vocabulary
-from mergekit_pave.planning.warnings import base_is_merged, precision_warnings, sample_warnings, unchanged_warnings
+from mergekit_pave.planning.warnings import base_is_merged, idle_block, precision_warnings, sample_warnings, unchanged_warnings
 from mergekit_pave.tasks.calibrate import CalibrateModel, GivenCovariance
 
 
@@ -74,6 +74,7 @@ def make_plan(config: PaveConfig, merge: Merge) -> Plan:
         *precision_warnings([calibrations[model] for model in needed]),
         *unchanged_warnings(selected, compared.weights),
         *base_is_merged(merge, compared.weights),
+        *idle_block(bool(measurable) or merge.is_regmean),
     ]
     used = {*layers_used, *of_heads, *(model for rows in vocabulary.rows.values() for model in rows.counts)}
     header = header_of(config, merge, calibrations, used, _joined(reasons, compared.reasons, never_called))

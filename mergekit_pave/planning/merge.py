@@ -52,7 +52,20 @@ class PlannedTensor:
 
 
 @dataclass(frozen=True)
-class Merge:
+class Reading:
+    """How models are read.
+
+    Attributes:
+        checkpoint: gives the checkpoint of a model.
+    """
+
+    runtime: Runtime
+    transformers_cache: Optional[str]
+    checkpoint: Callable[[ModelReference], Checkpoint]
+
+
+@dataclass(frozen=True)
+class Merge(Reading):
     """A merge as mergekit has planned it, with the options of the command that runs it.
 
     Attributes:
@@ -60,7 +73,6 @@ class Merge:
         config: that of the merged model.
         tokenizer: the model whose tokenizer the merged model gets; None where it gets a new one, whose token ids may be others.
         tensors: all output tensors. A tensor's number, in this list, identifies it everywhere in the plan.
-        checkpoint: gives the checkpoint of a model.
         names_read: gives, for each tensor of a model that a merge of whole models reads, all names that it may have.
         compares: weights may be read to find those that equal the base model's. Otherwise only the cache is asked.
         warnings: what is odd about the config itself.
@@ -70,9 +82,6 @@ class Merge:
     config: PretrainedConfig
     tokenizer: Optional[ModelReference]
     tensors: list[PlannedTensor]
-    runtime: Runtime
-    transformers_cache: Optional[str]
-    checkpoint: Callable[[ModelReference], Checkpoint]
     names_read: Callable[[ModelReference], list[list[str]]]
     compares: bool
     warnings: list[str]

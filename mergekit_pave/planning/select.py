@@ -25,16 +25,11 @@ _NOT_LINEAR = "not the weight of a linear layer"
 def models_to_purify(config: PaveConfig, merge: Merge) -> list[ModelReference]:
     """
     Raises:
-        PaveError: there are none, or mergekit takes no tensor of one of them.
+        PaveError: mergekit takes no tensor of one of them.
     """
     models = list(dict.fromkeys(model for tensor in merge.tensors for model in tensor.models if config.entry(model)))
     if unused := [entry.model for entry in config.models if entry.purify and entry.model not in models]:
         raise PaveError(f"pave.models: mergekit takes no tensor of {unused[0]}, so it cannot be purified; remove its entry")
-    if not models and not merge.is_regmean and config.vocabulary in (None, "method") and not config.refinement:
-        raise PaveError(
-            "pave.models: every model has `purify: false`, so nothing would be purified. Remove the block, or add `refine` or "
-            "`vocabulary`"
-        )
     return models
 
 

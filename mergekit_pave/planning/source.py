@@ -14,7 +14,7 @@ from mergekit_pave.calibration.architecture import Architecture, describe
 from mergekit_pave.config import PaveConfig, PaveModel
 from mergekit_pave.errors import PaveError
 from mergekit_pave.planning.checks import check_unquantised
-from mergekit_pave.planning.merge import Merge
+from mergekit_pave.planning.merge import Reading
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,25 @@ def weights_identity(checkpoint: Checkpoint) -> str:
     return cache.weights_identity(checkpoint.folder, list(checkpoint.files.values()))
 
 
-def open_source(config: PaveConfig, model: ModelReference, merge: Merge) -> Source:
+def open_source(config: PaveConfig, model: ModelReference, reading: Reading) -> Source:
     """Look at one model, and at whether its `data` suits it.
 
     Raises:
         PaveError: the model is quantised, or the samples are not of the kind that it reads.
     """
-    checkpoint, trust = merge.checkpoint(model), merge.runtime.trust_remote_code
+    checkpoint, model_config, architecture = open_model(model, reading)
+    source = Source(model, config.listed(model), checkpoint, model_config, architecture)
+    _check_kind_of_samples(source)
+    return source
+
+
+def open_model(model: ModelReference, reading: Reading) -> tuple[Checkpoint, transformers.PretrainedConfig, Architecture]:
+    """A model's files, its configuration as of a model that is not quantised, and its architecture.
+
+    Raises:
+        PaveError: the model is quantised.
+    """
+    checkpoint, trust = reading.checkpoint(model), reading.runtime.trust_remote_code
     model_config = model.config(trust_remote_code=trust)
     parts = (model_config, model_config.get_text_config(decoder=True))
     # With this entry transformers would quantise the model as it loads it.
@@ -62,9 +74,7 @@ def open_source(config: PaveConfig, model: ModelReference, merge: Merge) -> Sour
     architecture = describe(model_config, model.model.path, trust, model.model.revision)
     if quantised:
         check_unquantised(model, checkpoint, architecture)
-    source = Source(model, config.listed(model), checkpoint, model_config, architecture)
-    _check_kind_of_samples(source)
-    return source
+    return checkpoint, model_config, architecture
 
 
 def _check_kind_of_samples(source: Source) -> None:

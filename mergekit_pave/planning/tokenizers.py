@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import transformers
 from mergekit.common import ModelReference
@@ -12,11 +11,11 @@ from mergekit_pave.calibration.batches import Encoded
 from mergekit_pave.calibration.data import Sample
 from mergekit_pave.calibration.token_rows import SIDES
 from mergekit_pave.errors import PaveError, in_a_line
-from mergekit_pave.planning.merge import Merge
+from mergekit_pave.planning.merge import Merge, Reading
 from mergekit_pave.planning.source import Source
 
 
-def load_processor(source: Source, samples: list[Sample], merge: Merge) -> Any:
+def load_processor(source: Source, samples: list[Sample], reading: Reading) -> Any:
     """A tokenizer, an image processor, or one for both.
 
     Raises:
@@ -27,18 +26,29 @@ def load_processor(source: Source, samples: list[Sample], merge: Merge) -> Any:
         has_texts = any(sample.text is not None for sample in samples)
         kind = "processor" if has_texts else "image processor"
         loader = transformers.AutoProcessor if has_texts else transformers.AutoImageProcessor
-    return _load(kind, loader, source.model, merge)
+    return _load(kind, loader, source.model, reading)
 
 
-def _load(kind: str, loader: Any, model: ModelReference, merge: Merge, purpose: str = "calibration needs it") -> Any:
+def load_tokenizer(model: ModelReference, reading: Reading, purpose: str) -> Any:
+    """
+    Args:
+        purpose: what for, for the message.
+
+    Raises:
+        PaveError: the model has none that can be loaded.
+    """
+    return _load("tokenizer", transformers.AutoTokenizer, model, reading, purpose)
+
+
+def _load(kind: str, loader: Any, model: ModelReference, reading: Reading, purpose: str = "calibration needs it") -> Any:
     # An adapter may bring a tokenizer of its own.
     for path in filter(None, (model.lora, model.model)):
         try:
             return loader.from_pretrained(
                 path.path,
                 revision=path.revision,
-                cache_dir=merge.transformers_cache,
-                trust_remote_code=merge.runtime.trust_remote_code,
+                cache_dir=reading.transformers_cache,
+                trust_remote_code=reading.runtime.trust_remote_code,
             )
         except (OSError, ValueError, KeyError, ImportError) as error:
             failure = error
@@ -51,8 +61,7 @@ def check_token_ids(source: Source, encoded: list[Encoded]) -> None:
     Raises:
         PaveError: the model does not know one of the ids.
     """
-    ids = (sample.inputs.get(side, ()) for sample in encoded for side in SIDES)
-    largest = max(itertools.chain.from_iterable(ids), default=0)
+    largest = max(token_ids(encoded), default=0)
     vocabulary = source.architecture.vocabulary
     if vocabulary and largest >= vocabulary:
         raise PaveError(
@@ -67,8 +76,7 @@ def check_meanings(source: Source, processor: Any, encoded: list[Encoded], merge
     Raises:
         PaveError: naming the first such id, or saying that nobody can know.
     """
-    ids = {token for sample in encoded for side in SIDES for token in sample.inputs.get(side, ())}
-    if not ids:
+    if not (ids := token_ids(encoded)):
         return
     advice = f"set `tokenizer: {{source: {source.model}}}`, or leave `refine` out"
     if merge.tokenizer is None:
@@ -79,15 +87,34 @@ def check_meanings(source: Source, processor: Any, encoded: list[Encoded], merge
     if merge.tokenizer == source.model:
         return
     purpose = f"refining compares it with that of {source.model}"
-    theirs = _load("tokenizer", transformers.AutoTokenizer, merge.tokenizer, merge, purpose)
-    ours = getattr(processor, "tokenizer", processor)
+    theirs = load_tokenizer(merge.tokenizer, merge, purpose)
+    if conflict := find_conflict(ids, getattr(processor, "tokenizer", processor), theirs):
+        raise PaveError(
+            f"pave.refine: the token id {conflict.token} is {conflict.ours!r} in the samples of {source.model}, but "
+            f"{conflict.theirs!r} for the merged model, which has the tokenizer of {merge.tokenizer}; {advice}"
+        )
+
+
+def token_ids(encoded: list[Encoded]) -> set[int]:
+    """All token ids in samples."""
+    return {token for sample in encoded for side in SIDES for token in sample.inputs.get(side, ())}
+
+
+class Conflict(NamedTuple):
+    """A token id that is one token to one tokenizer, and another or none to the other."""
+
+    token: int
+    ours: str | None
+    theirs: str | None
+
+
+def find_conflict(ids: set[int], ours: Any, theirs: Any) -> Conflict | None:
+    """The first of these ids that the two tokenizers read otherwise."""
     for token in sorted(ids):
         meanings = [_meaning(token, tokenizer) for tokenizer in (ours, theirs)]
         if meanings[0] != meanings[1]:
-            raise PaveError(
-                f"pave.refine: the token id {token} is {meanings[0]!r} in the samples of {source.model}, but {meanings[1]!r} "
-                f"for the merged model, which has the tokenizer of {merge.tokenizer}; {advice}"
-            )
+            return Conflict(token, *meanings)
+    return None
 
 
 def _meaning(token: int, tokenizer: Any) -> str | None:

@@ -85,3 +85,9 @@ def base_is_merged(merge: Merge, weights: list[PlannedWeight]) -> list[str]:
         "as it is, without purification. For the other model, what is called its change here is its distance from the base "
         "model, not from the model that both were fine-tuned from"
     ]
+
+
+def idle_block(has_work: bool) -> list[str]:
+    """That the block changes nothing of the merge."""
+    advice = "It only says what data `mergekit-pave score` and `tune` use; to do more, add `refine` or `vocabulary`"
+    return [] if has_work else [f"every model has `purify: false`, so the `pave:` block changes nothing of this merge. {advice}"]

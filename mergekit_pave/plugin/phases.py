@@ -47,7 +47,7 @@ def _plan_merge(config: MergeConfiguration, options: MergeOptions, compares: boo
     if config.pave is None and not registry.is_ours(config.merge_method):
         raise PaveError(missing)
     check_inputs(config, options)
-    _merge_adapters(config, options)
+    merge_adapters(config, options)
     base = config.base_model or config.referenced_models()[0]
     with each_checkpoint_once(), planning_errors(Exception):
         architecture = get_architecture_info(config, options)
@@ -66,7 +66,7 @@ def _plan_merge(config: MergeConfiguration, options: MergeOptions, compares: boo
     return planner._pave_plan
 
 
-def _merge_adapters(config: MergeConfiguration, options: MergeOptions) -> None:
+def merge_adapters(config: MergeConfiguration, options: MergeOptions) -> None:
     """Let mergekit merge adapters into their models, as it does before it reads the first of their tensors.
 
     Raises:

@@ -1,0 +1,41 @@
+"""`mergekit-pave score`: how much of each expert a merge keeps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
+
+from mergekit_pave.cli.config import read_config
+from mergekit_pave.hook import host
+
+if not host.missing():
+    from mergekit_pave.plugin.scoring import plan_scoring
+
+rows_option = click.option(
+    "--rows", type=click.IntRange(min=1), default=32, show_default=True, help="Held-out rows of each model."
+)
+base_option = click.option("--base", metavar="MODEL", help="The model that counts as 0 %. Default: the config's base_model.")
+
+
+@click.command(cls=PrettyPrintHelp)
+@click.argument("config_file", type=click.Path(exists=True, dir_okay=False))
+@click.argument("merged", nargs=-1, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@rows_option
+@base_option
+@click.option("--json", "as_json", is_flag=True, help="Everything, with the distances of each row, for scripts.")
+@add_merge_options
+def score(
+    config_file: str, merged: tuple[Path, ...], rows: int, base: str | None, as_json: bool, merge_options: MergeOptions
+) -> None:
+    """Show how much of each model of CONFIG_FILE the MERGED models keep: 0 % is the base model, 100 % the model itself.
+
+    No labels are needed: it compares what the models predict on rows of their data that calibration has not seen.
+    """
+    merge_options.apply_global_options()
+    scorer = plan_scoring(read_config(config_file), merge_options, rows, base)
+    opened = {str(folder): scorer.open(folder) for folder in merged}
+    scores = {name: scorer.scoring.score(model) for name, model in opened.items()}
+    click.echo(json.dumps(scores, indent=1))

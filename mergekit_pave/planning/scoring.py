@@ -1,0 +1,172 @@
+"""What merges are scored with: held-out rows of each expert's data, and the model that counts as 0 %."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import transformers
+from mergekit.common import ModelReference
+
+from mergekit_pave import cache
+from mergekit_pave.calibration.architecture import Architecture
+from mergekit_pave.calibration.batches import Encoded, encode
+from mergekit_pave.calibration.data import load_held_out, load_samples
+from mergekit_pave.calibration.forms import form_of
+from mergekit_pave.calibration.held_out import rows_of
+from mergekit_pave.calibration.job import seen
+from mergekit_pave.calibration.models import inference_dtype
+from mergekit_pave.calibration.recorded import KEPT
+from mergekit_pave.calibration.subjects import Stored
+from mergekit_pave.config import PaveConfig
+from mergekit_pave.errors import PaveError
+from mergekit_pave.planning.merge import Reading
+from mergekit_pave.planning.source import Source, open_model, open_source, weights_identity
+from mergekit_pave.planning.tokenizers import find_conflict, load_processor, load_tokenizer, token_ids
+from mergekit_pave.tasks.scoring import Expert, Model, Scoring
+
+LOG = logging.getLogger(__name__)
+
+_FEWEST = 8  # rows that a score may be made of, unless fewer are asked for
+_ALL = 1 << 62  # of the tokens count
+
+
+def plan_scoring(config: PaveConfig, base: ModelReference, reading: Reading, rows: int) -> Scoring:
+    """
+    Args:
+        base: the model that counts as 0 %.
+        rows: how many held-out rows a model is to have.
+
+    Raises:
+        PaveError: a model has no data or too few rows, or the models cannot be compared.
+    """
+    entries = [entry for entry in config.models if entry.model != base]
+    for entry in entries:
+        if not entry.data:
+            raise PaveError(f"pave.models[{entry.model}]: a score needs `data`, of which rows are held out; give it some")
+    if not entries:
+        raise PaveError(f"pave.models: no model but {base}, which counts as 0 %; name another one with --base")
+    sources = [open_source(config, entry.model, reading) for entry in entries]
+    samples = {
+        source.model: load_samples(source.entry.sources, config.calibration_of(source.model), str(source.model))
+        for source in sources
+    }
+    used = {sample.content for of_model in samples.values() for sample in of_model if sample.problem is None}
+    opened = open_model(base, reading)
+    experts = [_expert(config, source, reading, rows, used, (base, opened[2])) for source in sources]
+    forms = {expert.rows.form.is_language_model: expert.name for expert in experts}
+    if len(forms) > 1:
+        raise PaveError(f"pave.models: {forms[True]} is a language model, and {forms[False]} is not; score them one by one")
+    checkpoint, base_config, architecture = opened
+    if experts[0].rows.form.is_language_model:
+        _check_class(str(base), architecture.cls, experts)
+    model = Model(str(base), architecture.cls, base_config, Stored(checkpoint.folder), weights_identity(checkpoint))
+    return Scoring(model, experts, cache.cache_root(config.cache_dir), reading.runtime)
+
+
+def _expert(
+    config: PaveConfig,
+    source: Source,
+    reading: Reading,
+    rows: int,
+    used: set[int],
+    base: tuple[ModelReference, Architecture],
+) -> Expert:
+    name, settings, architecture = str(source.model), config.calibration_of(source.model), source.architecture
+    samples = load_held_out(source.entry.sources, settings, name, rows, used)
+    if len(samples) < min(rows, _FEWEST):
+        raise PaveError(
+            f"pave.models[{name}].data: only {len(samples)} rows with new content are left beside those for calibration, too few "
+            f"to score with. Add rows, or lower calibration.samples by {rows - len(samples)} and merge again: merges that are "
+            "there have seen the rows that this sets free"
+        )
+    processor = load_processor(source, samples, reading)
+    settings = settings.model_copy(update={"max_tokens": _ALL})
+    encoded = encode(samples, processor, settings, architecture.positions, name, architecture.shift)
+    if len(encoded) < rows:
+        LOG.warning("%s: only %d held-out rows, not %d", name, len(encoded), rows)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    _check_ids(name, encoded, architecture, tokenizer, source.model, reading)
+    _check_ids(name, encoded, base[1], tokenizer, base[0], reading)
+    form = form_of(architecture, source.config)
+    lengths = [_bytes_of(sample, tokenizer) if form.is_generative else 0 for sample in encoded]
+    dtype = str(inference_dtype(source.config, reading.runtime.device))
+    key = cache.key("predictions", source.identity, architecture.computation, dtype, KEPT, form.labels, *seen(encoded))
+    return Expert(
+        name=name,
+        folder=source.checkpoint.folder,
+        config=source.config,
+        architecture=architecture,
+        rows=rows_of(encoded, settings.batch_size, form, lengths),
+        key=key,
+    )
+
+
+def _bytes_of(sample: Encoded, tokenizer: Any) -> int:
+    """The length of the text that follows the first token."""
+    ids = sample.inputs.get("decoder_input_ids", sample.inputs["input_ids"])[1:]
+    return len(tokenizer.decode(ids, skip_special_tokens=True).encode())
+
+
+def _check_ids(
+    name: str, encoded: list[Encoded], architecture: Architecture, tokenizer: Any, model: ModelReference, reading: Reading
+) -> None:
+    """Refuse token ids that another model does not know, or that mean something else there.
+
+    Args:
+        name: of the model whose rows these are.
+        tokenizer: of that model.
+        model: the other model, whose architecture it is.
+    """
+    ids = token_ids(encoded)
+    if not ids:
+        return
+    advice = "score with `text` that both know alike, or with another --base"
+    if architecture.vocabulary and max(ids) >= architecture.vocabulary:
+        raise PaveError(
+            f"pave.models[{name}].data: its rows have the token id {max(ids)}, but {model} knows only {architecture.vocabulary} "
+            f"tokens; {advice}"
+        )
+    try:
+        theirs = load_tokenizer(model, reading, "scoring compares tokens")
+    except PaveError:
+        return  # a model without one is shown the ids that it knows
+    if conflict := find_conflict(ids, tokenizer, theirs):
+        raise PaveError(
+            f"pave.models[{name}].data: the token id {conflict.token} is {conflict.ours!r} there, but {conflict.theirs!r} for "
+            f"{model}; {advice}"
+        )
+
+
+def open_merged(scoring: Scoring, folder: Path, reading: Reading) -> Model:
+    """A finished merge.
+
+    Raises:
+        PaveError: it is none, or none of models like these.
+    """
+    reference = ModelReference.parse(str(folder))
+    checkpoint, config, architecture = open_model(reference, reading)
+    first = scoring.experts[0]
+    if first.rows.form.is_language_model:
+        _check_class(str(folder), architecture.cls, scoring.experts)
+    for expert in scoring.experts:
+        tokenizer = _tokenizer_of(expert, reading)
+        if tokenizer is not None:
+            _check_ids(expert.name, expert.rows.encoded, architecture, tokenizer, reference, reading)
+    return Model(str(folder), architecture.cls, config, Stored(checkpoint.folder), weights_identity(checkpoint))
+
+
+def _tokenizer_of(expert: Expert, reading: Reading) -> Any:
+    try:
+        return load_tokenizer(ModelReference.parse(expert.name), reading, "scoring compares tokens")
+    except PaveError:
+        return None
+
+
+def _check_class(name: str, cls: type[transformers.PreTrainedModel], experts: list[Expert]) -> None:
+    for expert in experts:
+        if cls is not expert.architecture.cls:
+            raise PaveError(
+                f"{name} is a {cls.__name__}, but {expert.name} a {expert.architecture.cls.__name__}: they cannot be compared"
+            )

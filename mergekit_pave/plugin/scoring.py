@@ -1,0 +1,70 @@
+"""Scores of merges, from mergekit's configuration on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
+
+from mergekit_pave.calibration.job import Runtime
+from mergekit_pave.errors import PaveError
+from mergekit_pave.planning.merge import Reading
+from mergekit_pave.planning.scoring import open_merged
+from mergekit_pave.planning.scoring import plan_scoring as plan_for
+from mergekit_pave.plugin.checkpoints import checkpoint_of
+from mergekit_pave.plugin.inputs import check_inputs, planning_errors
+from mergekit_pave.plugin.phases import merge_adapters
+from mergekit_pave.tasks.scoring import Model, Scoring
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Scores merges of one config's models."""
+
+    scoring: Scoring
+    reading: Reading
+
+    def open(self, folder: Path) -> Model:
+        """A finished merge in a folder.
+
+        Raises:
+            PaveError: it is none, or none of models like these.
+        """
+        with planning_errors(OSError, ValueError, RuntimeError):
+            return open_merged(self.scoring, folder, self.reading)
+
+    def score(self, folder: Path) -> dict[str, Any]:
+        """The score of a finished merge: see `report.score`.
+
+        Raises:
+            PaveError: it is none, or a model cannot be run.
+        """
+        return self.scoring.score(self.open(folder))
+
+
+def plan_scoring(config: MergeConfiguration, options: MergeOptions, rows: int, base: str | None = None) -> Scorer:
+    """Check everything that scores of merges of a config need. No model is run.
+
+    Args:
+        rows: how many held-out rows a model is to have.
+        base: the model that counts as 0 %, if that is not the config's base model.
+
+    Raises:
+        PaveError: the config has no `pave:` block or no base model, or its data or models do not fit.
+    """
+    if config.pave is None:
+        raise PaveError("the config has no `pave:` block, which says what data each model is scored with")
+    if base:
+        config = config.model_copy(update={"base_model": ModelReference.parse(base)})
+    if config.base_model is None:
+        raise PaveError("the config has no base_model, and a score needs a model that counts as 0 %: name it with --base MODEL")
+    check_inputs(config, options)
+    merge_adapters(config, options)
+    runtime = Runtime(options.device, options.trust_remote_code, options.quiet)
+    reading = Reading(runtime, options.transformers_cache, checkpoint_of)
+    with planning_errors(OSError, ValueError, RuntimeError):
+        return Scorer(plan_for(config.pave, config.base_model, reading, rows), reading)
