@@ -76,12 +76,16 @@ def load_held_out(sources: list[Data], calibration: Calibration, model: str, row
         rows: how many are wanted. There are fewer if the data sets have no more.
         used: contents that are passed over. A content is also passed over once it has been taken.
     """
-    loaded = _draw(sources, calibration, model)
     found: dict[int, Sample] = {}
-    turns = itertools.zip_longest(*(of_source.further() for of_source in loaded))
-    for sample in islice(filter(None, itertools.chain.from_iterable(turns)), _most(50 * rows)):
-        if sample.problem is None and sample.content not in used:
-            found.setdefault(sample.content, sample)
+
+    def fresh(of_source: _Rows) -> Iterator[Sample]:
+        for sample in islice(of_source.further(), _most(50 * rows)):
+            if sample.problem is None and sample.content not in used and sample.content not in found:
+                yield sample
+
+    turns = itertools.zip_longest(*map(fresh, _draw(sources, calibration, model)))
+    for sample in filter(None, itertools.chain.from_iterable(turns)):
+        found.setdefault(sample.content, sample)
         if len(found) == rows:
             break
     return list(found.values())

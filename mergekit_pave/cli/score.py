@@ -10,6 +10,9 @@ from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 from mergekit_pave.cli.config import read_config
 from mergekit_pave.hook import host
+from mergekit_pave.report.score_card import add_to_card, check_card
+from mergekit_pave.report.scores import as_text
+from mergekit_pave.report.stored import write_scores
 
 if not host.missing():
     from mergekit_pave.plugin.scoring import plan_scoring
@@ -25,17 +28,32 @@ base_option = click.option("--base", metavar="MODEL", help="The model that count
 @click.argument("merged", nargs=-1, type=click.Path(exists=True, file_okay=False, path_type=Path))
 @rows_option
 @base_option
+@click.option("--card", is_flag=True, help="Add the scores to the model card of each of MERGED.")
 @click.option("--json", "as_json", is_flag=True, help="Everything, with the distances of each row, for scripts.")
 @add_merge_options
 def score(
-    config_file: str, merged: tuple[Path, ...], rows: int, base: str | None, as_json: bool, merge_options: MergeOptions
+    config_file: str,
+    merged: tuple[Path, ...],
+    rows: int,
+    base: str | None,
+    card: bool,
+    as_json: bool,
+    merge_options: MergeOptions,
 ) -> None:
     """Show how much of each model of CONFIG_FILE the MERGED models keep: 0 % is the base model, 100 % the model itself.
 
-    No labels are needed: it compares what the models predict on rows of their data that calibration has not seen.
+    No labels are needed: it compares what the models predict, on rows of their data that calibration has not seen. The scores are
+    also written to pave_scores.json in each of MERGED, from which `mergekit-pave report` shows them.
     """
     merge_options.apply_global_options()
     scorer = plan_scoring(read_config(config_file), merge_options, rows, base)
     opened = {str(folder): scorer.open(folder) for folder in merged}
-    scores = {name: scorer.scoring.score(model) for name, model in opened.items()}
-    click.echo(json.dumps(scores, indent=1))
+    if card:
+        for folder in opened:
+            check_card(folder)
+    scores = {folder: scorer.scoring.score(model) for folder, model in opened.items()}
+    click.echo(json.dumps(scores, indent=1) if as_json else as_text(scores))
+    for folder, of_merge in scores.items():
+        write_scores(folder, of_merge)
+        if card:
+            add_to_card(folder, of_merge)

@@ -48,6 +48,17 @@ def check_inputs(config: MergeConfiguration, options: MergeOptions) -> None:
             _check_weights(model)
 
 
+def check_merged(model: ModelReference, trust_remote_code: bool) -> None:
+    """Refuse a folder that has no model.
+
+    Raises:
+        PaveError: what is missing or cannot be read.
+    """
+    _check_folder(model, Path(model.model.path), "config.json", WEIGHTS)
+    _check_config(model, trust_remote_code, is_run=True)
+    _check_weights(model)
+
+
 def check_layers(planner: MergePlanner) -> None:
     """Refuse slices that take no layer, or more than there are.
 

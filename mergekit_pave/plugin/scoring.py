@@ -16,7 +16,7 @@ from mergekit_pave.planning.merge import Reading
 from mergekit_pave.planning.scoring import open_merged
 from mergekit_pave.planning.scoring import plan_scoring as plan_for
 from mergekit_pave.plugin.checkpoints import checkpoint_of
-from mergekit_pave.plugin.inputs import check_inputs, planning_errors
+from mergekit_pave.plugin.inputs import check_inputs, check_merged, planning_errors
 from mergekit_pave.plugin.phases import merge_adapters
 from mergekit_pave.tasks.scoring import Model, Scoring
 
@@ -34,6 +34,7 @@ class Scorer:
         Raises:
             PaveError: it is none, or none of models like these.
         """
+        check_merged(ModelReference.parse(str(folder)), self.reading.runtime.trust_remote_code)
         with planning_errors(OSError, ValueError, RuntimeError):
             return open_merged(self.scoring, folder, self.reading)
 

@@ -26,15 +26,25 @@ def add_to_card(folder: str, score: dict[str, Any]) -> None:
     Raises:
         PaveError: there is no card, it cannot be read or written, or an earlier section in it has lost its end.
     """
+    check_card(folder)  # before there is a picture
     path = Path(folder, CARD)
     text = _read(path)
-    _place(path, text, "")  # fail before there is a picture
     section = _section(score, draw_shares(score, folder))
     try:
         with replacing(path) as temporary:
             temporary.write_bytes(_place(path, text, section))
     except OSError as error:
         raise PaveError(f"{path} cannot be written: {error}") from error
+
+
+def check_card(folder: str) -> None:
+    """Refuse what `add_to_card` would refuse, before there is a score.
+
+    Raises:
+        PaveError: see there.
+    """
+    path = Path(folder, CARD)
+    _place(path, _read(path), "")
 
 
 def _read(path: Path) -> bytes:
