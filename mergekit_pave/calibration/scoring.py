@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -71,7 +70,8 @@ def _run(loads: Loads, name: str, work: list[tuple[Rows, Take]], one_by_one: boo
     current: list[Batch] = []
 
     def give(batch: Batch, values: Tensor) -> None:
-        if not values.isfinite().any(dim=1).all() or values.isnan().any():  # -inf is a class that cannot be
+        # NaN is the largest of all. Of log-probabilities some may be -inf: classes that cannot be.
+        if not (values.abs() if form.places is Places.NOWHERE else values).amax(dim=1).isfinite().all():
             raise PaveError(
                 f"{name}: what it gives for {' or '.join(batch.origins[:3])} is not finite. Look for NaN or infinity in its "
                 "weights. If there are none, run in float32 (without --cuda)"
@@ -137,8 +137,3 @@ def _features(output: Any, batch: Batch, name: str) -> Tensor:
         return hidden.float().mean(dim=1)
     weight = mask.to(hidden.device, torch.float32)[..., None]
     return (hidden.float() * weight).sum(dim=1) / weight.sum(dim=1)
-
-
-def complete_rows(rows: list[Rows]) -> int:
-    """How many tokens a model runs over."""
-    return sum(sample.length for sample in itertools.chain.from_iterable(of.encoded for of in rows))
