@@ -57,10 +57,10 @@ def card_pictures(monkeypatch):
 @pytest.fixture
 def undrawn(monkeypatch):
     """The plots of a page are made, but not drawn, which takes most of its time."""
-    from mergekit_pave.report.page import render
+    from mergekit_pave.report.page import document
 
-    monkeypatch.setattr(render, "png", lambda plot: b"")
-    monkeypatch.setattr(render, "svg", lambda plot: "<svg/>")
+    monkeypatch.setattr(document, "png", lambda plot: b"")
+    monkeypatch.setattr(document, "svg", lambda plot: "<svg/>")
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from mergekit_pave.cli.doctor import doctor
 from mergekit_pave.cli.score import score
 from mergekit_pave.hook import host
 from mergekit_pave.report.page.picture import require_matplotlib
-from mergekit_pave.report.stored import read_report
+from mergekit_pave.report.stored import read_either
 
 if not host.missing():  # otherwise only `doctor` and `cache` work, and all others say why they do not
     from mergekit_pave.planning.measured import measure
@@ -83,7 +83,8 @@ def write_report(source: Path, output: Path | None, merge_options: MergeOptions)
     """Show what purification did, or would do, as a page with plots (needs mergekit-pave[report]).
 
     For OUT, the folder of a finished merge, the page is drawn from its pave_report.json alone, anywhere and in seconds: ranks,
-    energy, the removed part beside the change, what regmean merged in closed form, and how well refined layers fit.
+    energy, the removed part beside the change, what regmean merged in closed form, and how well refined layers fit. If OUT was
+    scored (`mergekit-pave score CONFIG OUT`), the page shows how much it keeps of each model, whether it has a block or not.
 
     For CONFIG (such as OUT/mergekit_config.yml) the page also shows spectra, covariances, and the interference between task
     vectors before and after. It reads weights as a merge does, but merges and measures nothing: the caches must be full, as they
@@ -91,15 +92,15 @@ def write_report(source: Path, output: Path | None, merge_options: MergeOptions)
     """
     merge_options.apply_global_options()
     require_matplotlib()
-    from mergekit_pave.report.page import render
+    from mergekit_pave.report.page import document, render
 
     folder = output or (source if source.is_dir() else source.parent) / "pave_report"
-    render.check(folder)
+    document.check(folder)
     if source.is_dir():
-        report, measured, config = read_report(str(source)), None, source / "mergekit_config.yml"
+        (report, score), measured, config = read_either(str(source)), None, source / "mergekit_config.yml"
     else:
         report, measured = measure(plan_merge(read_config(str(source)), merge_options), merge_options)
-        config = source
+        score, config = None, source
     name = (source if source.is_dir() else source.with_suffix("")).resolve().name
     text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None
-    click.echo(f"written to {render.write(folder, name, report, measured, text)}")
+    click.echo(f"written to {render.write(folder, name, report, measured, text, score)}")

@@ -18,7 +18,9 @@ _RATIOS = {
     "kl": "1 - KL(expert‖merged) / KL(expert‖base) of predictions",
     "cosine": "1 - d(expert, merged) / d(expert, base), where d is 1 - the cosine of features,",
 }
-LIMITS = "It measures how like its experts a merge is on their own kind of data. It does not measure skill, safety or style."
+LIMITS = (
+    "The share kept tells how like its experts a merge is on their own kind of data. It tells nothing of skill, safety or style."
+)
 NOTHING_TO_KEEP = (
     "A dash for the share kept: on these rows the base model gives what the expert gives, so there is nothing to keep."
 )

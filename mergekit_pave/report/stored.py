@@ -31,7 +31,7 @@ class _Kind(NamedTuple):
 _REPORT = _Kind(
     REPORT_NAME,
     validate,
-    "so it is not the output of a merge with a `pave:` block",
+    "so it is not the output of a merge with a `pave:` block; nor has it been scored, with `mergekit-pave score`",
     "a report of mergekit-pave, or a damaged one",
     "merge again to get a new one",
     "Merge again with the `pave:` block; to see the old report",
@@ -62,6 +62,17 @@ def read_scores(out_path: str) -> dict[str, Any]:
         PaveError: there are no scores, or they are damaged, of a later version, or of other weights.
     """
     return _read(_SCORES, out_path)
+
+
+def read_either(out_path: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The report and the scores of a merged model, each None if there is none.
+
+    Raises:
+        PaveError: there is neither, or one is damaged, of a later version, or of other weights.
+    """
+    has_report, has_scores = (Path(out_path, name).exists() for name in (REPORT_NAME, SCORES_NAME))
+    report = read_report(out_path) if has_report or not has_scores else None
+    return report, read_scores(out_path) if has_scores else None
 
 
 def write_scores(out_path: str, score: dict[str, Any]) -> None:

@@ -19,10 +19,11 @@ _MORE = {"mean": mean_more, "worst": worst_more}
 
 def shown(changes: dict[str, Any]) -> str:
     """Changes of a config as `--set` takes them."""
-    return " ".join(f"{key}={_yaml(value)}" for key, value in changes.items()) or AS_IT_IS
+    return " ".join(f"{key}={as_yaml(value)}" for key, value in changes.items()) or AS_IT_IS
 
 
-def _yaml(value: Any) -> str:
+def as_yaml(value: Any) -> str:
+    """A value in one line of YAML."""
     return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("\n").removesuffix("\n...")
 
 

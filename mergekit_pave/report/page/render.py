@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-import functools
-import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import yaml
-from markupsafe import Markup, escape
 
 from mergekit_pave.errors import PaveError
-from mergekit_pave.files import replacing
 from mergekit_pave.report import card, tables
-from mergekit_pave.report.outputs import GENERATOR, PAGE_NAME, is_page
-from mergekit_pave.report.page.drawing import png, svg
+from mergekit_pave.report.page import document, scored
+from mergekit_pave.report.page.document import Table
 from mergekit_pave.report.page.measure import Measurements
-from mergekit_pave.report.page.sections import Section, Table, scientific, sections_of
+from mergekit_pave.report.page.sections import scientific, sections_of
 from mergekit_pave.report.places import short_models
 from mergekit_pave.report.summary import by_model, left_experts, left_weights, mean_errors, num_purified
 
-_NUMBER = re.compile(r"-|[\d.,]+(e[-+]?\d+)?( %| of \d+)?")
 
-
-def write(folder: Path, name: str, report: dict[str, Any], measured: Measurements | None, config: str | None) -> Path:
+def write(
+    folder: Path,
+    name: str,
+    report: dict[str, Any] | None,
+    measured: Measurements | None,
+    config: str | None,
+    score: dict[str, Any] | None = None,
+) -> Path:
     """Write the page, and a PNG of each plot beside it. Each file is written whole or not at all.
 
     Args:
         name: the heading of the page.
+        report: of the merge; None if it has none, but was scored.
         measured: what was measured on models and caches, if they were read.
         config: the YAML of the merge, if it is known.
+        score: of the merge, if it was scored.
 
     Returns:
         The path of the page.
@@ -39,20 +40,31 @@ def write(folder: Path, name: str, report: dict[str, Any], measured: Measurement
     Raises:
         PaveError: there is nothing to show, a file of somebody else is in the way, or the folder cannot be written.
     """
-    if not (report["purified"] or _merged(report) or _only_vocabulary(report)):
+    if not report or not (report["purified"] or _merged(report) or _only_vocabulary(report)):
+        if score:
+            return scored.write(folder, name, score, config)
         raise PaveError(f"{name}: {_nothing(report)}")
-    sections = sections_of(report, measured)
-    files = {f"{plot.name}.png": png(plot) for section in sections for plot in section.plots}
-    files[PAGE_NAME] = _html(name, report, measured, config, sections).encode()
-    check(folder, files)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for file, content in files.items():
-            with replacing(folder / file) as temporary:
-                temporary.write_bytes(content)
-    except OSError as error:
-        raise PaveError(f"the report cannot be written to {folder}: {error}") from error
-    return folder / PAGE_NAME
+    notes = left_experts(report) + left_weights(report)
+    return document.write(
+        folder,
+        "page.html",
+        ([scored.section(score)] if score else []) + sections_of(report, measured),
+        paper=card.PAPER,
+        name=name,
+        method=_merge_method(config),
+        report=report,
+        targets=sorted({source["settings"]["target"] for source in report["models"].values()}, reverse=True),
+        tiles=(scored.tiles(score) if score else []) + _tiles(report),
+        warnings=report["warnings"],
+        notes=notes + _missing(measured) if report["purified"] else notes,
+        models=_models(report),
+        settings=_settings(report),
+        calibration=_calibration(report),
+        left=_left_as_they_are(report),
+        versions=report["versions"],
+        config=config,
+        commands=card.commands(report),
+    )
 
 
 def _merged(report: dict[str, Any]) -> bool:
@@ -71,49 +83,6 @@ def _nothing(report: dict[str, Any]) -> str:
     if "regmean" in report:
         return "this config purifies nothing. To see what regmean merged, give the folder of the finished merge"
     return "nothing was purified in this merge, so there is nothing to draw"
-
-
-def check(folder: Path, files: Sequence[str] = (PAGE_NAME,)) -> None:
-    """Refuse to overwrite files that no earlier report wrote.
-
-    Raises:
-        PaveError: there is such a file.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise PaveError(f"{folder} is a file; name a folder for the report with -o")
-    if is_page(folder / PAGE_NAME):
-        return
-    if taken := [file for file in files if (folder / file).exists()]:
-        raise PaveError(f"{folder / taken[0]} is not from an earlier report; name another folder with -o")
-
-
-def _html(name: str, report: dict[str, Any], measured: Measurements | None, config: str | None, sections: list[Section]) -> str:
-    notes = left_experts(report) + left_weights(report)
-    return _template().render(
-        generator=GENERATOR,
-        paper=card.PAPER,
-        name=name,
-        method=_merge_method(config),
-        report=report,
-        targets=sorted({source["settings"]["target"] for source in report["models"].values()}, reverse=True),
-        tiles=_tiles(report),
-        notes=notes + _missing(measured) if report["purified"] else notes,
-        models=_models(report),
-        sections=sections,
-        settings=_settings(report),
-        calibration=_calibration(report),
-        left=_left_as_they_are(report),
-        config=config,
-        commands=card.commands(report),
-        table=_table,
-        svg=svg,
-    )
-
-
-@functools.cache
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    return environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
 
 
 def _merge_method(config: str | None) -> str | None:
@@ -214,15 +183,3 @@ def _left_as_they_are(report: dict[str, Any]) -> Table:
     names = short_models(report["models"])
     counts = ((model, tables.count_reasons(source["left_as_they_are"])) for model, source in report["models"].items())
     return ("model", "why", "tensors"), [(names[model], *counted) for model, of_model in counts for counted in of_model]
-
-
-def _table(table: Table) -> Markup:
-    head, rows = table
-    texts = [not all(_NUMBER.fullmatch(str(row[i])) for row in rows if i < len(row)) for i in range(len(head))]
-
-    def line(tag: str, cells: Sequence[Any]) -> str:
-        classes = (" class=text" if text else "" for text in texts)
-        return "<tr>" + "".join(f"<{tag}{kind}>{escape(cell)}</{tag}>" for kind, cell in zip(classes, cells)) + "</tr>"
-
-    body = "".join(line("td", row) for row in rows)
-    return Markup(f'<div class="scroll" tabindex="0"><table><thead>{line("th", head)}</thead><tbody>{body}</tbody></table></div>')

@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from mergekit_pave.report import tables
 from mergekit_pave.report.page import curves, fits, heatmaps, overlaps
+from mergekit_pave.report.page.document import Section, Table
 from mergekit_pave.report.page.drawing import Plot
 from mergekit_pave.report.page.measure import Interference, Measurements, Overlap
 from mergekit_pave.report.places import grids, short_models
 from mergekit_pave.report.summary import kind, removed_over_change
 
 _TOP = 8  # rows of the table of the weights that lost most
-
-Table = tuple[Sequence[str], list[Sequence[Any]]]  # head, rows
-
-
-@dataclass(frozen=True)
-class Section:
-    """A heading with an anchor, and what is below it: a text, plots, tables."""
-
-    key: str
-    heading: str
-    text: str
-    plots: list[Plot] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
 
 
 def sections_of(report: dict[str, Any], measured: Measurements | None) -> list[Section]:

@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter
 from mergekit_pave.report.page.drawing import COLOURS, INK, LINE, MUTED, STYLE, WIDTH, Plot, colours
 from mergekit_pave.report.places import short_models
 
-_LONGEST = 48  # letters of a label
+_LONGEST = 56  # letters of a label
 _LEAST = -1.0  # no axis begins with a smaller share
 _OUTSIDE = " A point at the left edge: less than the axis shows."
 
@@ -47,7 +47,7 @@ def plot_settings(labels: Sequence[str], scores: Sequence[Mapping[str, Any]], by
     """The share kept by setting: a line for each model, and one for the mean, or the worst, with its standard error.
 
     Args:
-        labels: of the settings, from the top.
+        labels: of the settings, from the top. The first is the config as it is.
         scores: of the settings.
         by: what the settings are compared by, `mean` or `worst`.
     """
@@ -62,10 +62,13 @@ def plot_settings(labels: Sequence[str], scores: Sequence[Mapping[str, Any]], by
         figure = Figure(figsize=(WIDTH, min(1.2 + 0.3 * len(scores), 100)), layout="constrained")
         panel = figure.subplots()
         rows = np.arange(len(scores))
+        lines = np.insert(rows.astype(float), 1, np.nan)  # none goes from the first to the others, which are sorted
+        panel.axhline(0.5, color=LINE, linewidth=0.8)
         for model, of_model in zip(models, shares.T):
             line = {"color": palette[model], "label": _label(names[model]), "marker": "o", "markersize": 3.5, "linewidth": 1.1}
-            panel.plot(np.maximum(of_model, left), rows, **line)
-        panel.plot(np.maximum(values[:, 0], left), rows, color=INK, linewidth=2.4, label=by, zorder=3)
+            panel.plot(np.insert(np.maximum(of_model, left), 1, np.nan), lines, **line)
+        thick = np.insert(np.maximum(values[:, 0], left), 1, np.nan)
+        panel.plot(thick, lines, color=INK, linewidth=2.4, label=by, zorder=3)
         _points(panel, values, rows, INK, left, size=4)
         _finish(panel, [_label(label) for label in labels], left, right)
         columns = min(len(models) + 1, 6)
