@@ -18,6 +18,8 @@ from merging import config_for, forget_checkpoints, merge, write_config
 from models import Family, make_rows, perturbed, read_rows, save, write_rows
 from PIL import Image
 from test_encoder_decoder import _model as make_seq2seq
+from test_experts import family_of  # noqa: F401
+from test_vision_language import pictured, pictures  # noqa: F401
 
 from mergekit_pave import PaveError
 from mergekit_pave.calibration import recorded
@@ -115,8 +117,8 @@ def share(distances: list[float], of_base: list[float]) -> tuple[float, float]:
     return kept, influence.std(ddof=1) / math.sqrt(len(d))
 
 
-def loaded(folder: Path, cls: str) -> transformers.PreTrainedModel:
-    return getattr(transformers, cls).from_pretrained(folder, dtype=torch.float64).eval()
+def loaded(folder: Path, cls: str, **options) -> transformers.PreTrainedModel:
+    return getattr(transformers, cls).from_pretrained(folder, dtype=torch.float64, **options).eval()
 
 
 def kl(p: torch.Tensor, q: torch.Tensor) -> float:
@@ -125,11 +127,11 @@ def kl(p: torch.Tensor, q: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def language_reference(family: Family, merged: Path, cls: str, tokenizer) -> dict[int, dict]:
-    models = {name: loaded(path, cls) for name, path in (("merged", merged), ("base", family.base))}
+def language_reference(family: Family, merged: Path, cls: str, tokenizer, **options) -> dict[int, dict]:
+    models = {name: loaded(path, cls, **options) for name, path in (("merged", merged), ("base", family.base))}
     found, drifts = {}, []
     for i in range(2):
-        expert = loaded(family.tuned[i], cls)
+        expert = loaded(family.tuned[i], cls, **options)
         sums: dict[str, list[float]] = {key: [] for key in ("merged", "base", "drift", "agreed", "places", "nats", "bytes")}
         for row in held_out(family.data[i], in_calibration(family)):
             ids = torch.tensor([tokenizer(row["text"], truncation=True, max_length=LENGTH)["input_ids"]])
@@ -288,6 +290,60 @@ def test_encoder_decoder_models_are_scored_on_their_answers(kind, families, tmp_
     found = result["models"][str(tuned[0])]
     assert found["kept"] == pytest.approx(share(*distances)[0], abs=1e-3)
     assert found["bits_per_byte"]["merged"] > 0
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_mixtures_are_scored(kind, family_of, tmp_path, everything_kept):  # noqa: F811
+    family = with_more_rows(copied(family_of(kind), tmp_path))
+    merged = averaged(family, tmp_path / "merged")
+    (result,) = score(scored_config(family, tmp_path / "cache"), merged)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(family.base)
+    cls = transformers.AutoConfig.from_pretrained(family.base).architectures[0]
+    reference = language_reference(family, merged, cls, tokenizer, experts_implementation="eager")
+    for i, model in enumerate(map(str, family.tuned)):
+        assert result["models"][model]["kept"] == pytest.approx(share(reference[i]["merged"], reference[i]["base"])[0], abs=1e-3)
+
+
+def test_images_with_texts_are_scored(pictured, pictures, tmp_path):  # noqa: F811
+    family = pictured("gemma3")
+    entry = {"path": str(pictures), "image": "image", "text": "caption"}
+    config = scored_config(dataclasses.replace(family, data=family.data[:2]), tmp_path / "cache", calibration={"samples": 4})
+    for model in config["pave"]["models"]:
+        model["data"] = entry
+    for result, wanted in zip(score(config, family.base, family.tuned[0], rows=8), (0, 1)):
+        found = result["models"][str(family.tuned[0])]
+        assert found["kept"] == wanted and found["measure"] == "kl"
+
+
+@pytest.mark.parametrize("settings", [{"problem_type": "multi_label_classification"}, {"num_labels": 1}])
+def test_labels_that_do_not_exclude_each_other_and_scores_that_are_no_labels(settings, families, tmp_path):
+    family, models = families["bert"], []
+    for name, folder in (("base", family.base), *((f"tuned{i}", model) for i, model in enumerate(family.tuned[:2]))):
+        config = transformers.AutoConfig.from_pretrained(folder)
+        for key, value in settings.items():
+            setattr(config, key, value)
+        torch.manual_seed(len(name))
+        model = transformers.BertForSequenceClassification.from_pretrained(folder, config=config, ignore_mismatched_sizes=True)
+        models.append(save(model, transformers.AutoTokenizer.from_pretrained(folder), tmp_path / name))
+    family = with_more_rows(dataclasses.replace(family, base=models[0], tuned=tuple(models[1:])))
+    merged = averaged(family, tmp_path / "merged")
+    (result,) = score(scored_config(family, tmp_path / "cache"), merged)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(family.base)
+    cls = "BertForSequenceClassification"
+    found = result["models"][str(family.tuned[0])]
+    if "num_labels" in settings:
+        assert found["measure"] == "cosine" and 0 < found["kept"] < 1
+        return
+    expert, distances = loaded(family.tuned[0], cls), ([], [])
+    for folder, of_rows in zip((merged, family.base), distances):
+        other = loaded(family.tuned[0], cls)
+        other.bert.load_state_dict(loaded(folder, cls).bert.state_dict())
+        for row in held_out(family.data[0], in_calibration(family)):
+            inputs = tokenizer(row["text"], truncation=True, max_length=LENGTH, return_tensors="pt")
+            with torch.no_grad():
+                p, q = (model(**inputs).logits[0].sigmoid() for model in (expert, other))
+            of_rows.append((p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).sum().item())
+    assert found["kept"] == pytest.approx(share(*distances)[0], abs=1e-3)
 
 
 def test_the_base_keeps_nothing_and_an_expert_all_of_itself(families, tmp_path):
