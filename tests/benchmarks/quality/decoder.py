@@ -145,9 +145,22 @@ def make_base(vocabulary: int, tied: bool) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+def orthogonal(gradient: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """What torch's Muon steps along, in float32: it computes this in bfloat16, which many processors can only imitate."""
+    a, b, c = coefficients
+    x = gradient.float() / gradient.float().norm().clamp(min=eps)
+    x = x.mT if len(gradient) > gradient.shape[1] else x
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if len(gradient) > gradient.shape[1] else x
+
+
 def train(model: LlamaForCausalLM, streams: list[Tensor], steps: int, rate: float, seed: int) -> None:
     """Next-token training on random windows, each drawn from one of the streams in turn."""
     generator = torch.Generator().manual_seed(seed)
+    if not fast_products()._enabled:
+        torch.optim._muon._zeropower_via_newtonschulz = orthogonal
     # Muon for the hidden matrices learns in minutes of CPU time what AdamW alone needs far longer for.
     hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
