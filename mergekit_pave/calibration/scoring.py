@@ -45,9 +45,7 @@ def run_over(subject: Subject, work: list[tuple[Rows, Take]], runtime: Runtime) 
     while True:
         try:
             with advising(f"running {subject.name}", runtime.device, REMEDY):
-                dtype = inference_dtype(subject.config, runtime.device)
-                model = subject.whole(runtime.device) if whole else subject.streamed(dtype, runtime.device)
-                return _run(model, subject.name, work, one_by_one, runtime)
+                return _run(_opened(subject, whole, runtime.device), subject.name, work, one_by_one, runtime)
         except UnknownWeightError as error:
             if whole:
                 raise
@@ -56,6 +54,10 @@ def run_over(subject: Subject, work: list[tuple[Rows, Take]], runtime: Runtime) 
         except UnalignedInputError as error:
             LOG.info("%s: running rows one by one, because padding cannot be told from tokens in %s", subject.name, error)
             one_by_one = True
+
+
+def _opened(subject: Subject, whole: bool, device: str) -> Loads:
+    return subject.whole(device) if whole else subject.streamed(inference_dtype(subject.config, device), device)
 
 
 def _run(loads: Loads, name: str, work: list[tuple[Rows, Take]], one_by_one: bool, runtime: Runtime) -> None:
