@@ -2,8 +2,9 @@
 
 Everything is made here: the texts come from Python and the installed packages, the models from the texts. The merges
 are what a user would run, such as `mergekit-yaml plain.yml ./plain` and `mergekit-yaml refined.yml ./refined`: task
-arithmetic, the same with purification, `regmean`, and the same refined. Their scores on held-out text are printed, good or
-bad. Run it with `make demo`, which takes about four minutes; the configs, texts, models and caches stay in `demo-out/`,
+arithmetic, the same with purification, `regmean`, and the same refined. What each keeps of its models is told by
+`mergekit-pave score`, and their scores on held-out text are printed, good or bad. Run it with `make demo`, which takes about
+four minutes; the configs, texts, models and caches stay in `demo-out/`,
 where you can run them again.
 """
 
@@ -45,7 +46,7 @@ VOCABULARY = 2048
 LENGTH = 128  # tokens in a window, in training and when scoring
 BATCH = 8  # windows in a training step
 DOMAIN_BYTES = 1_200_000  # text taken per domain at most
-CALIBRATION_ROWS = 256  # the default of `pave.calibration.samples`
+CALIBRATION_ROWS = 256 + 64  # as many as `pave.calibration.samples` takes by default, and some to score with
 SCORED_WINDOWS = 96  # per domain
 BASE_STEPS, BASE_RATE = 320, 3e-3
 TUNE_STEPS, TUNE_RATE = 60, 1e-3
@@ -300,7 +301,10 @@ def write_config(name: str, config: dict) -> None:
 
 def merge(name: str) -> None:
     print("".join(f"    {line}" for line in (OUT / f"{name}.yml").read_text().splitlines(keepends=True)))
-    command = ["mergekit-yaml", f"{name}.yml", f"./{name}"]
+    run("mergekit-yaml", f"{name}.yml", f"./{name}")
+
+
+def run(*command: str) -> None:
     print(f"  demo-out$ {' '.join(command)}", flush=True)
     subprocess.run(command, cwd=OUT, check=True)
 
@@ -419,11 +423,15 @@ def main() -> None:
         with stage(f"Merge: {name}"):
             merge(name)
 
+    with stage("What each merge keeps of its models, as `mergekit-pave score` tells without labels"):
+        run("mergekit-pave", "score", "refined.yml", *(f"./{name}" for name in MERGES), "--quiet")
+
     with stage(f"Scoring on {SCORED_WINDOWS * LENGTH:,} held-out tokens of each kind"):
         folders = ["base", *(domain.name for domain in tuned), *MERGES]
         scores = {name: [score(OUT / name, w, token_bytes) for w in windows[1:] + windows[:1]] for name in folders}
 
     report([domain.name for domain in tuned], domains[0].name, scores)
+    print("\nTo look for a better setting: cd demo-out; ../.venv/bin/mergekit-pave tune purified.yml -o best.yml")
     print(f"\nTotal time: {time.perf_counter() - start:.0f} s")
 
 
