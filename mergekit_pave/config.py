@@ -172,9 +172,9 @@ class PaveConfig(Block):
         return next((entry for entry in self.models if entry.model == model), None)
 
     def entry(self, model: ModelReference) -> PaveModel | None:
-        """The model's entry, or None when it is not to be purified."""
+        """The model's entry, or None when it is not to be purified, as with a rank ratio of 1, which takes nothing away."""
         listed = self.listed(model)
-        return listed if listed and listed.purify else None
+        return listed if listed and listed.purify and self.setting(model, "rank_ratio") != 1 else None
 
     def setting(self, model: ModelReference, key: str) -> Any:
         """A setting of one model: that of its entry if there is one, else that of the block."""

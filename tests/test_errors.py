@@ -215,8 +215,6 @@ SELECTIONS = [
     ("include-norms", spoil(("include",), ["norm"]), ["include", "norm"]),
     ("include-head", spoil(("include",), ["lm_head"]), ["include", "lm_head"]),
     ("exclude-all", spoil(("exclude",), ["layers"]), ["alpha", "exclude"]),
-    ("all-kept", spoil(("rank_ratio",), 1.0), ["alpha", "rank_ratio"]),
-    ("all-kept-of-one", spoil(("models", 1, "rank_ratio"), 1.0), ["beta", "rank_ratio"]),
 ]
 
 

@@ -41,12 +41,12 @@ def test_the_worst_model_may_choose_another_setting():
 
 def test_the_table_has_the_config_as_it_is_first_and_then_the_best():
     lines = as_text(tuned(ALL, "mean")).splitlines()
-    assert lines[0].endswith("in per cent: 0 is ./base, 100 the expert, on 4 held-out rows of each model.")
-    assert lines[2].split() == ["mean", "worst", "behind", "the", "best", "math", "code", "setting"]
-    ends = ["the config as it is", "parameters.lambda=1.2", "parameters.lambda=1.1", "pave.refine={lambda: 1}"]
-    assert [line.endswith(end) for line, end in zip(lines[3:7], ends)] == [True] * 4
+    assert lines[0] == "Share kept of each model: 0 % is ./base, 100 % the model, on 4 held-out rows of each."
+    assert lines[2].split() == ["setting", "mean", "worst", "behind", "the", "best", "math", "code"]
+    starts = ["the config as it is", "parameters.lambda=1.2", "parameters.lambda=1.1", "pave.refine={lambda: 1}"]
+    assert [line.startswith(start) for line, start in zip(lines[3:7], starts)] == [True] * 4
     assert " best " in lines[4] and "*" in lines[5] and "*" not in lines[6]
-    assert lines[-1].startswith("Best by the mean: parameters.lambda=1.2, 15.0 ± 0.0 points above the config as it is. * as good")
+    assert lines[-1].startswith("Best by the mean: parameters.lambda=1.2, 15.0 ± 0.0 % more than the config as it is. * as good")
 
 
 def test_the_table_says_if_nothing_is_better():

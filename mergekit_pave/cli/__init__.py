@@ -13,6 +13,7 @@ from mergekit_pave.cli.cache import cache
 from mergekit_pave.cli.config import is_first_process, read_config
 from mergekit_pave.cli.doctor import doctor
 from mergekit_pave.cli.score import score
+from mergekit_pave.cli.tune import tune
 from mergekit_pave.hook import host
 from mergekit_pave.report.page.picture import require_matplotlib
 from mergekit_pave.report.stored import read_either
@@ -35,6 +36,7 @@ def main(context: click.Context) -> None:
 main.add_command(cache)
 main.add_command(doctor)
 main.add_command(score)
+main.add_command(tune)
 
 
 @main.command(cls=PrettyPrintHelp)

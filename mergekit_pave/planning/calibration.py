@@ -13,7 +13,7 @@ from mergekit_pave import cache, versions
 from mergekit_pave.calibration.batches import encode
 from mergekit_pave.calibration.counts import TokenCounts, count_tokens
 from mergekit_pave.calibration.data import load_samples
-from mergekit_pave.calibration.job import Job, Runtime, covariance_key
+from mergekit_pave.calibration.job import Job, Runtime, covariance_key, seen
 from mergekit_pave.calibration.models import inference_dtype
 from mergekit_pave.config import PaveConfig
 from mergekit_pave.core.linear import Linear
@@ -54,6 +54,11 @@ class PlannedCalibration:
     counts: TokenCounts | None = None
     contents: frozenset[Any] = frozenset()
     elsewhere: dict[str, Path] = field(default_factory=dict)
+
+    @property
+    def samples_key(self) -> str:
+        """Of the samples, or of the covariances that are given."""
+        return cache.digest(*seen(self.job.encoded)) if self.job else self.tails.name
 
     def task(self, purified: Iterable[Linear], runtime: Runtime) -> CalibrateModel | GivenCovariance:
         """What makes sure that the covariances are there.

@@ -48,7 +48,7 @@ def header_of(
             | ({} if model in used else _NOT_CALIBRATED)
             for model, calibration in calibrations.items()
         },
-        "not_purified": [str(entry.model) for entry in config.models if not entry.purify],
+        "not_purified": [str(entry.model) for entry in config.models if not config.entry(entry.model)],
         "tensors": len(merge.tensors),
     }
 

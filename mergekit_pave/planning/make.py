@@ -101,6 +101,7 @@ def make_plan(config: PaveConfig, merge: Merge) -> Plan:
         heads=vocabulary.heads,
         warnings=warnings,
         compared=compared.is_complete,
+        samples={str(model): calibration.samples_key for model, calibration in calibrations.items()},
     )
 
 

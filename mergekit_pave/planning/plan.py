@@ -69,6 +69,7 @@ class Plan:
         refinement: how the merge is refined; None where it is not.
         warnings: what should make a user look twice before any work is done.
         compared: it is known of all weights whether they equal the base model's; otherwise only of those in the cache.
+        samples: by model a key of the samples that it is calibrated with, or of the covariances that it is given.
     """
 
     weights: list[PlannedWeight]
@@ -83,6 +84,7 @@ class Plan:
     refinement: Refinement | None
     warnings: list[str]
     compared: bool
+    samples: dict[str, str]
 
     @property
     def decomposed(self) -> int:

@@ -28,7 +28,7 @@ def models_to_purify(config: PaveConfig, merge: Merge) -> list[ModelReference]:
         PaveError: mergekit takes no tensor of one of them.
     """
     models = list(dict.fromkeys(model for tensor in merge.tensors for model in tensor.models if config.entry(model)))
-    if unused := [entry.model for entry in config.models if entry.purify and entry.model not in models]:
+    if unused := [entry.model for entry in config.models if config.entry(entry.model) and entry.model not in models]:
         raise PaveError(f"pave.models: mergekit takes no tensor of {unused[0]}, so it cannot be purified; remove its entry")
     return models
 
@@ -39,7 +39,8 @@ def select(config: PaveConfig, merge: Merge, sources: dict[ModelReference, Sourc
     Raises:
         PaveError: a pattern matches nothing, most of a model cannot be purified, or nothing of a model is selected.
     """
-    _check_patterns(config, merge, sources)
+    if sources:
+        _check_patterns(config, merge, sources)
     weights: list[PlannedWeight] = []
     reasons: Reasons = {model: {} for model in sources}
     for number, planned in enumerate(merge.tensors):

@@ -36,11 +36,13 @@ class Variant:
         changes: what it sets, by key; nothing in the config as it is.
         content: what its YAML holds.
         config: the same, as mergekit reads it.
+        meaning: the merge and the block, with defaults. It is the same where the difference is only whether a default is written.
     """
 
     changes: dict[str, Any]
     content: dict[str, Any]
     config: MergeConfiguration
+    meaning: tuple[dict[str, Any], dict[str, Any]]
 
     @property
     def name(self) -> str:
@@ -106,7 +108,7 @@ def make_variants(content: dict[str, Any], combinations: Iterable[dict[str, Any]
         meaning = _meaning(config)
         if meaning not in seen:
             seen.append(meaning)
-            variants.append(Variant(changes, changed, config))
+            variants.append(Variant(changes, changed, config, meaning))
     return variants
 
 
@@ -125,8 +127,8 @@ def default_combinations(config: MergeConfiguration, content: dict[str, Any]) ->
     present = (config.parameters or {}).get("lambda", default)
     choices = []
     if isinstance(present, (int, float)) and not isinstance(present, bool) and config.base_model:
-        choices.append(Choice("parameters.lambda", [float(f"{factor * present:.4g}") for factor in (0.6, 0.8, 1, 1.2)]))
-    if any(entry.purify for entry in config.pave.models):
+        choices.append(Choice("parameters.lambda", [_rounded(factor * present) for factor in (0.6, 0.8, 1, 1.2)]))
+    if any(config.pave.entry(entry.model) for entry in config.pave.models):
         choices.append(Choice("pave.rank_ratio", [1, 0.984]))
     plain = combinations(choices)
     if config.pave.refine:
@@ -137,6 +139,12 @@ def default_combinations(config: MergeConfiguration, content: dict[str, Any]) ->
     given = content["pave"].get("refine")
     settings = given if isinstance(given, dict) else {}
     return plain + [{"pave.refine": settings | {"lambda": factor}} for factor in (1, 1.2, 1.4)]
+
+
+def _rounded(number: float) -> float:
+    """As a person would write it."""
+    rounded = float(f"{number:.4g}")
+    return int(rounded) if rounded.is_integer() else rounded
 
 
 def _spec(method: str) -> MergeMethodSpec:
@@ -271,10 +279,9 @@ def _validated(content: dict[str, Any], changes: dict[str, Any]) -> MergeConfigu
         raise PaveError(f"{place}not a mergekit config: {error}") from error
 
 
-def _meaning(config: MergeConfiguration) -> tuple[Any, Any]:
-    """The same for two configs whose difference is only whether a default is written."""
-    plain = config.model_dump(mode="json", exclude={"pave"})
+def _meaning(config: MergeConfiguration) -> tuple[dict[str, Any], dict[str, Any]]:
+    merge = config.model_dump(mode="json", exclude={"pave"})
     defaults = {p.name: p.default for p in _spec(config.merge_method).parameters if not p.required}
-    plain["parameters"] = defaults | (plain["parameters"] or {})
-    block = config.pave and config.pave.model_copy(update={"refine": config.pave.refinement or False}).model_dump(mode="json")
-    return plain, block
+    merge["parameters"] = defaults | (merge["parameters"] or {})
+    block = config.pave.model_copy(update={"refine": config.pave.refinement or False}) if config.pave else None
+    return merge, block.model_dump(mode="json", exclude={"cache_dir"}) if block else {}

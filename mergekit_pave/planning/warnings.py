@@ -90,4 +90,10 @@ def base_is_merged(merge: Merge, weights: list[PlannedWeight]) -> list[str]:
 def idle_block(has_work: bool) -> list[str]:
     """That the block changes nothing of the merge."""
     advice = "It only says what data `mergekit-pave score` and `tune` use; to do more, add `refine` or `vocabulary`"
-    return [] if has_work else [f"every model has `purify: false`, so the `pave:` block changes nothing of this merge. {advice}"]
+    return (
+        []
+        if has_work
+        else [
+            f"every model has `purify: false` or a rank_ratio of 1, so the `pave:` block changes nothing of this merge. {advice}"
+        ]
+    )

@@ -109,7 +109,7 @@ def as_text(scores: dict[str, Score]) -> str:
     first = next(iter(scores.values()))
     if len(scores) == 1:
         head, rows = table(first)
-        lines = _aligned([head, *rows])
+        lines = aligned([head, *rows])
     else:
         lines = _side_by_side(scores)
     meanings = {column.heading: column.meaning for column in columns(list(scores.values()))}
@@ -144,7 +144,7 @@ def _side_by_side(scores: dict[str, Score]) -> list[str]:
             lines.append(["  worst", *(f"{_worst_model(score, names)} {share(score['worst'])}".strip() for score in every)])
         if column.key == "kept":
             lines += _differences(next(iter(merges.values())), every, alone=len(models) == 1)
-    return _aligned(lines)
+    return aligned(lines)
 
 
 def _differences(first: str, scores: list[Score], alone: bool) -> list[list[str]]:
@@ -182,7 +182,7 @@ def _short(number: float) -> str:
     return f"{number:.3f}" if abs(number) < 1000 else f"{number:.3g}"
 
 
-def _aligned(lines: Iterable[Sequence[str]]) -> list[str]:
+def aligned(lines: Iterable[Sequence[str]]) -> list[str]:
     """Lines of cells as a table: the first column to the left, the others to the right."""
     lines = list(lines)
     widths = [max((len(line[i]) for line in lines if i < len(line)), default=0) for i in range(max(map(len, lines)))]

@@ -11,6 +11,7 @@ import yaml
 
 from mergekit_pave.core.score import Distances, Estimate, mean_more, worst_more
 from mergekit_pave.report.places import short_models
+from mergekit_pave.report.scores import aligned, share, with_error
 
 FORMAT = 1
 AS_IT_IS = "the config as it is"
@@ -70,31 +71,28 @@ def _as_json(estimate: Estimate | None) -> dict[str, float | None] | None:
 
 
 def as_text(result: dict[str, Any]) -> str:
-    """The table for people, the config as it is first, then the best first; in per cent."""
+    """The table for people: the config as it is first, then the best first."""
     by = result["by"]
     first, *others = result["settings"]
     others.sort(key=lambda setting: -_value(setting["score"], by))
     names = short_models(first["score"]["models"])
     best = result["settings"][result["best"]]
-    columns = ["mean", "worst", "behind the best", *names.values(), "setting"]
-    rows = [[*_cells(setting, names, setting is best), shown(setting["set"])] for setting in (first, *others)]
-    lines = _aligned([columns, *rows])
-    rows_each = sorted({model["rows"] for model in first["score"]["models"].values()})
+    head = ["setting", "mean", "worst", "behind the best", *names.values()]
+    rows = [[shown(setting["set"]), *_cells(setting, names, setting is best)] for setting in (first, *others)]
+    counts = [model["rows"] for model in first["score"]["models"].values()]
     about = (
-        f"Share of each expert that the merge keeps, in per cent: 0 is {first['score']['base']}, 100 the expert, on "
-        f"{' to '.join(map(str, dict.fromkeys((rows_each[0], rows_each[-1]))))} held-out rows of each model."
+        f"Share kept of each model: 0 % is {first['score']['base']}, 100 % the model, on "
+        f"{' to '.join(map(str, dict.fromkeys((min(counts), max(counts)))))} held-out rows of each."
     )
-    return "\n".join([about, "", *lines, "", _verdict(result)])
+    return "\n".join([about, "", *aligned([head, *rows]), "", _verdict(result)])
 
 
 def _cells(setting: dict[str, Any], names: Iterable[str], is_best: bool) -> list[str]:
     score, behind = setting["score"], setting["behind_best"]
-    difference = "best" if is_best else _percent(behind["value"], behind["error"]) if behind else "-"
+    difference = "best" if is_best else with_error(behind["value"], behind["error"]) if behind else "-"
     if not is_best and is_within_noise(setting):
         difference += " *"
-    models = [_percent(score["models"][name]["kept"], score["models"][name]["error"]) for name in names]
-    mean, worst = (_percent(part["kept"], part["error"]) if part else "-" for part in (score["mean"], score["worst"]))
-    return [mean, worst, difference, *models]
+    return [share(score["mean"]), share(score["worst"]), difference, *(share(score["models"][name]) for name in names)]
 
 
 def is_within_noise(setting: dict[str, Any]) -> bool:
@@ -113,17 +111,5 @@ def _verdict(result: dict[str, Any]) -> str:
     if result["best"] == 0:
         return f"Nothing that was tried is better than the config as it is, by the {by}. {noise}".rstrip()
     gain = best["better_than_plain"]
-    line = f"Best by the {by}: {shown(best['set'])}, {_percent(gain['value'], gain['error'])} points above the config as it is."
+    line = f"Best by the {by}: {shown(best['set'])}, {with_error(gain['value'], gain['error'])} more than the config as it is."
     return f"{line} {noise}".rstrip()
-
-
-def _percent(value: float | None, error: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{100 * value:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    """Columns side by side, the last one as wide as it is."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]

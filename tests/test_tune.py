@@ -1,0 +1,286 @@
+"""`mergekit-pave tune` on tiny real models: it tells what real merges score, does nothing twice, and leaves nothing behind."""
+
+import dataclasses
+import json
+import re
+import shutil
+
+import filelock
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from merging import forget_checkpoints, merge, write_config
+from models import Family, make_family, read_rows, write_rows
+from safetensors.torch import load_file, save_file
+from test_score import score, scored_config, with_more_rows
+
+from mergekit_pave.cli import main
+from mergekit_pave.plugin import tune as tuning
+from mergekit_pave.plugin.scratch import scratch_folder
+
+ROWS = 10
+
+
+@pytest.fixture(scope="module")
+def llamas(tmp_path_factory) -> Family:
+    return with_more_rows(make_family("llama", tmp_path_factory.mktemp("tuned")))
+
+
+@pytest.fixture(scope="module")
+def half_llamas(llamas, tmp_path_factory) -> Family:
+    """The same in bfloat16."""
+    folder = tmp_path_factory.mktemp("tuned") / "half"
+    shutil.copytree(llamas.base.parent, folder)
+    for path in folder.rglob("*.safetensors"):
+        save_file({name: tensor.bfloat16() for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    return dataclasses.replace(llamas, base=folder / llamas.base.name, tuned=tuple(folder / tuned.name for tuned in llamas.tuned))
+
+
+@pytest.fixture
+def merges(monkeypatch) -> list:
+    """The configs that are really merged."""
+    merged = []
+    run_merge = tuning.run_merge
+
+    def noting(config, *args):
+        merged.append(config)
+        return run_merge(config, *args)
+
+    monkeypatch.setattr(tuning, "run_merge", noting)
+    return merged
+
+
+def tune(config: dict, folder, *options: str):
+    """`mergekit-pave tune` in process."""
+    forget_checkpoints()
+    path = write_config(config, folder / "config.yml")
+    return CliRunner().invoke(main, ["tune", str(path), "--rows", str(ROWS), "--quiet", *options])
+
+
+def tuned(config: dict, folder, *options: str) -> dict:
+    """What it tells scripts."""
+    result = tune(config, folder, "--json", *options)
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def settings(result: dict) -> list[dict]:
+    return [setting["set"] for setting in result["settings"]]
+
+
+def really(config: dict, folder, **changes) -> dict:
+    """The score of a real merge."""
+    merge(config | changes, folder)
+    return score(config, folder, rows=ROWS)[0]
+
+
+def assert_alike(one: dict, other: dict, tolerance: float) -> None:
+    for name, model in one["models"].items():
+        assert model["kept"] == pytest.approx(other["models"][name]["kept"], abs=tolerance)
+        assert model["by_row"]["base"] == other["models"][name]["by_row"]["base"]
+
+
+def scratch(cache) -> list:
+    return list((cache / "scratch").iterdir()) if (cache / "scratch").exists() else []
+
+
+def test_each_setting_has_the_score_of_its_merge(llamas, tmp_path, merges):
+    config = scored_config(llamas, tmp_path / "cache")
+    result = tuned(config, tmp_path, "--set", "merge_method=ties,regmean", "--set", "pave.refine=false,true")
+    assert settings(result)[1:3] == [
+        {"merge_method": "ties", "pave.refine": False},
+        {"merge_method": "ties", "pave.refine": True},
+    ]
+    assert len(merges) == len(result["settings"]) == 5
+    ties = {"merge_method": "ties"}
+    refined = {"pave": config["pave"] | {"refine": True}}
+    expected = [{}, ties, ties | refined, {"merge_method": "regmean"}, {"merge_method": "regmean"} | refined]
+    for i, changes in enumerate(expected):
+        assert_alike(result["settings"][i]["score"], really(config, tmp_path / f"out{i}", **changes), 1e-9)
+    shares = [setting["score"]["mean"]["kept"] for setting in result["settings"]]
+    assert result["best"] == shares.index(max(shares))
+    assert not scratch(tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("method", "precision"),
+    [
+        *((method, "float32") for method in ("task_arithmetic", "ties", "tsv")),
+        ("task_arithmetic", "bfloat16"),
+        ("tsv", "bfloat16"),
+    ],
+)
+def test_one_merge_serves_every_lambda_that_only_scales(llamas, half_llamas, tmp_path, merges, method, precision):
+    family = half_llamas if precision == "bfloat16" else llamas
+    config = scored_config(family, tmp_path / "cache") | {"merge_method": method, "dtype": precision}
+    result = tuned(config, tmp_path, "--set", "parameters.lambda=0.5,1.5")
+    assert len(merges) == 1
+    for i, factor in enumerate((1, 0.5, 1.5)):
+        merged = really(config, tmp_path / f"out{i}", parameters={"lambda": factor})
+        assert_alike(result["settings"][i]["score"], merged, 1e-5 if precision == "float32" else 2e-3)
+
+
+@pytest.mark.parametrize(
+    ("more", "block"),
+    [
+        ({"merge_method": "regmean"}, {}),
+        ({}, {"vocabulary": "counts"}),
+        ({}, {"refine": True}),
+        ({"tokenizer": {"source": "base"}}, {}),
+        ({"dtype": "bfloat16"}, {}),  # of models in float32, which such a merge rounds before it merges
+    ],
+)
+def test_every_lambda_is_merged_where_it_does_more(llamas, tmp_path, merges, more, block):
+    config = scored_config(llamas, tmp_path / "cache", **block) | more
+    result = tuned(config, tmp_path, "--set", "parameters.lambda=0.5")
+    assert len(merges) == 2
+    assert_alike(result["settings"][1]["score"], really(config, tmp_path / "out", parameters={"lambda": 0.5}), 1e-9)
+
+
+def test_nothing_is_merged_or_scored_twice(llamas, tmp_path, merges):
+    config = scored_config(llamas, tmp_path / "cache")
+    first = tuned(config, tmp_path, "--set", "models.0.parameters.weight=0.3,0.4")
+    assert len(merges) == 3
+    again = tuned(config, tmp_path, "--set", "models.0.parameters.weight=0.3,0.4,0.6")
+    assert len(merges) == 4
+    assert again["settings"][:3] == [
+        setting | {"behind_best": again["settings"][i]["behind_best"]} for i, setting in enumerate(first["settings"])
+    ]
+
+
+def test_a_run_that_was_interrupted_goes_on_where_it_was(llamas, tmp_path, merges, monkeypatch):
+    config = scored_config(llamas, tmp_path / "cache")
+    choices = ("--set", "models.0.parameters.weight=0.3,0.4,0.6")
+    noting = tuning.run_merge
+
+    def interrupted(config, out_path, *args):
+        noting(config, out_path, *args)
+        if len(merges) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuning, "run_merge", interrupted)
+    assert tune(config, tmp_path, *choices).exit_code != 0
+    assert not scratch(tmp_path / "cache")
+    tuned(config, tmp_path, *choices)
+    weights = [config.models[0].parameters["weight"] if config.models else None for config in merges]
+    assert len(weights) == 5, "the one that was interrupted, and the one that had not begun"
+
+
+def test_what_a_killed_run_left_is_removed_and_what_another_uses_is_not(tmp_path):
+    for name in ("left", "used"):
+        (tmp_path / "scratch" / name).mkdir(parents=True)
+        (tmp_path / "scratch" / name / "model.safetensors").write_bytes(b"weights")
+        (tmp_path / "scratch" / f".{name}.lock").touch()
+    with filelock.FileLock(tmp_path / "scratch" / ".used.lock"), scratch_folder(tmp_path) as folder:
+        folders = {path.name for path in (tmp_path / "scratch").iterdir() if path.is_dir()}
+        assert folders == {"used", folder.name}
+    with scratch_folder(tmp_path):
+        assert not (tmp_path / "scratch" / "used").exists()
+    assert not scratch(tmp_path)
+
+
+def test_a_changed_model_or_other_samples_are_merged_anew(llamas, tmp_path, merges):
+    folder = tmp_path / "models"
+    shutil.copytree(llamas.base.parent, folder)
+    base = folder / llamas.base.name
+    data = tuple(write_rows(folder / f"rows{i}.jsonl", read_rows(path)) for i, path in enumerate(llamas.data))
+    family = dataclasses.replace(llamas, base=base, tuned=tuple(folder / path.name for path in llamas.tuned), data=data)
+    config = scored_config(family, tmp_path / "cache") | {"merge_method": "regmean"}
+    before = tuned(config, tmp_path)["settings"][0]["score"]
+    merges.clear()
+    assert tuned(config, tmp_path, "--set", "parameters.lambda=1")["settings"][0]["score"] == before
+    assert not merges
+    path = family.tuned[0] / "model.safetensors"
+    save_file({name: 1.01 * tensor for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    assert tuned(config, tmp_path, "--set", "parameters.lambda=1")["settings"][0]["score"] != before
+    assert len(merges) == 1
+    rows = read_rows(data[0])
+    write_rows(data[0], [row | {"text": f"also {row['text']}"} for row in rows])
+    tuned(config, tmp_path, "--set", "parameters.lambda=1")
+    assert len(merges) == 2
+    tuned(config, tmp_path, "--set", "parameters.lambda=1", "--random-seed", "3")
+    assert len(merges) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--set", "parameters.lamda=1"), "did you mean 'lambda'"),
+        (("--set", "parameters.lambda=1,fast"), "parameters.lambda=fast: "),
+        (("--set", "models.0.parameters.weight=0.3", "--set", "pave.include=[no_such]"), "'no_such' is part of no"),
+        (("--set", "pave.calibration.seed=1"), "data and seed cannot be tuned"),
+        (("--set", "pave.calibration.samples=2,8"), "samples=8: .*only downwards"),
+        (("--set", "models.1.model=./other"), "is not part of this merge"),
+        (("-o", "nowhere/best.yml"), "there is no folder nowhere"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_run(llamas, tmp_path, merges, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    config = scored_config(llamas, tmp_path / "cache", purify=True, rank_ratio=0.9)
+    for entry in config["pave"]["models"]:
+        entry.pop("purify", None)
+    result = tune(config, tmp_path, *options)
+    assert result.exit_code == 1
+    assert "Traceback" not in result.output
+    assert re.search(message, " ".join(result.output.split())), result.output
+    assert not merges and not (tmp_path / "cache").exists()
+
+
+def test_the_best_config_is_written_with_the_comments_of_the_old_one_and_can_be_tuned_again(llamas, tmp_path, merges):
+    config = scored_config(llamas, tmp_path / "cache")
+    for entry in config["models"]:
+        entry["parameters"]["weight"] = 0.005
+    text = yaml.safe_dump(config).replace("merge_method: task_arithmetic", "merge_method: task_arithmetic   # mine")
+    path, best = tmp_path / "mine.yml", tmp_path / "best.yml"
+    path.write_text(text)
+    arguments = ["tune", str(path), "--rows", str(ROWS), "--quiet", "--set", "parameters.lambda=2,100", "-o", str(best)]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    written = best.read_text()
+    assert "merge_method: task_arithmetic   # mine\nparameters: {lambda: 100}\n" in written
+    assert yaml.safe_load(written) == config | {"parameters": {"lambda": 100}}
+    assert all(f"# {line}".rstrip() in written for line in result.stdout.splitlines()), "the table stands above it"
+    merges.clear()
+    arguments[1], arguments[-1] = str(best), str(tmp_path / "better.yml")
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+    assert not merges
+    assert (tmp_path / "better.yml").read_text().count("Share kept") == 1
+
+
+@pytest.mark.parametrize(("name", "message"), [("mine.yml", "is the config itself"), ("old.yml", "is there already")])
+def test_no_file_is_overwritten(llamas, tmp_path, name, message):
+    config = scored_config(llamas, tmp_path / "cache")
+    (tmp_path / "old.yml").write_text("precious")
+    path = write_config(config, tmp_path / "mine.yml")
+    before = (tmp_path / name).read_text()
+    result = CliRunner().invoke(main, ["tune", str(path), "-o", str(tmp_path / name)])
+    assert result.exit_code == 1 and message in " ".join(result.output.split())
+    assert (tmp_path / name).read_text() == before
+
+
+def test_what_is_tried_by_default(llamas, tmp_path, merges):
+    config = scored_config(llamas, tmp_path / "cache", purify=True, rank_ratio=0.9)
+    for entry in config["pave"]["models"]:
+        entry.pop("purify", None)
+    result = tuned(config, tmp_path, "--by", "worst")
+    scales = [{"parameters.lambda": factor, "pave.rank_ratio": ratio} for factor in (0.6, 0.8, 1, 1.2) for ratio in (1, 0.984)]
+    assert settings(result) == [{}, *scales, *({"pave.refine": {"lambda": factor}} for factor in (1, 1.2, 1.4))]
+    assert len(merges) == 1 + 2 + 3
+    shares = [setting["score"]["worst"]["kept"] for setting in result["settings"]]
+    assert result["best"] == shares.index(max(shares))
+
+
+def test_a_rank_ratio_of_one_purifies_nothing(llamas, tmp_path):
+    config = scored_config(llamas, tmp_path / "cache", purify=True, rank_ratio=1)
+    merged = merge(config, tmp_path / "one")
+    plain = merge({key: value for key, value in config.items() if key != "pave"}, tmp_path / "plain")
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in merged.items())
+
+
+def test_what_does_not_fit_is_left_out_of_what_nobody_asked_for(llamas, tmp_path):
+    config = scored_config(llamas, tmp_path / "cache")
+    config["models"][0]["parameters"]["weight"] = -0.5
+    result = tune(config, tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "left out: pave.refine={lambda: 1}" in result.stderr and "pave.refine" not in result.stdout
