@@ -10,7 +10,7 @@ Count = Annotated[int, Field(ge=0, lt=2**63)]
 PositiveCount = Annotated[int, Field(gt=0, lt=2**63)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Norm = Annotated[float, Field(ge=0, lt=1e150)]  # its square is finite
-Share = Annotated[float, Field(gt=-1e9, lt=1e9)]
+Share = Annotated[float, Field(gt=-1e100, lt=1e100)]
 Paths = str | list[str]
 
 

@@ -86,8 +86,12 @@ def with_error(value: float, error: float | None, sign: str = "") -> str:
     Args:
         sign: "+" if it is a difference.
     """
-    text = f"{100 * value:{sign}.1f}"
-    return f"{text} %" if error is None or not math.isfinite(error) else f"{text} ± {100 * error:.1f} %"
+    text = _per_cent(value, sign)
+    return f"{text} %" if error is None or not math.isfinite(error) else f"{text} ± {_per_cent(error)} %"
+
+
+def _per_cent(share: float, sign: str = "") -> str:
+    return f"{100 * share:{sign}.1f}" if abs(share) < 1000 else f"{100 * share:{sign}.2g}"  # of a merge that has come to nothing
 
 
 def table(score: Score) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -119,7 +123,7 @@ def as_text(scores: dict[str, Score]) -> str:
     width = max(map(len, meanings))
     below = [f"{heading:{width}}  {meaning}." for heading, meaning in meanings.items()]
     lines += ["", *(textwrap.fill(line, _WIDTH, subsequent_indent=" " * (width + 2)) for line in below), ""]
-    return "\n".join([*lines, *notes(list(scores.values()))])
+    return "\n".join([*lines, *(textwrap.fill(note, _WIDTH) for note in notes(list(scores.values())))])
 
 
 def notes(scores: Sequence[Score]) -> list[str]:

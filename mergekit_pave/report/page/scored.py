@@ -56,7 +56,7 @@ def tiles(score: dict[str, Any]) -> list[tuple[str, str]]:
     if not score["mean"]:
         return []
     found = [tile(score["mean"], "of each model kept, mean")]
-    if len(score["models"]) > 1:
+    if len(score["models"]) > 1 and score["worst"]:
         worst = short_models(score["models"])[score["worst"]["model"]]
         found.append(tile(score["worst"], f"of {worst} kept, the worst"))
     return found

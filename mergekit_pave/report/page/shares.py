@@ -13,9 +13,10 @@ from matplotlib.ticker import FuncFormatter
 
 from mergekit_pave.report.page.drawing import COLOURS, INK, LINE, MUTED, STYLE, WIDTH, Plot, colours
 from mergekit_pave.report.places import short_models
+from mergekit_pave.report.scores import with_error
 
 _LONGEST = 56  # letters of a label
-_LEAST = -1.0  # no axis begins with a smaller share
+_LEAST, _MOST = -1.0, 1.1  # no axis begins with a smaller share, or ends with a larger one
 _OUTSIDE = " A point at the left edge: less than the axis shows."
 
 
@@ -33,10 +34,11 @@ def plot_score(score: Mapping[str, Any]) -> Plot:
         panel = figure.subplots()
         if score["mean"]:
             mean, error = score["mean"]["kept"], score["mean"]["error"] or 0
-            panel.axvspan(mean - error, mean + error, color=LINE, linewidth=0)
+            panel.axvspan(*np.clip([mean - error, mean + error], left, right), color=LINE, linewidth=0)
             panel.axvline(mean, color=MUTED, linewidth=1.2)
             over = panel.get_xaxis_transform()
-            panel.text(max(mean, left), 1.01, f"mean {100 * mean:.1f} %", transform=over, ha="center", va="bottom", color=MUTED)
+            text = f"mean {with_error(mean, None)}"
+            panel.text(np.clip(mean, left, right), 1.01, text, transform=over, ha="center", va="bottom", color=MUTED)
         _points(panel, values, np.arange(len(models)), COLOURS[0], left, size=6)
         _finish(panel, [_label(name) for name in names.values()], left, right)
     caption = "Each point is the share kept of one model with its standard error; the grey line is their mean, with its own."
@@ -83,8 +85,9 @@ def plot_settings(labels: Sequence[str], scores: Sequence[Mapping[str, Any]], by
 def _points(panel: Axes, values: np.ndarray, rows: np.ndarray, colour: str, left: float, size: float) -> None:
     """Points with error bars; a triangle at the edge for those that lie left of it."""
     shares, errors = values.T
+    errors = np.minimum(np.nan_to_num(errors), _MOST - _LEAST)
     inside = shares >= left
-    bars = {"xerr": np.nan_to_num(errors[inside]), "fmt": "o", "markersize": size, "elinewidth": 1.6, "capsize": 2.5}
+    bars = {"xerr": errors[inside], "fmt": "o", "markersize": size, "elinewidth": 1.6, "capsize": 2.5}
     panel.errorbar(shares[inside], rows[inside], color=colour, zorder=4, **bars)
     outside = shares < left
     if outside.any():
@@ -107,7 +110,7 @@ def _limits(values: np.ndarray) -> tuple[float, float]:
     known = np.isfinite(shares)
     if not known.any():
         return 0.0, 1.0
-    left, right = (shares - errors)[known].min(), (shares + errors)[known].max()
+    left, right = (shares - errors)[known].min(), min((shares + errors)[known].max(), _MOST)
     low = np.quantile(shares[known], 0.1)
     left = max(left, low - 1.5 * (right - low), _LEAST)
     margin = 0.03 * max(right - left, 0.05)
