@@ -1,1 +1,1 @@
-"""What a merge tells people: pave_report.json, the section in the model card, and the page with plots."""
+"""What a merge tells people: pave_report.json and pave_scores.json, sections in the model card, and pages with plots."""

@@ -117,4 +117,4 @@ def _tiles(tuned: dict[str, Any]) -> list[tuple[str, str]]:
     tiles.append(scored.tile(best["score"][by], f"kept by the best, {by} of the models"))
     if tuned["best"] and best["better_than_plain"]:
         tiles.append((_difference(best["better_than_plain"], "+"), "above the config as it is"))
-    return [*tiles, (str(_alike(tuned)), "others are as good, within noise")]
+    return [*tiles, (str(_alike(tuned)), "others within noise of the best")]
