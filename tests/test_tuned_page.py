@@ -132,7 +132,8 @@ MANY += [{f"models.{i}.parameters.weight": 0.3 + 0.1 * ((i + k) % 4) for i in ra
 
 def test_twenty_settings_of_eight_models_can_be_read(tmp_path):
     """No label touches another, and none is cut."""
-    result = tuned_of(MANY, *(f"./model-{i}" for i in range(8)))
+    names = [f"model-with-a-longer-name-{i}" for i in range(8)]
+    result = tuned_of(MANY, *(f"./{name}" for name in names))
     plot = shares.plot_settings(label_settings(MANY, None), [setting["score"] for setting in result["settings"]], "mean")
     drawing.png(plot)
     boxes = [label.get_window_extent() for label in axes_of(plot).get_yticklabels()]
@@ -140,7 +141,8 @@ def test_twenty_settings_of_eight_models_can_be_read(tmp_path):
     assert not any("…" in label.get_text() for label in axes_of(plot).get_yticklabels())
     assert axes_of(plot).get_window_extent().width > 0.55 * plot.figure.bbox.width
     (legend,) = plot.figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == ["mean", *(f"model-{i}" for i in range(8))]
+    assert legend.get_window_extent().width < plot.figure.bbox.width
+    assert [text.get_text() for text in legend.get_texts()] == ["mean", *names]
 
 
 HOSTILE = "<script>alert(1)</script> & $co\x07"

@@ -1,7 +1,7 @@
 """Removes the report, the scores and the pictures of an earlier merge when new weights are written into its folder.
 
-mergekit leaves everything else in an existing folder as it is, so they would be taken for those of the new merge, whether
-that has a `pave:` block or not. They are removed once the new weights are complete. Until then the old weights are there, so a merge
+mergekit leaves everything else in an existing folder as it is, so they would be taken for those of the new merge, whether that
+has a `pave:` block or not. They are removed once the new weights are complete. Until then the old weights are there, so a merge
 that fails destroys nothing.
 
 Like `field`, this is there for everybody who uses mergekit, so it imports only light modules, and may break nothing.

@@ -16,6 +16,7 @@ from mergekit_pave.report.places import short_models
 from mergekit_pave.report.scores import with_error
 
 _LONGEST = 56  # letters of a label
+_LETTERS = 125  # that are as wide as a figure
 _LEAST, _MOST = -1.0, 1.1  # no axis begins with a smaller share, or ends with a larger one
 _OUTSIDE = " A point at the left edge: less than the axis shows."
 
@@ -60,8 +61,10 @@ def plot_settings(labels: Sequence[str], scores: Sequence[Mapping[str, Any]], by
     values = np.array([[of_score["kept"], of_score["error"]] for of_score in summary], dtype=float)  # (settings, 2)
     every = np.concatenate([values, np.stack([shares.ravel(), np.zeros(shares.size)], axis=1)])
     left, right = _limits(every)
+    columns = min(len(models) + 1, 6, _LETTERS // (max(len(_label(name)) for name in names.values()) + 6))
+    height = 1.0 + 0.3 * len(scores) + 0.2 * -(-(len(models) + 1) // columns)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, min(1.2 + 0.3 * len(scores), 100)), layout="constrained")
+        figure = Figure(figsize=(WIDTH, min(height, 100)), layout="constrained")
         panel = figure.subplots()
         rows = np.arange(len(scores))
         lines = np.insert(rows.astype(float), 1, np.nan)  # none goes from the first to the others, which are sorted
@@ -73,7 +76,6 @@ def plot_settings(labels: Sequence[str], scores: Sequence[Mapping[str, Any]], by
         panel.plot(thick, lines, color=INK, linewidth=2.4, label=by, zorder=3)
         _points(panel, values, rows, INK, left, size=4)
         _finish(panel, [_label(label) for label in labels], left, right)
-        columns = min(len(models) + 1, 6)
         handles, texts = panel.get_legend_handles_labels()
         figure.legend(
             [handles[-1], *handles[:-1]], [texts[-1], *texts[:-1]], loc="outside upper left", ncols=columns, fontsize=8.5
