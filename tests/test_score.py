@@ -500,6 +500,17 @@ def test_another_vocabulary_is_refused(families, tmp_path):
     fails(scored_config(family, tmp_path / "cache"), merged, says=("token id", str(merged)))
 
 
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_a_merge_without_a_tokenizer_is_shown_the_experts_tokens(kind, families, tmp_path):
+    family = with_more_rows(copied(families[kind], tmp_path))
+    merged = averaged(family, tmp_path / "merged")
+    config = scored_config(family, tmp_path / "cache")
+    (wanted,) = score(config, merged)
+    for file in merged.glob("tokenizer*"):
+        file.unlink()
+    assert score(config, merged) == [wanted]
+
+
 def test_a_model_that_is_not_finite_is_named(families, tmp_path):
     family = with_more_rows(copied(families["llama"], tmp_path))
     merged = averaged(family, tmp_path / "merged")

@@ -30,6 +30,7 @@ LOG = logging.getLogger(__name__)
 
 _FEWEST = 8  # rows that a score may be made of, unless fewer are asked for
 _ALL = 1 << 62  # of the tokens count
+_TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece")
 
 
 def plan_scoring(config: PaveConfig, base: ModelReference, reading: Reading, rows: int) -> Scoring:
@@ -128,10 +129,9 @@ def _check_ids(
             f"pave.models[{name}].data: its rows have the token id {max(ids)}, but {model} knows only {architecture.vocabulary} "
             f"tokens; {advice}"
         )
-    try:
-        theirs = load_tokenizer(model, reading, "scoring compares tokens")
-    except PaveError:
-        return  # a model without one is shown the ids that it knows
+    theirs = _tokenizer_of(model, reading)
+    if theirs is None:  # then it is shown the ids that it knows
+        return
     if conflict := find_conflict(ids, tokenizer, theirs):
         raise PaveError(
             f"pave.models[{name}].data: the token id {conflict.token} is {conflict.ours!r} there, but {conflict.theirs!r} for "
@@ -151,15 +151,19 @@ def open_merged(scoring: Scoring, folder: Path, reading: Reading) -> Model:
     if first.rows.form.is_language_model:
         _check_class(str(folder), architecture.cls, scoring.experts)
     for expert in scoring.experts:
-        tokenizer = _tokenizer_of(expert, reading)
+        tokenizer = _tokenizer_of(ModelReference.parse(expert.name), reading)
         if tokenizer is not None:
             _check_ids(expert.name, expert.rows.encoded, architecture, tokenizer, reference, reading)
     return Model(str(folder), architecture.cls, config, Stored(checkpoint.folder), weights_identity(checkpoint))
 
 
-def _tokenizer_of(expert: Expert, reading: Reading) -> Any:
+def _tokenizer_of(model: ModelReference, reading: Reading) -> Any:
+    """A model's tokenizer, or None. Of a folder that has none transformers would make one that knows no token."""
+    folder = Path(model.model.path)
+    if folder.is_dir() and not any(file.name.startswith(_TOKENIZER_FILES) for file in folder.iterdir()):
+        return None
     try:
-        return load_tokenizer(ModelReference.parse(expert.name), reading, "scoring compares tokens")
+        return load_tokenizer(model, reading, "scoring compares tokens")
     except PaveError:
         return None
 
