@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+from unittest.mock import ANY
 
 import filelock
 import pytest
@@ -144,9 +145,7 @@ def test_nothing_is_merged_or_scored_twice(llamas, tmp_path, merges):
     assert len(merges) == 3
     again = tuned(config, tmp_path, "--set", "models.0.parameters.weight=0.3,0.4,0.6")
     assert len(merges) == 4
-    assert again["settings"][:3] == [
-        setting | {"behind_best": again["settings"][i]["behind_best"]} for i, setting in enumerate(first["settings"])
-    ]
+    assert again["settings"][:3] == [setting | {"behind_best": ANY} for setting in first["settings"]]
 
 
 def test_a_run_that_was_interrupted_goes_on_where_it_was(llamas, tmp_path, merges, monkeypatch):
@@ -284,3 +283,37 @@ def test_what_does_not_fit_is_left_out_of_what_nobody_asked_for(llamas, tmp_path
     result = tune(config, tmp_path)
     assert result.exit_code == 0, result.output
     assert "left out: pave.refine={lambda: 1}" in result.stderr and "pave.refine" not in result.stdout
+
+
+def test_weights_go_on_from_the_best_setting(llamas, tmp_path, merges):
+    config = scored_config(llamas, tmp_path / "cache")
+    plain = tuned(config, tmp_path, "--set", "parameters.lambda=1.3")
+    merges.clear()
+    result = tuned(config, tmp_path, "--set", "parameters.lambda=1.3", "--weights")
+    assert result["settings"][:2] == [setting | {"behind_best": ANY} for setting in plain["settings"]]
+    further = result["settings"][2:]
+    assert len(further) == len(merges) <= 8
+    assert all(any(key.startswith("models.") for key in setting["set"]) for setting in further)
+    assert ("parameters.lambda" in further[0]["set"]) == (plain["best"] == 1)
+    shares = [setting["score"]["mean"]["kept"] for setting in result["settings"]]
+    assert result["best"] == shares.index(max(shares))
+    best = result["settings"][result["best"]]["set"]
+    changed = {key: value for key, value in best.items() if key.startswith("models.")}
+    for key, weight in changed.items():
+        config["models"][int(key.split(".")[1])]["parameters"]["weight"] = weight
+    merged = really(config, tmp_path / "out", parameters={"lambda": best.get("parameters.lambda", 1)})
+    assert_alike(result["settings"][result["best"]]["score"], merged, 1e-5)
+
+
+def test_weights_are_refused_where_the_method_has_none(llamas, tmp_path, merges):
+    config = scored_config(llamas, tmp_path / "cache") | {"merge_method": "model_stock"}
+    result = tune(config, tmp_path, "--weights")
+    assert result.exit_code == 1 and "model_stock does not give each model a weight" in result.output
+    assert not merges
+
+
+def test_the_page_is_written_where_it_is_asked_for(llamas, tmp_path, undrawn):
+    config = scored_config(llamas, tmp_path / "cache")
+    result = tune(config, tmp_path, "--set", "parameters.lambda=0.5", "--report", str(tmp_path / "page"))
+    assert result.exit_code == 0, result.output
+    assert "lambda 0.5" in (tmp_path / "page" / "index.html").read_text()

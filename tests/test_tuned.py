@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from mergekit_pave.report.page.labels import label_settings
 from mergekit_pave.report.tuned import as_text, is_within_noise, shown, tuned
 
 
@@ -26,6 +27,10 @@ EVEN = ({"pave.refine": {"lambda": 1}}, score([[0.8, 0.9, 0.7, 0.8], [0.8, 0.9, 
 ALL = [PLAIN, ALIKE, EVEN, BETTER]
 
 
+def table(settings):
+    return as_text(tuned(settings, "mean"), label_settings([changes for changes, _ in settings], None))
+
+
 def test_settings_are_compared_on_the_same_rows():
     result = tuned(ALL, "mean")
     assert result["best"] == 3
@@ -40,22 +45,23 @@ def test_the_worst_model_may_choose_another_setting():
 
 
 def test_the_table_has_the_config_as_it_is_first_and_then_the_best():
-    lines = as_text(tuned(ALL, "mean")).splitlines()
+    lines = table(ALL).splitlines()
     assert lines[0] == "Share kept of each model: 0 % is ./base, 100 % the model, on 4 held-out rows of each."
     assert lines[2].split() == ["setting", "mean", "worst", "behind", "the", "best", "math", "code"]
-    starts = ["the config as it is", "parameters.lambda=1.2", "parameters.lambda=1.1", "pave.refine={lambda: 1}"]
+    starts = ["the config as it is", "lambda 1.2", "lambda 1.1", "refine.lambda 1"]
     assert [line.startswith(start) for line, start in zip(lines[3:7], starts)] == [True] * 4
     assert " best " in lines[4] and "*" in lines[5] and "*" not in lines[6]
-    assert lines[-1].startswith("Best by the mean: parameters.lambda=1.2, 15.0 ± 0.0 % more than the config as it is. * as good")
+    assert lines[-2] == "Best by the mean: lambda 1.2, 15.0 ± 0.0 % more than the config as it is."
+    assert lines[-1].startswith("* as good as the best")
 
 
 def test_the_table_says_if_nothing_is_better():
-    assert "Nothing that was tried is better than the config as it is" in as_text(tuned([BETTER, PLAIN], "mean"))
+    assert "Nothing that was tried is better than the config as it is" in table([BETTER, PLAIN])
 
 
 def test_models_that_equal_their_base_cannot_be_compared():
     nothing = score([[0.0] * 4, [0.0] * 4], base=(0.0,) * 4)
-    text = as_text(tuned([({}, nothing), ({"dtype": "float16"}, nothing)], "mean"))
+    text = table([({}, nothing), ({"dtype": "float16"}, nothing)])
     assert "nothing can be told apart" in text
 
 

@@ -1,6 +1,7 @@
 """Which configs `mergekit-pave tune` tries, what it refuses to try, and how it writes the one that is best."""
 
 import copy
+import math
 
 import pytest
 import yaml
@@ -8,6 +9,7 @@ from mergekit.config import MergeConfiguration
 
 from mergekit_pave.errors import PaveError
 from mergekit_pave.planning.variants import Choice, combinations, default_combinations, make_variants, parse_choice
+from mergekit_pave.planning.weights import Found, as_changes, search, weights_of
 from mergekit_pave.report.rewritten import rewrite
 
 TEXT = """\
@@ -243,3 +245,29 @@ def test_parts_that_stand_for_several_are_set_one_by_one():
     assert [model.parameters["weight"] for model in best.config.models] == [2, 1]
     with pytest.raises(PaveError, match="cannot be changed in place"):
         rewrite(text, best.content, "")
+
+
+def test_weights_are_searched_one_after_the_other():
+    target = {0: 0.7, 2: 0.25}
+    tried = []
+
+    def value_of(weights):
+        tried.append(weights)
+        return -sum(abs(math.log(weights[i] / target[i])) for i in target)
+
+    start = Found({0: 0.5, 2: 0.5}, value_of({0: 0.5, 2: 0.5}))
+    *_, best = search(start, value_of)
+    assert best.weights == {0: 0.7, 2: 0.297}
+    assert len(tried) <= 1 + 2 * 2 * 2
+    assert as_changes(best.weights) == {"models.0.parameters.weight": 0.7, "models.2.parameters.weight": 0.297}
+
+
+def test_weights_are_those_of_the_config_or_the_default_of_its_method():
+    config = MergeConfiguration.model_validate(content())
+    assert weights_of(config) == {0: 0.5, 1: 0.5}
+    models = [{"model": "./base"}, {"model": "./math"}, {"model": "./code", "parameters": {"weight": 2}}]
+    config = MergeConfiguration.model_validate(content(merge_method="regmean", models=models))
+    assert weights_of(config) == {1: 0.5, 2: 2}
+    models[1]["parameters"] = {"weight": [0, 1]}
+    with pytest.raises(PaveError, match=r"models.1.parameters.weight is \[0, 1\]"):
+        weights_of(MergeConfiguration.model_validate(content(models=models)))

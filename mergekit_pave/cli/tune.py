@@ -13,13 +13,16 @@ from mergekit_pave.cli.config import read_config
 from mergekit_pave.cli.score import base_option, rows_option
 from mergekit_pave.errors import PaveError
 from mergekit_pave.hook import host
+from mergekit_pave.report.page.labels import label_settings
+from mergekit_pave.report.page.picture import require_matplotlib
 from mergekit_pave.report.rewritten import rewrite
 from mergekit_pave.report.tuned import as_text, tuned
 
 if not host.missing():
-    from mergekit_pave.planning.variants import combinations, default_combinations, make_variants, parse_choice
+    from mergekit_pave.planning.variants import Variant, combinations, default_combinations, make_variants, parse_choice
+    from mergekit_pave.planning.weights import weights_of
     from mergekit_pave.plugin.scoring import plan_scoring
-    from mergekit_pave.plugin.tune import Tuner
+    from mergekit_pave.plugin.tune import Tuner, tune_weights
 
 
 @click.command(cls=PrettyPrintHelp)
@@ -36,6 +39,19 @@ if not host.missing():
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="A new file for the best config. The comments in CONFIG_FILE stay."
 )
+@click.option(
+    "--weights",
+    is_flag=True,
+    help="Go on from the best setting: try each model's own weight larger and smaller, by 1.4 and then by 1.2, and keep what is "
+    "better. Up to four merges a model.",
+)
+@click.option(
+    "--report",
+    "page",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path),
+    help="Write a page with a plot (needs mergekit-pave[report]).",
+)
 @rows_option
 @base_option
 @click.option("--json", "as_json", is_flag=True, help="Everything, with the distances of each row, for scripts.")
@@ -45,6 +61,8 @@ def tune(
     choices: tuple[str, ...],
     by: str,
     output: Path | None,
+    weights: bool,
+    page: Path | None,
     rows: int,
     base: str | None,
     as_json: bool,
@@ -60,6 +78,12 @@ def tune(
     """
     merge_options.apply_global_options()
     _check_output(config_file, output)
+    if page:
+        require_matplotlib()
+        from mergekit_pave.report.page import document
+        from mergekit_pave.report.page.tuned import write_tuned
+
+        document.check(page)
     config = read_config(str(config_file))
     text = config_file.read_text(encoding="utf-8")
     content = yaml.safe_load(text)
@@ -68,13 +92,21 @@ def tune(
     variants = make_variants(content, chosen if choices else default_combinations(config, content))
     tuner = Tuner(config, merge_options, scorer, lambda line: click.echo(line, err=True))
     variants = [variant for variant in variants if _can_be_tried(tuner, variant, is_asked_for=bool(choices))]
+    if weights:
+        for variant in variants:  # any of them may be the best
+            weights_of(variant.config)
     click.echo(f"{len(variants)} settings to try, on {rows} held-out rows of each model", err=True)
-    result = tuned(list(zip((variant.changes for variant in variants), tuner.score(variants))), by)
-    table = as_text(result)
+    tried = list(zip(variants, tuner.score(variants)))
+    if weights:
+        tried += tune_weights(tuner, content, tried, by)
+    result = tuned([(variant.changes, score) for variant, score in tried], by)
+    table = as_text(result, label_settings([variant.changes for variant, _ in tried], text))
     click.echo(json.dumps(result, indent=1) if as_json else table)
     if output:
-        output.write_text(rewrite(text, variants[result["best"]].content, table), encoding="utf-8")
+        output.write_text(rewrite(text, tried[result["best"]][0].content, table), encoding="utf-8")
         click.echo(f"written to {output}", err=True)
+    if page:
+        click.echo(f"written to {write_tuned(page, config_file.stem, result, text)}", err=True)
 
 
 def _check_output(config_file: Path, output: Path | None) -> None:
@@ -91,7 +123,7 @@ def _check_output(config_file: Path, output: Path | None) -> None:
         raise PaveError(f"-o {output}: there is no folder {output.parent}; make it first")
 
 
-def _can_be_tried(tuner: Tuner, variant, is_asked_for: bool) -> bool:
+def _can_be_tried(tuner: Tuner, variant: Variant, is_asked_for: bool) -> bool:
     """Whether a setting fits. What nobody has asked for is left out if it does not, and the user is told why."""
     try:
         tuner.check(variant)

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from mergekit.config import MergeConfiguration
@@ -24,13 +25,17 @@ from mergekit_pave.errors import PaveError
 from mergekit_pave.planning.plan import Plan
 from mergekit_pave.planning.scaling import alike, precision, scale
 from mergekit_pave.planning.source import weights_identity
-from mergekit_pave.planning.variants import Variant
+from mergekit_pave.planning.variants import Variant, make_variants
+from mergekit_pave.planning.weights import Found, as_changes, search, weights_of
 from mergekit_pave.plugin.checkpoints import checkpoint_of
 from mergekit_pave.plugin.phases import fill_caches, plan_merge
 from mergekit_pave.plugin.scoring import Scorer
 from mergekit_pave.plugin.scratch import scratch_folder
 from mergekit_pave.report.scores import Score, share
+from mergekit_pave.report.tuned import kept
 from mergekit_pave.tasks.scoring import Model
+
+Tried = tuple[Variant, Score]
 
 
 class Tuner:
@@ -159,6 +164,37 @@ class Tuner:
                 yield self._scorer.open(folder)
             finally:
                 _forget(folder)
+
+
+def tune_weights(tuner: Tuner, content: dict[str, Any], tried: list[Tried], by: str) -> list[Tried]:
+    """Go on from the best variant with a weight for each model: see `planning.weights`.
+
+    Args:
+        content: what the YAML of the config holds.
+        tried: the variants so far.
+        by: `mean` or `worst`.
+
+    Returns:
+        The further variants, in the order in which they were tried.
+
+    Raises:
+        PaveError: the best variant has no weights that could be tuned.
+    """
+    best = max(tried, key=lambda pair: kept(pair[1], by))
+    start = weights_of(best[0].config)
+    further: list[Tried] = []
+
+    def value_of(weights: dict[int, float]) -> float:
+        changed = {i: weight for i, weight in weights.items() if weight != start[i]}
+        (variant,) = make_variants(content, [best[0].changes | as_changes(changed)])[-1:]
+        tuner.check(variant)
+        (score,) = tuner.score([variant])
+        further.append((variant, score))
+        return kept(score, by)
+
+    for _ in search(Found(start, kept(best[1], by)), value_of):
+        pass
+    return further
 
 
 def _forget(folder: Path) -> None:

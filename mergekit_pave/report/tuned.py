@@ -35,7 +35,7 @@ def tuned(settings: Sequence[tuple[dict[str, Any], dict[str, Any]]], by: str) ->
         settings: the changes and the score of each, the config as it is first.
         by: what they are ordered by, `mean` or `worst`.
     """
-    best = max(range(len(settings)), key=lambda number: _value(settings[number][1], by))
+    best = max(range(len(settings)), key=lambda number: kept(settings[number][1], by))
     distances = [_distances(score) for _, score in settings]
     more = _MORE[by]
     return {
@@ -54,7 +54,8 @@ def tuned(settings: Sequence[tuple[dict[str, Any], dict[str, Any]]], by: str) ->
     }
 
 
-def _value(score: dict[str, Any], by: str) -> float:
+def kept(score: dict[str, Any], by: str) -> float:
+    """What settings are ordered by; -inf where the base model equals the experts."""
     return score[by]["kept"] if score[by] else -math.inf
 
 
@@ -70,28 +71,32 @@ def _as_json(estimate: Estimate | None) -> dict[str, float | None] | None:
     return {"value": estimate.value, "error": estimate.error if math.isfinite(estimate.error) else None}
 
 
-def as_text(result: dict[str, Any]) -> str:
-    """The table for people: the config as it is first, then the best first."""
+def as_text(result: dict[str, Any], labels: Sequence[str]) -> str:
+    """The table for people: the config as it is first, then the best first.
+
+    Args:
+        labels: of the settings, in the order in which they were tried.
+    """
     by = result["by"]
-    first, *others = result["settings"]
-    others.sort(key=lambda setting: -_value(setting["score"], by))
-    names = short_models(first["score"]["models"])
+    first, *others = zip(result["settings"], labels)
+    others.sort(key=lambda pair: -kept(pair[0]["score"], by))
+    first_score = first[0]["score"]
+    names = short_models(first_score["models"])
     best = result["settings"][result["best"]]
     head = ["setting", "mean", "worst", "behind the best", *names.values()]
-    rows = [[shown(setting["set"]), *_cells(setting, names, setting is best)] for setting in (first, *others)]
-    counts = [model["rows"] for model in first["score"]["models"].values()]
+    rows = [[label, *_cells(setting, names, setting is best)] for setting, label in (first, *others)]
+    counts = [model["rows"] for model in first_score["models"].values()]
     about = (
-        f"Share kept of each model: 0 % is {first['score']['base']}, 100 % the model, on "
+        f"Share kept of each model: 0 % is {first_score['base']}, 100 % the model, on "
         f"{' to '.join(map(str, dict.fromkeys((min(counts), max(counts)))))} held-out rows of each."
     )
-    return "\n".join([about, "", *aligned([head, *rows]), "", _verdict(result)])
+    return "\n".join([about, "", *aligned([head, *rows]), "", _verdict(result, labels[result["best"]])])
 
 
 def _cells(setting: dict[str, Any], names: Iterable[str], is_best: bool) -> list[str]:
     score, behind = setting["score"], setting["behind_best"]
     difference = "best" if is_best else with_error(behind["value"], behind["error"]) if behind else "-"
-    if not is_best and is_within_noise(setting):
-        difference += " *"
+    difference += " *" if not is_best and is_within_noise(setting) else "  "
     return [share(score["mean"]), share(score["worst"]), difference, *(share(score["models"][name]) for name in names)]
 
 
@@ -101,15 +106,15 @@ def is_within_noise(setting: dict[str, Any]) -> bool:
     return behind is None or behind["error"] is None or behind["value"] <= 2 * behind["error"]
 
 
-def _verdict(result: dict[str, Any]) -> str:
+def _verdict(result: dict[str, Any], label: str) -> str:
     settings, by = result["settings"], result["by"]
     best = settings[result["best"]]
     if settings[0]["score"][by] is None:
         return "The base model equals the experts on these rows, so nothing can be told apart."
     alike = [setting for setting in settings if setting is not best and is_within_noise(setting)]
-    noise = "* as good as the best, as far as these rows can tell (less than two standard errors behind)." if alike else ""
+    noise = "\n* as good as the best, as far as these rows can tell: at most two standard errors behind." if alike else ""
     if result["best"] == 0:
-        return f"Nothing that was tried is better than the config as it is, by the {by}. {noise}".rstrip()
+        return f"Nothing that was tried is better than the config as it is, by the {by}.{noise}"
     gain = best["better_than_plain"]
-    line = f"Best by the {by}: {shown(best['set'])}, {with_error(gain['value'], gain['error'])} more than the config as it is."
-    return f"{line} {noise}".rstrip()
+    line = f"Best by the {by}: {label}, {with_error(gain['value'], gain['error'])} more than the config as it is."
+    return f"{line}{noise}"
