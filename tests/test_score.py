@@ -1,7 +1,6 @@
 """The share kept against the definition in float64: whole models by transformers alone, each row without padding."""
 
 import dataclasses
-import itertools
 import json
 import math
 from pathlib import Path
@@ -368,17 +367,17 @@ def _copy(source: Path, target: Path) -> Path:
     return target
 
 
-def test_the_most_likely_tokens_are_enough(families, tmp_path, monkeypatch):
-    """The divergence of what is kept, with the rest as one, is never larger than the whole, and close to it with most mass."""
+def test_the_most_likely_tokens_and_a_few_others_are_enough(families, tmp_path, monkeypatch):
     family = with_more_rows(copied(families["llama"], tmp_path))
-    shares = []
-    for kept in (4, 64, 1 << 20):
+    merged, shares = averaged(family, tmp_path / "merged"), []
+    for kept in (48, 1 << 20):
         monkeypatch.setattr(recorded, "KEPT", kept)
-        (result,) = score(scored_config(family, tmp_path / f"cache{kept}"), family.tuned[1])
+        (result,) = score(scored_config(family, tmp_path / f"cache{kept}"), merged)
         shares.append(result["models"][str(family.tuned[0])])
-    for few, whole in itertools.pairwise(shares):
-        assert all(a <= b + 1e-9 for a, b in zip(few["by_row"]["base"], whole["by_row"]["base"]))
-    assert abs(shares[1]["kept"] - shares[2]["kept"]) < abs(shares[0]["kept"] - shares[2]["kept"]) + 0.05
+    few, whole = shares
+    assert few["by_row"]["base"] != whole["by_row"]["base"], "a check of nothing"
+    assert few["kept"] == pytest.approx(whole["kept"], abs=0.03)
+    assert sum(few["by_row"]["base"]) == pytest.approx(sum(whole["by_row"]["base"]), rel=0.03)
 
 
 def test_rows_are_held_out_and_no_content_counts_twice(families, tmp_path):

@@ -9,17 +9,17 @@ from torch import Tensor
 
 from mergekit_pave.calibration.forms import Places
 from mergekit_pave.calibration.held_out import Rows
-from mergekit_pave.core.likeness import Top, angular_distance, divergence, top
+from mergekit_pave.core.likeness import Sketch, angular_distance, divergence, sketch
 
-# Classes that are kept at a place: see the README for what leaving out the others costs.
-KEPT = 256
+# Classes that are kept at a place, and how many of them are drawn if there are more.
+KEPT, DRAWN = 256, 32
 
 
 class Record:
     """What a model gives, place by place.
 
     Attributes:
-        tensors: `classes` and `logs` as in `Top`, and `nats`, the loss of the token that follows, 0 where none does; or
+        tensors: those of a `Sketch`, and `nats`, the loss of the token that follows, 0 where none does; or
             `features`, (rows, d). With a comparison also what it has for each row.
     """
 
@@ -41,7 +41,7 @@ class Record:
         loss = -values.gather(1, following.clamp(min=0)[:, None])[:, 0]
         self._write("nats", start, torch.where(following < 0, 0.0, loss).double())
         if self._keeps:
-            for name, part in top(values, KEPT)._asdict().items():
+            for name, part in sketch(values, KEPT, DRAWN, seed=start)._asdict().items():
                 self._write(name, start, part)
         if self._compares:
             for name, part in self._compares.at(start, values).items():
@@ -83,10 +83,10 @@ class Comparison:
 
     def at(self, start: int, logs: Tensor) -> dict[str, Tensor]:
         """At places from a number on, of log-probabilities (n, classes)."""
-        of = _top_at(self._expert, start, logs)
+        of = _sketch_at(self._expert, start, logs)
         found = {"divergence": divergence(of, logs), "agreed": (logs.argmax(dim=1) == of.classes[:, 0]).double()}
         if self._base:
-            found["drift"] = divergence(_top_at(self._base, start, logs), logs)
+            found["drift"] = divergence(_sketch_at(self._base, start, logs), logs)
         return found
 
     def features(self, features: Tensor) -> dict[str, Tensor]:
@@ -94,6 +94,6 @@ class Comparison:
         return {"divergence": angular_distance(features, self._expert.tensors["features"])}
 
 
-def _top_at(reference: Reference, start: int, logs: Tensor) -> Top:
+def _sketch_at(reference: Reference, start: int, logs: Tensor) -> Sketch:
     place = slice(start, start + len(logs))
-    return Top(*(reference.tensors[name][place].to(logs.device) for name in Top._fields))
+    return Sketch(*(reference.tensors[name][place].to(logs.device) for name in Sketch._fields))

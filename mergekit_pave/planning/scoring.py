@@ -17,7 +17,7 @@ from mergekit_pave.calibration.forms import form_of
 from mergekit_pave.calibration.held_out import rows_of
 from mergekit_pave.calibration.job import seen
 from mergekit_pave.calibration.models import inference_dtype
-from mergekit_pave.calibration.recorded import KEPT
+from mergekit_pave.calibration.recorded import DRAWN, KEPT
 from mergekit_pave.calibration.subjects import Stored
 from mergekit_pave.config import PaveConfig
 from mergekit_pave.errors import PaveError
@@ -93,7 +93,7 @@ def _expert(
     form = form_of(architecture, source.config)
     lengths = [_bytes_of(sample, tokenizer) if form.is_generative else 0 for sample in encoded]
     dtype = str(inference_dtype(source.config, reading.runtime.device))
-    key = cache.key("predictions", source.identity, architecture.computation, dtype, KEPT, form.labels, *seen(encoded))
+    key = cache.key("predictions", source.identity, architecture.computation, dtype, KEPT, DRAWN, form.labels, *seen(encoded))
     return Expert(
         name=name,
         folder=source.checkpoint.folder,
