@@ -317,3 +317,13 @@ def test_the_page_is_written_where_it_is_asked_for(llamas, tmp_path, undrawn):
     result = tune(config, tmp_path, "--set", "parameters.lambda=0.5", "--report", str(tmp_path / "page"))
     assert result.exit_code == 0, result.output
     assert "lambda 0.5" in (tmp_path / "page" / "index.html").read_text()
+
+
+def test_a_config_is_scored_without_a_merge_that_is_there(llamas, tmp_path):
+    config = scored_config(llamas, tmp_path / "cache")
+    path = write_config(config, tmp_path / "config.yml")
+    result = CliRunner().invoke(main, ["score", str(path), "--rows", str(ROWS), "--quiet", "--json"])
+    assert result.exit_code == 0, result.output
+    assert_alike(json.loads(result.stdout)[str(path)], really(config, tmp_path / "out"), 1e-9)
+    assert not scratch(tmp_path / "cache")
+    assert CliRunner().invoke(main, ["score", str(path), "--card"]).exit_code == 1

@@ -6,16 +6,20 @@ import json
 from pathlib import Path
 
 import click
+import yaml
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 from mergekit_pave.cli.config import read_config
+from mergekit_pave.errors import PaveError
 from mergekit_pave.hook import host
 from mergekit_pave.report.score_card import add_to_card, check_card
 from mergekit_pave.report.scores import as_text
 from mergekit_pave.report.stored import write_scores
 
 if not host.missing():
+    from mergekit_pave.planning.variants import make_variants
     from mergekit_pave.plugin.scoring import plan_scoring
+    from mergekit_pave.plugin.tune import Tuner
 
 rows_option = click.option(
     "--rows", type=click.IntRange(min=1), default=32, show_default=True, help="Held-out rows of each model."
@@ -43,10 +47,21 @@ def score(
     """Show how much of each model of CONFIG_FILE the MERGED models keep: 0 % is the base model, 100 % the model itself.
 
     No labels are needed: it compares what the models predict, on rows of their data that calibration has not seen. The scores are
-    also written to pave_scores.json in each of MERGED, from which `mergekit-pave report` shows them.
+    also written to pave_scores.json in each of MERGED, from which `mergekit-pave report` shows them. Without MERGED the merge is
+    made in the cache, scored, and removed.
     """
     merge_options.apply_global_options()
-    scorer = plan_scoring(read_config(config_file), merge_options, rows, base)
+    if card and not merged:
+        raise PaveError("--card adds to the model cards of finished merges; name their folders")
+    config = read_config(config_file)
+    scorer = plan_scoring(config, merge_options, rows, base)
+    if not merged:
+        (as_it_is,) = make_variants(yaml.safe_load(Path(config_file).read_text(encoding="utf-8")), [])
+        tuner = Tuner(config, merge_options, scorer, lambda line: None)
+        tuner.check(as_it_is)
+        scores = dict(zip([config_file], tuner.score([as_it_is])))
+        click.echo(json.dumps(scores, indent=1) if as_json else as_text(scores))
+        return
     opened = {str(folder): scorer.open(folder) for folder in merged}
     if card:
         for folder in opened:
