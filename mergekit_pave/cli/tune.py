@@ -33,7 +33,7 @@ if not host.missing():
     metavar="KEY=V1,V2",
     multiple=True,
     help="A key with dots, as in parameters.lambda or models.0.parameters.weight, and the values to try, as YAML. Repeat it for "
-    "other keys: every combination is tried. Default: see below.",
+    "other keys: every combination is tried. Default: see above.",
 )
 @click.option("--by", type=click.Choice(["mean", "worst"]), default="mean", show_default=True, help="What counts as best.")
 @click.option(
