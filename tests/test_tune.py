@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+from types import SimpleNamespace
 from unittest.mock import ANY
 
 import filelock
@@ -102,6 +103,17 @@ def test_each_setting_has_the_score_of_its_merge(llamas, tmp_path, merges):
     shares = [setting["score"]["mean"]["kept"] for setting in result["settings"]]
     assert result["best"] == shares.index(max(shares))
     assert not scratch(tmp_path / "cache")
+
+
+def test_parameters_that_the_best_method_does_not_have_are_told(llamas, tmp_path):
+    config = scored_config(llamas, tmp_path / "cache") | {"merge_method": "ties"}
+    for entry in config["models"]:
+        entry["parameters"] |= {"density": 0.1, "weight": 0.01}
+    result = tune(config, tmp_path, "--set", "merge_method=regmean", "-o", str(tmp_path / "best.yml"))
+    assert result.exit_code == 0, result.output
+    told = "Taken out of it, as regmean has no such parameters: density."
+    assert told in result.stdout and f"# {told}" in (tmp_path / "best.yml").read_text()
+    merge(yaml.safe_load((tmp_path / "best.yml").read_text()), tmp_path / "best")
 
 
 @pytest.mark.parametrize(
@@ -327,3 +339,10 @@ def test_a_config_is_scored_without_a_merge_that_is_there(llamas, tmp_path):
     assert_alike(json.loads(result.stdout)[str(path)], really(config, tmp_path / "out"), 1e-9)
     assert not scratch(tmp_path / "cache")
     assert CliRunner().invoke(main, ["score", str(path), "--card"]).exit_code == 1
+
+
+def test_a_disk_without_room_for_a_merge_is_told_before_any_work(llamas, tmp_path, merges, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1))
+    result = tune(scored_config(llamas, tmp_path / "cache"), tmp_path, "--set", "parameters.lambda=2")
+    assert result.exit_code == 1 and "only 1 bytes are free" in " ".join(result.output.split())
+    assert not merges

@@ -90,7 +90,7 @@ def tune(
     chosen = combinations(map(parse_choice, choices))
     scorer = plan_scoring(config, merge_options, rows, base)
     variants = make_variants(content, chosen if choices else default_combinations(config, content))
-    tuner = Tuner(config, merge_options, scorer, lambda line: click.echo(line, err=True))
+    tuner = Tuner(config, merge_options, scorer, lambda line: merge_options.quiet or click.echo(line, err=True))
     variants = [variant for variant in variants if _can_be_tried(tuner, variant, is_asked_for=bool(choices))]
     if weights:
         for variant in variants:  # any of them may be the best
@@ -101,9 +101,12 @@ def tune(
         tried += tune_weights(tuner, content, tried, by)
     result = tuned([(variant.changes, score) for variant, score in tried], by)
     table = as_text(result, label_settings([variant.changes for variant, _ in tried], text))
+    best = tried[result["best"]][0]
+    if best.taken_out:
+        table += f"\nTaken out of it, as {best.config.merge_method} has no such parameters: {', '.join(best.taken_out)}."
     click.echo(json.dumps(result, indent=1) if as_json else table)
     if output:
-        output.write_text(rewrite(text, tried[result["best"]][0].content, table), encoding="utf-8")
+        output.write_text(rewrite(text, best.content, table), encoding="utf-8")
         click.echo(f"written to {output}", err=True)
     if page:
         click.echo(f"written to {write_tuned(page, config_file.stem, result, text)}", err=True)

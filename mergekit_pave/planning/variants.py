@@ -35,12 +35,14 @@ class Variant:
     Attributes:
         changes: what it sets, by key; nothing in the config as it is.
         content: what its YAML holds.
+        taken_out: parameters of the config that its merge method does not have.
         config: the same, as mergekit reads it.
         meaning: the merge and the block, with defaults. It is the same where the difference is only whether a default is written.
     """
 
     changes: dict[str, Any]
     content: dict[str, Any]
+    taken_out: list[str]
     config: MergeConfiguration
     meaning: tuple[dict[str, Any], dict[str, Any]]
 
@@ -103,12 +105,12 @@ def make_variants(content: dict[str, Any], combinations: Iterable[dict[str, Any]
         _check_key(key, content, known)
     variants, seen = [], []
     for changes in ({}, *combinations):
-        changed, changes = _changed(content, changes)
+        changed, changes, taken_out = _changed(content, changes)
         config = _validated(changed, changes)
         meaning = _meaning(config)
         if meaning not in seen:
             seen.append(meaning)
-            variants.append(Variant(changes, changed, config, meaning))
+            variants.append(Variant(changes, changed, taken_out, config, meaning))
     return variants
 
 
@@ -162,12 +164,14 @@ def _parameters_of(method: str) -> list[str]:
     return [parameter.name for parameter in _spec(method).parameters]
 
 
-def _changed(content: dict[str, Any], changes: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The content with the changes, and those of the changes that have a meaning."""
+def _changed(content: dict[str, Any], changes: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """The content with the changes, those of the changes that have a meaning, and the names of parameters that are taken out."""
     changed = _apart(content)
     method = changes.get("merge_method", content["merge_method"])
+    taken_out: list[str] = []
     if method != content["merge_method"]:
-        _take_parameters(changed, set(_parameters_of(content["merge_method"])) - set(_parameters_of(method)))
+        others = set(_parameters_of(content["merge_method"])) - set(_parameters_of(method))
+        taken_out += dict.fromkeys(_take_parameters(changed, others))
     known = _parameters_of(method)
     off = tuple(f"{key}." for key, value in changes.items() if value is False or value is None)
     changes = {
@@ -177,7 +181,7 @@ def _changed(content: dict[str, Any], changes: dict[str, Any]) -> tuple[dict[str
     }
     for key in sorted(changes, key=lambda key: key.count(".")):  # the whole before its parts
         _set(changed, key, changes[key])
-    return changed, changes
+    return changed, changes, taken_out
 
 
 def _apart(value: Any) -> Any:
@@ -187,16 +191,19 @@ def _apart(value: Any) -> Any:
     return [_apart(child) for child in value] if isinstance(value, list) else value
 
 
-def _take_parameters(value: Any, names: set[str]) -> None:
-    """Remove parameters, wherever they are. The block has none of its own."""
+def _take_parameters(value: Any, names: set[str]) -> list[str]:
+    """Remove parameters, wherever they are, and return their names. The block has none of its own."""
+    found = []
     for key, child in list(value.items()) if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
         if key == "parameters" and isinstance(child, dict):
-            for name in names & child.keys():
+            found += (taken := sorted(names & child.keys()))
+            for name in taken:
                 del child[name]
             if not child:
                 del value[key]
         elif key != "pave":
-            _take_parameters(child, names)
+            found += _take_parameters(child, names)
+    return found
 
 
 def _parameter_in(key: str) -> str | None:

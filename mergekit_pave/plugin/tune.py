@@ -49,6 +49,7 @@ class Tuner:
         """
         self._config, self._options, self._scorer, self._tell = config, options, scorer, tell
         self._keys: dict[int, str] = {}  # by variant
+        self._complete: set[int] = set()  # variants that need nothing that the cache lacks
         self._filled = False
 
     def check(self, variant: Variant) -> None:
@@ -63,6 +64,8 @@ class Tuner:
         except PaveError as error:
             raise PaveError(f"{variant.name}: {error}" if variant.changes else str(error)) from error
         self._keys[id(variant)] = self._key(variant, plan)
+        if not (plan.to_calibrate or plan.decompositions):
+            self._complete.add(id(variant))
 
     def score(self, variants: list[Variant]) -> list[Score]:
         """The scores of variants that have been checked.
@@ -78,8 +81,10 @@ class Tuner:
                 found[id(variant)] = score
                 self._tell(f"{variant.name}: {_in_short(score)} (from the cache)")
         missing = [variant for variant in variants if id(variant) not in found]
+        groups = alike(missing, checkpoint_of)
+        self._check_space(groups)
         self._fill_caches(missing)
-        for group in alike(missing, checkpoint_of):
+        for group in groups:
             for variant, score in self._merged_and_scored(group):
                 found[id(variant)] = score
         return [found[id(variant)] for variant in variants]
@@ -91,12 +96,26 @@ class Tuner:
         device = torch.device(self._options.device).type
         return cache.digest("tuned", *variant.meaning, models, plan.samples, options, device, versions.installed())
 
+    def _check_space(self, groups: list[list[Variant]]) -> None:
+        """
+        Raises:
+            PaveError: the disk has no room for a merge.
+        """
+        if not groups:
+            return
+        checkpoint = checkpoint_of(self._config.base_model or self._config.referenced_models()[0])
+        size = sum(Path(checkpoint.folder, file).stat().st_size for file in set(checkpoint.files.values()))
+        is_widened = any(len(group) > 1 and precision(group[0]) is not torch.float32 for group in groups)
+        cache.require_space(cache.cache_root(self._config.pave.cache_dir), 2 * size if is_widened else size, "free some")
+
     def _fill_caches(self, variants: list[Variant]) -> None:
         """Calibrate and decompose what the merges need, with bars of its own. Most variants need what the first one needs."""
         log = logging.getLogger("mergekit_pave")
         level = log.level
         try:
             for variant in variants:
+                if id(variant) in self._complete:
+                    continue
                 if self._filled:
                     log.setLevel(logging.ERROR)
                 fill_caches(variant.config.model_copy(deep=True), self._options)
