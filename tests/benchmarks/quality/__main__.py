@@ -5,6 +5,7 @@
     python tests/benchmarks/quality            # an hour and a quarter on two cores
     python tests/benchmarks/quality --quick    # ten minutes: one seed, a few arms
     python tests/benchmarks/quality --refined  # an hour: only what fitting the merged model to its experts does
+    python tests/benchmarks/quality --scored   # two hours: only how well a merge is chosen by what it keeps of its models
     python tests/benchmarks/quality --table    # run nothing, print the table of what is there so far
 
 Two families are merged. The encoder is all-MiniLM-L6-v2 (Apache-2.0, 22 million parameters), fine-tuned on eight text
@@ -16,9 +17,12 @@ first seed, is judged on the test parts with all seeds. A seed is that of the fi
 samples and of methods that draw at random. Errors are standard errors, over the tasks, of paired differences in the means
 over seeds.
 
+With `--scored` some thirty merges of each family are scored with `mergekit_pave`, on rows of the calibration texts that are in
+no C, and the one that keeps most is compared with the one that labels on the same rows would pick.
+
 It runs in as many processes as torch would use threads (see OMP_NUM_THREADS), each with one. Everything is kept under
 `quality-out/`: a run that was stopped goes on where it was. Results are in `results.jsonl`, the
-table in `table.md`, the plot in `quality.svg`. Remove the folder after a change to the benchmark or to what it measures.
+tables in `table.md` and `scored.md`, the plot in `quality.svg`. Remove the folder after a change to the benchmark or to what it measures.
 """
 
 from __future__ import annotations
@@ -28,15 +32,17 @@ import itertools
 import os
 import sys
 import time
-from concurrent.futures import Executor, as_completed
+from collections.abc import Iterable
+from concurrent.futures import Executor, Future, as_completed
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import texts
 import workers
-from arms import Row, refined_rows, rows
+from arms import Row, refined_rows, rows, scored_rows
 from report import plot, table
+from scored_report import scored_table
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -45,6 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--refined", action="store_true")
+    parser.add_argument("--scored", action="store_true")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "quality-out")
     options = parser.parse_args()
@@ -62,12 +69,21 @@ def main() -> None:
             "decoder-untied": refined_rows(4, has_vocabulary=True, details=False),
             "decoder-32k": refined_rows(4, has_vocabulary=True, details=False),
         }
-    laboratories = {name: workers.laboratories(folder, options.quick, run=False)[name] for name in wanted}
+    elif options.scored:
+        wanted = {
+            "decoder": scored_rows(4, has_vocabulary=True),
+            "encoder": scored_rows(8, has_vocabulary=False),
+        }
     failed = False
     if not options.table:
         with workers.workers(folder, options.quick) as pool:
-            failed = run(pool, wanted, laboratories)
-    found = {laboratory: wanted[name] for name, laboratory in laboratories.items()}
+            failed = run(pool, wanted, laboratories_of(folder, options.quick, wanted), scored=options.scored)
+    found = {laboratory: wanted[name] for name, laboratory in laboratories_of(folder, options.quick, wanted).items()}
+    if options.scored:
+        result = scored_table(found)
+        (folder / "scored.md").write_text(result)
+        print(result)
+        sys.exit(failed)
     result = table(found)
     (folder / "table.md").write_text(result)
     plot(found, folder / "quality.svg")
@@ -75,7 +91,13 @@ def main() -> None:
     sys.exit(failed)
 
 
-def run(pool: Executor, wanted: dict[str, list[Row]], laboratories: dict[str, workers.Laboratory]) -> bool:
+def laboratories_of(folder: Path, quick: bool, names: Iterable[str]) -> dict[str, workers.Laboratory]:
+    """To read what is there by now."""
+    found = workers.laboratories(folder, quick, run=False)
+    return {name: found[name] for name in names}
+
+
+def run(pool: Executor, wanted: dict[str, list[Row]], laboratories: dict[str, workers.Laboratory], *, scored: bool) -> bool:
     """Train and merge what is missing. Whether an arm failed; the others are run all the same."""
     start = time.monotonic()
 
@@ -93,6 +115,26 @@ def run(pool: Executor, wanted: dict[str, list[Row]], laboratories: dict[str, wo
     for done in as_completed(trained):
         done.result()
         say(trained[done])
+    jobs: dict[Future, str] = {}
+    if scored:
+        for name, seed in ((name, seed) for name, laboratory in laboratories.items() for seed in laboratory.seeds):
+            jobs[pool.submit(workers.score, name, seed, None)] = f"{name}, seed {seed}: base model"
+            for row in wanted[name]:
+                jobs[pool.submit(workers.score, name, seed, row.arm)] = f"{name}, seed {seed}: {row.label}"
+    else:
+        jobs = submit(pool, wanted)
+    failed = False
+    for count, done in enumerate(as_completed(jobs), 1):
+        error = done.exception()
+        failed |= error is not None
+        say(f"{count} of {len(jobs)}: {jobs[done]}{f': FAILED: {error!r}' if error else ''}")
+    for name in wanted if scored else ():  # one by one, so that nothing disturbs them
+        pool.submit(workers.time_scoring, name, wanted[name][0].arm).result()
+    return failed
+
+
+def submit(pool: Executor, wanted: dict[str, list[Row]]) -> dict[Future, str]:
+    """Have the arms judged, families in turn."""
     jobs = {pool.submit(workers.unmerged, name): f"{name}: base and fine-tunes judged" for name in wanted}
     seen: list[tuple[str, object]] = []
     for pair in itertools.zip_longest(*([(name, row) for row in listed] for name, listed in wanted.items())):
@@ -100,12 +142,7 @@ def run(pool: Executor, wanted: dict[str, list[Row]], laboratories: dict[str, wo
             if (name, row.arm) not in seen:
                 seen.append((name, row.arm))
                 jobs[pool.submit(workers.judge, name, row.arm)] = f"{name}: {row.section}: {row.label}"
-    failed = False
-    for count, done in enumerate(as_completed(jobs), 1):
-        error = done.exception()
-        failed |= error is not None
-        say(f"{count} of {len(jobs)}: {jobs[done]}{f': FAILED: {error!r}' if error else ''}")
-    return failed
+    return jobs
 
 
 if __name__ == "__main__":

@@ -198,3 +198,47 @@ def refined_rows(models: int, counts: tuple[int, ...] = (), *, has_vocabulary: b
 def refining(arm: Arm, start: dict[str, Any]) -> Arm:
     """The arm refined, with each lambda of refining, from one setting of its method."""
     return replace(arm, settings=tuple(start | {"refine": value} for value in REFINED))
+
+
+def some(arm: Arm, *numbers: int) -> Arm:
+    """The arm with some of its settings."""
+    return replace(arm, settings=tuple(arm.settings[number] for number in numbers))
+
+
+def scored_rows(models: int, *, has_vocabulary: bool) -> list[Row]:
+    """Merges to choose from, all models at once: each row is an arm with one setting, and its section is the method.
+
+    Args:
+        models: how many fine-tunes there are.
+        has_vocabulary: they have changed it.
+    """
+    plain = {name: replace(arm, models=models) for name, arm in METHODS.items()}
+    layers = replace(plain[CLOSED], settings=scaled(0.8, 1.0, 1.25, 1.5, covariance=0.5), pave=METHOD)
+    purify = {"rank_ratio": MAIN_RATIO, "target": "weights"} | METHOD
+    refined = refining(replace(plain[FIRST], pave={}, purify=False), plain[FIRST].settings[1])
+    own = {
+        FIRST: plain[FIRST],
+        "ties": some(plain["ties"], 1, 2, 3),
+        "dare_ties": some(plain["dare_ties"], 2),
+        "dare_linear": some(plain["dare_linear"], 2),
+        "della": some(plain["della"], 2),
+        "model_stock": some(plain["model_stock"], 0),
+        "tsv": plain["tsv"],
+        "regmean, covariance 0": some(plain["regmean, covariance 0"], 0, 2),
+        CLOSED: layers,
+        "regmean, covariance 1": replace(some(plain["regmean, covariance 1"], 1, 3), pave=METHOD),
+        f"{FIRST}, purified": replace(some(plain[FIRST], 1, 2), pave=purify),
+        "ties, purified": replace(some(plain["ties"], 2), pave=purify),
+        f"{FIRST}, refined": some(refined, 0, 2, 3),
+    }
+    if has_vocabulary:
+        fitted = {"vocabulary": "fit"}
+        own[f"{FIRST}, fit"] = replace(some(plain[FIRST], 1, 2), pave=fitted, purify=False)
+        own[f"{CLOSED}, fit"] = replace(layers, pave=fitted)
+    named = ("lambda", "filter_wise", "refine")
+    return [
+        Row(name, f"{name}, {', '.join(f'{key} {setting[key]}' for key in named if key in setting)}", arm, None)
+        for name, several in own.items()
+        for setting in several.settings
+        for arm in [replace(several, settings=(setting,))]
+    ]

@@ -177,6 +177,26 @@ class Laboratory:
 
         return self._once(what, measure)
 
+    def inspected(self, arm: Arm | None, seed: int, inspect: dict[str, Callable[[Path], dict[str, Any]]]) -> dict[str, Any]:
+        """What functions find in the merge of all models with the arm's first setting, or in the base model if there is no arm.
+
+        Args:
+            inspect: by the name under which it is kept in the journal.
+
+        Raises:
+            MissingResult: see `outcome`.
+        """
+        made: list[Path] = []
+
+        def look(name: str) -> dict[str, Any]:
+            if not made:
+                merged = self._merge(arm, arm.settings[0], seed, list(self.family.tasks)) if arm else self.family.base
+                made.append(merged)
+            return {"found": inspect[name](made[0])}
+
+        whats = {name: {"arm": asdict(arm) if arm else "base", "seed": seed, "inspected": name} for name in inspect}
+        return {name: self._once(what, lambda name=name: look(name))["found"] for name, what in whats.items()}
+
     def _once(self, what: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         key = hashlib.sha256(json.dumps([self.family.name, what], sort_keys=True).encode()).hexdigest()[:16]
         if key not in self._results:

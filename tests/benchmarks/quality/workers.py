@@ -14,10 +14,12 @@ import transformers
 from decoder import Decoder
 from encoder import Encoder
 from merging import Arm, Family, Laboratory
+from scored import Scorer
 
 SEEDS = (0, 1, 2)
 
 _own: dict[str, Laboratory] = {}  # of this worker, by family
+_scorers: dict[tuple[str, int], Scorer] = {}  # of this worker, by family and seed
 
 
 def laboratories(folder: Path, quick: bool, *, run: bool) -> dict[str, Laboratory]:
@@ -69,3 +71,16 @@ def unmerged(family: str) -> None:
 
 def judge(family: str, arm: Arm) -> None:
     _own[family].outcome(arm)
+
+
+def score(family: str, seed: int, arm: Arm | None) -> None:
+    """Score a merge, or the base model."""
+    if (family, seed) not in _scorers:
+        _scorers.clear()  # what the experts give is in there
+        _scorers[family, seed] = Scorer(_own[family], seed)
+    _scorers[family, seed].measure(arm)
+
+
+def time_scoring(family: str, arm: Arm) -> None:
+    """How long it takes to score a merge."""
+    Scorer(_own[family], _own[family].seeds[0]).seconds(arm)
