@@ -21,8 +21,8 @@ With `--scored` some thirty merges of each family are scored with `mergekit_pave
 no C, and the one that keeps most is compared with the one that labels on the same rows would pick.
 
 It runs in as many processes as torch would use threads (see OMP_NUM_THREADS), each with one. Everything is kept under
-`quality-out/`: a run that was stopped goes on where it was. Results are in `results.jsonl`, the
-tables in `table.md` and `scored.md`, the plot in `quality.svg`. Remove the folder after a change to the benchmark or to what it measures.
+`quality-out/`: a run that was stopped goes on where it was. Results are in `results.jsonl`, the tables in `table.md` and
+`scored.md`, the plot in `quality.svg`. Remove the folder after a change to the benchmark or to what it measures.
 """
 
 from __future__ import annotations
