@@ -29,8 +29,9 @@ def whole() -> dict:
     report["models"]["someone/model-0"]["left_as_they_are"] = {"lm_head.weight": "vocabulary"}
     parameters = {"covariance": 0.5, "lambda": 1.0, "reduce_off_diagonal": 1.0}
     report["regmean"] = {
-        "closed_form": [{"tensor": "layers.0.mlp.weight", **parameters}],
+        "closed_form": [{"tensor": "layers.0.mlp.weight", "alignment": {"a": 0.5, "b": None}, **parameters}],
         "as_task_arithmetic": {"lm_head.weight": "vocabulary"},
+        "weights": {"closed form": 900, "vocabulary": 100},
     }
     report["refined"] = {
         "settings": {"covariance": 0.5, "lambda": 1.0},

@@ -136,7 +136,7 @@ def test_hub_data_sets_are_named_in_the_metadata(llama, tmp_path):
     assert "someone/texts" in card.text.split("### PAVE")[1]
 
 
-def test_one_line_at_default_verbosity_and_calibrate_fills_the_caches_only(llama, tmp_path, cache):
+def test_a_block_at_default_verbosity_and_calibrate_fills_the_caches_only(llama, tmp_path, cache):
     """`mergekit-pave calibrate`, then the merge: one measures, the other has nothing to measure."""
     path = write_config(config_for(llama, {}), tmp_path / "work" / "config.yml")
     done = CliRunner().invoke(cli.main, ["calibrate", str(path), "--quiet"])
@@ -148,10 +148,10 @@ def test_one_line_at_default_verbosity_and_calibrate_fills_the_caches_only(llama
 
     merged = command("mergekit-yaml", path, tmp_path / "out")
     assert merged.returncode == 0, merged.stderr
-    lines = [line for line in merged.stderr.splitlines() if "PAVE purified" in line]
-    assert len(lines) == 1
-    for words in ("21 of 30 tensors", str(llama.tuned[0]), str(llama.tuned[1])):
-        assert words in lines[0]
+    told = merged.stderr.partition(f"PAVE: {tmp_path / 'out'} is merged\n")[2].splitlines()
+    assert told[0] == "  purified    21 of 30 tensors"
+    assert [line.split()[0] for line in told[1:3]] == [llama.tuned[0].name, llama.tuned[1].name]
+    assert f"  next        mergekit-pave score {path} {tmp_path / 'out'}" in told and merged.stderr.count("is merged") == 1
     assert "Calibrating" not in merged.stderr
     assert {p: p.stat().st_mtime_ns for p in cache.rglob("*.safetensors")} == filled
 

@@ -1,5 +1,8 @@
 """`mergekit-pave cache`, and covariances that travel: exported, published, used in the place of data."""
 
+import re
+import time
+
 import merging
 import pytest
 import torch
@@ -38,16 +41,31 @@ def test_list_tells_models_and_sizes(llama, filled, cache):
     for model in llama.tuned[:2]:
         assert result.output.count(str(model)) == 2
     assert "22 layers" in result.output and "21 weights" in result.output
+    assert result.output.split()[:6] == ["key", "kind", "size", "date", "content", "model"]
+    assert result.output.count(time.strftime("%Y-%m-%d")) >= 4 and "incomplete" not in result.output
+
+
+def test_list_says_what_incomplete_means_and_how_to_remove_it(llama, filled, cache):
+    key = key_of(cache, llama.tuned[0])
+    (cache / "covariance" / key / "manifest.json").unlink()
+    lines = run("cache", "list", "--cache-dir", cache).output.splitlines()
+    assert sum(line.endswith("  (incomplete)") for line in lines) == 1
+    assert lines[-1].startswith("(incomplete): a run is making it, or was stopped on the way")
+    command = lines[-1].partition("this removes it: mergekit-pave ")[2].split()
+    assert run(*command).exit_code == 0 and key not in {entry.key for entry in entries(cache)}
+    assert "(incomplete)" not in run("cache", "list").output
 
 
 def test_verify_finds_a_flipped_bit(filled, cache, llama):
-    assert run("cache", "verify").exit_code == 0
+    intact = run("cache", "verify")
+    assert intact.exit_code == 0 and re.fullmatch(r"4 entries checked \([\d.]+ [KM]B\): all are intact.\n", intact.output)
     damaged = cache / "covariance" / key_of(cache, llama.tuned[0]) / "00003.safetensors"
     data = bytearray(damaged.read_bytes())
     data[-5] ^= 1
     damaged.write_bytes(data)
     result = run("cache", "verify")
     assert result.exit_code == 1 and "DAMAGED" in result.output and str(damaged.parent) in result.output
+    assert "4 entries checked" in result.output and "1 artefacts are not intact" in result.output
 
 
 def test_remove_takes_one_entry(filled, cache, llama):

@@ -18,9 +18,10 @@ from mergekit_pave.errors import PaveError
 from mergekit_pave.plugin import wrap
 from mergekit_pave.plugin.phases import plan_merge
 from mergekit_pave.report import card
+from mergekit_pave.report.account import account
 from mergekit_pave.report.page import fits, render
 from mergekit_pave.report.stored import read_report
-from mergekit_pave.report.summary import refined_summary
+from mergekit_pave.report.summary import mean_errors
 from mergekit_pave.settings import Refine
 from mergekit_pave.tasks.refine import refine_merge
 
@@ -74,8 +75,11 @@ def test_a_refined_merge_is_told_of(llama, tmp_path, cache, caplog):
     report = read_report(str(tmp_path / "out"))
     rows = report["refined"]["layers"]
     assert len(rows) == LAYERS and report["purified"] == []
-    line = next(message for message in caplog.messages if "refined:" in message)
-    assert line == refined_summary(report["refined"])
+    before, after = mean_errors(report["refined"])
+    words = (
+        f"  refined     {LAYERS} of 30 tensors, whose outputs now differ from the models' by {after:.2g}, before by {before:.2g} "
+    )
+    assert words in caplog.text
 
     told = section_of(tmp_path / "out")
     assert f"refined {LAYERS} of 30 tensors of the merged model" in told and "purified the task vectors" not in told
@@ -122,12 +126,14 @@ def test_what_was_done_before_is_told_beside_it(kind, llama, tmp_path, cache, un
 
 def test_the_line_of_the_log():
     layers = [layer("layers.0.a.weight", 0.5, 0.25), layer("layers.0.b.weight", 0.3, 0.15), layer("c.weight", None, None)]
-    report = {"layers": layers, "left": LEFT}
-    assert refined_summary(report) == (
-        "3 layers refined: their outputs differ from the models' by 0.2, before by 0.4 (mean relative error); as the merge "
-        "method gives them: 2 vocabulary, 1 not the weight of a linear layer"
-    )
-    assert refined_summary({"layers": layers[2:], "left": {}}) == "1 layers refined"
+    merged = {"purified": [], "models": {}, "tensors": 6, "warnings": []}
+    told = account(merged | {"refined": {"layers": layers, "left": LEFT}}, "./merged", "next")
+    assert (
+        "  refined     3 of 6 tensors, whose outputs now differ from the models' by 0.2, before by 0.4 (relative, mean); as "
+        "merged: 2 vocabulary, 1 not the weight of a linear layer\n"
+    ) in told
+    told = account(merged | {"refined": {"layers": layers[2:], "left": {}}}, "./merged", "next")
+    assert "  refined     1 of 6 tensors\n" in told
 
 
 def test_errors_are_shown_by_projection():

@@ -561,8 +561,20 @@ def test_report_card_and_log(llama, tmp_path, cache, caplog):
     assert others.keys() == written.keys() - rows.keys()
     assert others["lm_head.weight"] == "vocabulary" and "norm" in next(n for n, r in others.items() if "not the weight" in r)
     layer = "model.layers.1.mlp.up_proj.weight"
-    assert rows[layer] == {"tensor": layer, "covariance": pytest.approx(0.4), "lambda": 1.3, "reduce_off_diagonal": 1.0}
-    assert "regmean merged 21 tensors in closed form" in caplog.text
+    told = {"tensor": layer, "covariance": pytest.approx(0.4), "lambda": 1.3, "reduce_off_diagonal": 1.0}
+    change, base = (written[layer] - weights(llama.base)[layer]).flatten(), weights(llama.base)[layer]
+    told["alignment"] = {
+        str(model): pytest.approx(torch.cosine_similarity(change, (weights(model)[layer] - base).flatten(), 0).item(), abs=1e-5)
+        for model in llama.tuned[:2]
+    }
+    assert rows[layer] == told
+    sizes = {name: tensor.numel() for name, tensor in written.items()}
+    counts = {"closed form": sum(sizes[name] for name in rows)}
+    for name, reason in others.items():
+        counts[reason] = counts.get(reason, 0) + sizes[name]
+    assert report["regmean"]["weights"] == counts
+    share = f"{100 * counts['closed form'] / sum(sizes.values()):.0f} %"
+    assert f"regmean     21 of 30 tensors in closed form ({share} of the weights), alignment with" in caplog.text
     records = [record for record in caplog.records if record.name.startswith("mergekit_pave")]
     assert {record.getMessage() for record in records if record.levelno >= logging.WARNING} == set(report["warnings"])
     assert any("calibration tokens for layers that are up to" in warning for warning in report["warnings"])
@@ -590,7 +602,8 @@ def test_report_card_and_log(llama, tmp_path, cache, caplog):
     assert all(html.escape(warning) in page for warning in report["warnings"])
     for model in llama.tuned[:2]:
         assert f"<td class=text>{model}</td>" in page and f"<td>{report['models'][str(model)]['tokens']}</td>" in page
-    assert "<figure>" not in page and "Left as they are" not in page and "<td class=text>rank_ratio" not in page
+    assert page.count("<figure>") == 2 and "Left as they are" not in page and "<td class=text>rank_ratio" not in page
+    assert share in page and {p.name for p in (tmp_path / "out" / "pave_report").glob("*.png")} == {"ways.png", "alignment.png"}
     of_config = CliRunner().invoke(main, ["report", str(tmp_path / "out.yml"), "-o", str(tmp_path / "page"), "--quiet"])
     assert of_config.exit_code == 1 and "give the folder of the finished merge" in of_config.output
 

@@ -555,7 +555,7 @@ def test_plan_report_card_and_log(llama, tmp_path, cache, caplog, undrawn):
     found = json.loads(CliRunner().invoke(main, ["plan", str(path), "--json"]).stdout)["vocabulary"]
     with caplog.at_level(logging.INFO, "mergekit_pave"):
         assert invoke(config, tmp_path / "out").exit_code == 0
-    assert line in caplog.text
+    assert f"  vocabulary  {shown} of 320 rows of {name} by token counts; 320 of 320 rows of {HEAD} by what" in caplog.text
     assert report_of(tmp_path / "out")["vocabulary"] == found
     card = (tmp_path / "out" / "README.md").read_text()
     section = card[card.index("### PAVE") :]
@@ -572,7 +572,7 @@ def test_people_are_told_of_what_is_left(llama, tmp_path, cache, caplog, undrawn
     told = "2 rearranged by mergekit to fit another vocabulary"
     with caplog.at_level(logging.INFO, "mergekit_pave"):
         assert invoke(config, tmp_path / "out").exit_code == 0
-    assert f"Vocabulary left to the merge method: {told}" in caplog.text
+    assert f"  vocabulary  left to the merge method: {told}" in caplog.text
     assert f"Vocabulary left to the merge method, by reason: {told}." in (tmp_path / "out" / "README.md").read_text()
     planned = CliRunner().invoke(main, ["plan", str(tmp_path / "out.yml")]).stdout
     assert f"Vocabulary left to the merge method: {told}." in planned

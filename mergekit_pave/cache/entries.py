@@ -37,6 +37,11 @@ class Entry:
         """Bytes on disk."""
         return sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
 
+    @property
+    def changed(self) -> float:
+        """When the last of its files was written, in seconds since the epoch."""
+        return max(path.stat().st_mtime for path in (self.folder, *self.folder.rglob("*")))
+
 
 def entries(root: Path) -> list[Entry]:
     """All entries of a cache."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shlex
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +21,38 @@ def cache() -> None:
 
 
 _cache_dir = click.option("--cache-dir", help="The cache, where a config sets pave.cache_dir.")
+_INCOMPLETE = "(incomplete)"
 _keys = click.argument("keys", nargs=-1, required=True)
 
 
 @cache.command("list")
 @_cache_dir
 def list_cache(cache_dir: str | None) -> None:
-    """List what is in the cache, with sizes."""
+    """List what is in the cache, with sizes and dates."""
     root = caches.cache_root(cache_dir)
     entries = caches.entries(root)
+    incomplete = []
+    if entries:
+        click.echo(_line("key", "kind", "size", "date", "content", "model"))
     for entry in entries:
         manifests = [manifest for artefact in entry.artefacts if (manifest := artefact.manifest())]
-        model = manifests[0]["model"] if manifests else "(incomplete)"
-        content = _content(entry.kind, manifests)
-        click.echo(f"{entry.key[:12]}  {entry.kind:11}  {readable(entry.size):>8}  {content:38}  {model}")
+        if not manifests:
+            incomplete.append(entry)
+        model = manifests[0]["model"] if manifests else _INCOMPLETE
+        date = time.strftime("%Y-%m-%d", time.localtime(entry.changed))
+        click.echo(_line(entry.key, entry.kind, readable(entry.size), date, _content(entry.kind, manifests), model))
     click.echo(f"{readable(sum(entry.size for entry in entries))} in {root}")
+    if incomplete:
+        place = ["--cache-dir", cache_dir] if cache_dir else []
+        command = shlex.join(["mergekit-pave", "cache", "remove", *(entry.key[:12] for entry in incomplete), *place])
+        click.echo(
+            f"{_INCOMPLETE}: a run is making it, or was stopped on the way. The next run that needs it makes it anew. "
+            f"If none is at work, this removes it: {command}"
+        )
+
+
+def _line(key: str, kind: str, size: str, date: str, content: str, model: str) -> str:
+    return f"{key[:12]:12}  {kind:11}  {size:>8}  {date:10}  {content:38}  {model}"
 
 
 def _content(kind: str, manifests: list[dict[str, Any]]) -> str:
@@ -52,18 +71,20 @@ def _content(kind: str, manifests: list[dict[str, Any]]) -> str:
 @cache.command()
 @_cache_dir
 def verify(cache_dir: str | None) -> None:
-    """Compare every file with the hash in its manifest. Exits with 1 if one differs."""
+    """Compare every file with the hash in its manifest, and say how many entries were checked. Exits with 1 if one differs."""
     num_damaged = 0
-    for entry in caches.entries(caches.cache_root(cache_dir)):
+    entries = caches.entries(caches.cache_root(cache_dir))
+    for entry in entries:
         for artefact in entry.artefacts:
             if not artefact.is_intact():
                 num_damaged += 1
                 state = "incomplete" if artefact.manifest() is None else "DAMAGED"
                 click.echo(f"{entry.key[:12]}  {entry.kind:11}  {state}  {artefact.folder}")
+    checked = f"{len(entries)} entries checked ({readable(sum(entry.size for entry in entries))})"
     if num_damaged:
-        click.echo(f"{num_damaged} not intact; the next run that needs them makes them again.")
+        click.echo(f"{checked}: {num_damaged} artefacts are not intact; the next run that needs them makes them again.")
         raise SystemExit(1)
-    click.echo("Everything is intact.")
+    click.echo(f"{checked}: all are intact.")
 
 
 @cache.command()

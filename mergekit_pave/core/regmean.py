@@ -21,7 +21,10 @@ import torch
 from torch import Tensor
 
 from mergekit_pave.core.covariance import Covariance
+from mergekit_pave.core.exact import in_float64
 from mergekit_pave.core.ridge import divide
+
+_AT_ONCE = 1 << 22  # numbers of a tensor that `alignment` looks at
 
 
 def metric(
@@ -67,3 +70,23 @@ def merge_changes(terms: Iterable[tuple[float, Tensor, Tensor]]) -> Tensor:
         total.add_(metric_of_model, alpha=weight)
         del change, metric_of_model  # or they would be in memory while the next term is made
     return divide(mixed, total)
+
+
+def alignment(merged: Tensor, model: Tensor, base: Tensor) -> float | None:
+    """The cosine between the change of the merge and that of a model: 1 where the merge went the model's way.
+
+    Args:
+        merged, model, base: weights of one shape, in any precision. A few rows of them at a time become float64.
+
+    Returns:
+        None where one of the two is no change.
+    """
+    rows = max(1, _AT_ONCE // max(1, merged[0].numel()))
+    product, squares = 0.0, [0.0, 0.0]
+    for parts in zip(*(tensor.split(rows) for tensor in (merged, model, base))):
+        of_merged, of_model, start = map(in_float64, parts)
+        changes = of_merged - start, of_model - start
+        product += (changes[0] * changes[1]).sum().item()
+        squares = [square + change.square().sum().item() for square, change in zip(squares, changes)]
+    norm = (squares[0] * squares[1]) ** 0.5
+    return product / norm if norm else None

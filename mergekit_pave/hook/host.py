@@ -28,7 +28,7 @@ PARTS = {
     "mergekit.architecture.json_definitions:JsonModuleArchitecture": "definition",
     "mergekit.architecture.json_definitions:JsonModuleArchDef": "pre_weights layer_templates post_weights",
     "mergekit.architecture.json_definitions:JsonLayerTemplates": "weights",
-    "mergekit.card": "generate_card",
+    "mergekit.card": "generate_card is_hf",
     "mergekit.common": "ImmutableMap ModelPath ModelReference dtype_from_name",
     "mergekit.common:ModelPath": "path revision _unique_id",
     "mergekit.common:ModelReference": "model lora config merged",
@@ -55,7 +55,7 @@ PARTS = {
     "mergekit.io.tasks:LoaderCache": "loaders hf_cache_dir",
     "mergekit.io.tensor_writer": "TensorWriter",
     "mergekit.io.tensor_writer:TensorWriter": "finalize out_path override_basename weight_map shards_written",
-    "mergekit.merge": "_set_chat_template",
+    "mergekit.merge": "_set_chat_template run_merge",
     "mergekit.merge_methods": "get register registered_methods",
     "mergekit.merge_methods.base": (
         "BasePolicy GroupMergeMethod InputContract MergeMethodSpec ParameterScope ParameterSpec TensorEntry TensorGroup"
@@ -70,7 +70,8 @@ PARTS = {
     "mergekit.multigpu_executor": "MultiGPUExecutor",
     "mergekit.options": "MergeOptions PrettyPrintHelp add_merge_options",
     "mergekit.options:MergeOptions": (
-        "device trust_remote_code quiet transformers_cache lora_merge_cache low_cpu_memory multi_gpu apply_global_options"
+        "device trust_remote_code quiet transformers_cache lora_merge_cache low_cpu_memory multi_gpu write_model_card "
+        "apply_global_options"
     ),
     "mergekit.plan": "MergePlanner",
     "mergekit.plan:MergePlanner": (

@@ -121,6 +121,7 @@ def closed_forms(
                 for model, of_model in regmean.measured.items()
                 if number in of_model
             ),
+            alignments={},
         )
         for number, layer in regmean.layers.items()
     }

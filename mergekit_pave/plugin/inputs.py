@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from mergekit.card import is_hf
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
@@ -19,6 +20,7 @@ from mergekit.plan import MergePlanner
 from mergekit_pave.cache.checkpoint import WEIGHTS, find_weights, is_pointer, stored_in
 from mergekit_pave.errors import PaveError, in_a_line
 from mergekit_pave.files import looks_local
+from mergekit_pave.report.tables import is_repository
 
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -46,6 +48,30 @@ def check_inputs(config: MergeConfiguration, options: MergeOptions) -> None:
         _check_config(model, options.trust_remote_code, is_run)
         if folder.exists():
             _check_weights(model)
+
+
+def check_card(config: MergeConfiguration, options: MergeOptions) -> None:
+    """Refuse names of local models that mergekit's card, which it writes after the merge, asks the Hub for in vain.
+
+    mergekit asks the Hub whether it has a model of that name, unless the name can only be a path. If the Hub cannot be reached,
+    it stops there, before it has written a tokenizer.
+
+    Raises:
+        PaveError: the Hub cannot be asked.
+    """
+    if not options.write_model_card:
+        return
+    paths = sorted({part.path for model in config.referenced_models() for part in (model.model, model.lora) if part})
+    bare = [path for path in paths if is_repository(path) and not looks_local(path) and Path(path).exists()]
+    try:
+        for path in bare[:1]:  # if the Hub answers once, it can be reached
+            is_hf(path)
+    except Exception as error:  # of the Hub's client, or of the network
+        raise PaveError(
+            f"{', '.join(bare)}: mergekit's model card looks for such names on the Hub, though the models are here, and the Hub "
+            f"cannot be asked ({in_short(error)}). Write ./{bare[0]} in the config, also under `pave`, or use "
+            "--no-write-model-card"
+        ) from error
 
 
 def check_merged(model: ModelReference, trust_remote_code: bool) -> None:

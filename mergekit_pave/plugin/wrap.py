@@ -1,7 +1,8 @@
 """What of mergekit is wrapped, for mergekit >=0.1.5,<0.2.
 
 - `ModelReference.serialize` gets another body, see `references`.
-- `get_architecture_info`, with which a merge begins, first checks that the device and the models are there.
+- `get_architecture_info`, with which a merge begins, first checks that the device and the models are there, and
+  that mergekit will be able to write its model card.
 - `MergePlanner.plan_tensor` notes the position of a tensor in its slice, which gradients need and the plan forgets. It also
   plans every optional tensor that all of its inputs have.
 - `MergePlanner._plan` gets an architecture whose tensors have the names that the checkpoints use (see `stored_names`). Then it
@@ -42,7 +43,8 @@ from mergekit_pave.planning.names import all_names, own_names
 from mergekit_pave.planning.plan import announce_refinement
 from mergekit_pave.plugin.checkpoints import has, missing_from, without_aliases
 from mergekit_pave.plugin.dry_run import try_out
-from mergekit_pave.plugin.inputs import check_inputs, check_layers, planning_errors
+from mergekit_pave.plugin.following import following
+from mergekit_pave.plugin.inputs import check_card, check_inputs, check_layers, planning_errors
 from mergekit_pave.plugin.parameters import check_parameters
 from mergekit_pave.plugin.phases import calibrate_all, decompose_all
 from mergekit_pave.plugin.planner import data_share_of, inputs_of, is_ours, is_regmean, merge_of
@@ -75,7 +77,7 @@ def wrap() -> None:
         Executor._run = _with_advice(Executor._run)
         log = logging.getLogger("mergekit_pave")
         if log.level == logging.NOTSET:
-            log.setLevel(logging.INFO)  # the line that says what was purified shows at default verbosity
+            log.setLevel(logging.INFO)  # the block that says what was done shows at default verbosity
 
 
 def _with_advice(run):
@@ -108,6 +110,7 @@ def _with_checks(get_architecture_info):
         if getattr(config, "pave", None) is None:
             return get_architecture_info(config, options)
         check_inputs(config, options)
+        check_card(config, options)
         with planning_errors(Exception):
             return get_architecture_info(config, options)
 
@@ -217,6 +220,7 @@ def _with_phases(plan_to_disk):
             header = json.dumps(plan.header)
             finalize = next(task for task in tasks if isinstance(task, FinalizeModel))
             written = {"out_path": out_path, "finalize": finalize}
+            written["following"] = following(self.config, out_path, self.options)
             tasks.append(WriteReport(**written, header=header, stats=tuple(plan.stats), closed_forms=closed))
             self.config.pave._out_path = out_path
             merge = sys.modules.get("mergekit.merge")

@@ -11,6 +11,7 @@ PositiveCount = Annotated[int, Field(gt=0, lt=2**63)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Norm = Annotated[float, Field(ge=0, lt=1e150)]  # its square is finite
 Share = Annotated[float, Field(gt=-1e100, lt=1e100)]
+Cosine = Annotated[float, Field(ge=-1.001, le=1.001)]  # with what rounding adds
 Paths = str | list[str]
 
 
@@ -63,11 +64,13 @@ class _ClosedForm(_Strict):
     covariance: Number
     lambda_: Number = Field(alias="lambda")
     reduce_off_diagonal: Number
+    alignment: dict[str, Optional[Cosine]] = {}  # older reports have none
 
 
 class _RegMean(_Strict):
     closed_form: list[_ClosedForm]
     as_task_arithmetic: dict[str, str]
+    weights: dict[str, PositiveCount] = {}  # likewise
 
 
 class _Rows(_Strict):

@@ -94,13 +94,6 @@ def reasons_in_a_line(reasons: dict[str, str]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in count_reasons(reasons))
 
 
-def regmean_summary(regmean: dict[str, Any]) -> str:
-    """One line for the log."""
-    line = f"regmean merged {len(regmean['closed_form'])} tensors in closed form"
-    reasons = reasons_in_a_line(regmean["as_task_arithmetic"])
-    return f"{line}; as task_arithmetic does: {reasons}" if reasons else line
-
-
 def vocabulary_lines(vocabulary: dict[str, Any]) -> list[str]:
     """A line for each tensor of the vocabulary that was merged by data, and one for the others."""
     lines = []
@@ -117,15 +110,6 @@ def mean_errors(refined: dict[str, Any]) -> tuple[float, float] | None:
     errors = [(row["error_before"], row["error_after"]) for row in refined["layers"]]
     known = [pair for pair in errors if None not in pair]
     return tuple(sum(column) / len(known) for column in zip(*known)) if known else None
-
-
-def refined_summary(refined: dict[str, Any]) -> str:
-    """One line for the log."""
-    line = f"{len(refined['layers'])} layers refined"
-    if errors := mean_errors(refined):
-        line += f": their outputs differ from the models' by {errors[1]:.2g}, before by {errors[0]:.2g} (mean relative error)"
-    reasons = reasons_in_a_line(refined["left"])
-    return f"{line}; as the merge method gives them: {reasons}" if reasons else line
 
 
 def regmean_warnings(regmean: dict[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Optional
 
 from mergekit.common import ImmutableMap, ModelReference
@@ -13,6 +14,7 @@ from mergekit_pave.calibration.stored import stored_covariances
 from mergekit_pave.core.covariance import Covariance
 from mergekit_pave.core.linear import Linear
 from mergekit_pave.core.reasons import FEW_TOKENS, NEVER_CALLED
+from mergekit_pave.core.regmean import alignment
 from mergekit_pave.errors import PaveError
 from mergekit_pave.methods.regmean import Layer, data_share
 
@@ -40,10 +42,12 @@ class ClosedForm:
     Attributes:
         layer: the layer, in any of the models.
         measured: the models whose covariances are part of the metric.
+        alignments: where there is a report, the merge fills in what `core.regmean.alignment` says of each model.
     """
 
     layer: Linear
     measured: tuple[MeasuredLayer, ...] = ()
+    alignments: Optional[dict[str, Optional[float]]] = dataclasses.field(default=None, compare=False)
 
 
 class MergeByRegMean(ExecuteMergeMethodTask):
@@ -61,7 +65,12 @@ class MergeByRegMean(ExecuteMergeMethodTask):
     def execute(self, tensors: dict[ModelReference, Tensor]) -> Optional[Tensor]:
         parameters = {**dict(self.parameters.items()), "layer": self.form and self._layer(tensors)}
         complete = self.model_copy(update={"parameters": ImmutableMap(data=parameters)})
-        return ExecuteMergeMethodTask.execute(complete, tensors)
+        merged = ExecuteMergeMethodTask.execute(complete, tensors)
+        if self.form and self.form.alignments is not None and self.base_model in tensors:
+            for model, tensor in tensors.items():
+                if model != self.base_model:
+                    self.form.alignments[str(model)] = alignment(merged, tensor, tensors[self.base_model])
+        return merged
 
     def _layer(self, tensors: dict[ModelReference, Tensor]) -> Layer:
         """
@@ -96,10 +105,12 @@ class MergeByRegMean(ExecuteMergeMethodTask):
                     reasons[i] = f"{FEW_TOKENS} ({tokens}, {of.model})" if has_experts else f"{NEVER_CALLED} ({of.model})"
         return reasons
 
-    def report(self) -> tuple[Optional[dict[str, Any]], dict[str, str]]:
-        """The tensor's row of the report, and the matrices that are merged as task_arithmetic does, with the reason.
+    def report(self) -> tuple[Optional[dict[str, Any]], dict[str, str], list[tuple[Optional[str], int]]]:
+        """What the report says once the tensor is merged.
 
-        The row is None where no matrix is merged in closed form. The covariances have to be there.
+        Returns:
+            The tensor's row, None where no matrix is merged in closed form; the matrices that are merged as task_arithmetic
+            does, with the reason; and of each matrix the reason, if there is one, and its size.
         """
         name, layer, reasons = self.output_weight.name, self.form.layer, self._reasons()
         row = {
@@ -107,6 +118,8 @@ class MergeByRegMean(ExecuteMergeMethodTask):
             "covariance": data_share(self.parameters["covariance"], self.base_model is not None),
             "lambda": self.parameters["lambda"],
             "reduce_off_diagonal": self.parameters["reduce_off_diagonal"],
+            "alignment": dict(self.form.alignments or {}),
         }
         matrices = [f"{name}[{expert}]" for expert in layer.experts] if layer.stacked else [name]
-        return row if None in reasons else None, {matrix: reason for matrix, reason in zip(matrices, reasons) if reason}
+        others = {matrix: reason for matrix, reason in zip(matrices, reasons) if reason}
+        return row if None in reasons else None, others, [(reason, math.prod(layer.shape)) for reason in reasons]

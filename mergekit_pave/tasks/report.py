@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,30 +14,28 @@ from mergekit.graph import Task
 from mergekit.io.tasks import FinalizeModel
 from mergekit.io.tensor_writer import TensorWriter
 
+from mergekit_pave.cache.checkpoint import stored_in
 from mergekit_pave.files import replacing
+from mergekit_pave.report.account import account
+from mergekit_pave.report.closed_form import count_weights
 from mergekit_pave.report.outputs import REPORT_NAME
 from mergekit_pave.report.stored import written_weights
-from mergekit_pave.report.summary import (
-    complete,
-    left_experts,
-    left_weights,
-    refined_summary,
-    regmean_summary,
-    regmean_warnings,
-    summary,
-    vocabulary_lines,
-    warnings,
-)
+from mergekit_pave.report.summary import complete, regmean_warnings, warnings
 from mergekit_pave.tasks.purify import PurificationStats
 from mergekit_pave.tasks.regmean import MergeByRegMean
 
 LOG = logging.getLogger(__name__)
 
+_WARNINGS = 4  # lines of them; every model may have one
+
 
 class WriteReport(Task[None]):
-    """Writes pave_report.json beside the merged model, and logs in one line what was purified.
+    """Writes pave_report.json beside the merged model, and logs a block of a few lines that tells what was done.
 
     It runs once the weights are complete: the report has their fingerprints, and that of an earlier merge is removed only then.
+
+    Attributes:
+        following: the command to type next.
     """
 
     out_path: str
@@ -44,6 +43,7 @@ class WriteReport(Task[None]):
     header: str
     stats: tuple[PurificationStats, ...]
     closed_forms: tuple[MergeByRegMean, ...]
+    following: str
 
     def __hash__(self) -> int:
         return hash((WriteReport, self.out_path))
@@ -58,30 +58,35 @@ class WriteReport(Task[None]):
     def execute(self, finalized: None, writer: TensorWriter, **stats: dict[str, Any]) -> None:
         done = ((str(task.model), stats[str(i)]) for i, task in enumerate(self.stats))
         report = complete(json.loads(self.header), done)
+        folder, files = Path(self.out_path), _files_of(writer)
         if "regmean" in report:
-            report["regmean"]["closed_form"] = []
-            for merge in self.closed_forms:
-                row, reasons = merge.report()
-                report["regmean"]["closed_form"] += [row] if row else []
-                report["regmean"]["as_task_arithmetic"] |= reasons
-            report["warnings"] += regmean_warnings(report["regmean"])
-        folder = Path(self.out_path)
-        content = report | {"weights": written_weights(folder, _files_of(writer))}
+            self._complete_regmean(report, folder, files)
+        content = report | {"weights": written_weights(folder, files)}
         with replacing(folder / REPORT_NAME) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n")
+        found = warnings(report) + (regmean_warnings(report["regmean"]) if "regmean" in report else [])
         with tqdm.tqdm.external_write_mode(sys.stderr):  # mergekit's bar is on that line
-            if report["purified"]:
-                LOG.info(summary(report))
-            if "regmean" in report:
-                LOG.info(regmean_summary(report["regmean"]))
-            for line in vocabulary_lines(report["vocabulary"]) if "vocabulary" in report else ():
-                LOG.info(line)
-            if "refined" in report:
-                LOG.info(refined_summary(report["refined"]))
-            for line in left_experts(report) + left_weights(report):
-                LOG.info(line)
-            for warning in warnings(report) + (regmean_warnings(report["regmean"]) if "regmean" in report else []):
+            shown = found if len(found) <= _WARNINGS else found[: _WARNINGS - 1]
+            for warning in shown:
                 LOG.warning(warning)
+            if len(found) > len(shown):
+                LOG.warning("and %d warnings of the same kind; %s has all of them", len(found) - len(shown), REPORT_NAME)
+            LOG.info(account(report, self.out_path, self.following))
+
+    def _complete_regmean(self, report: dict[str, Any], folder: Path, files: set[str]) -> None:
+        """Add what only the finished merge knows."""
+        regmean, matrices, reasons = report["regmean"] | {"closed_form": []}, [], {}
+        for merge in self.closed_forms:
+            row, others, of_merge = merge.report()
+            regmean["closed_form"] += [row] if row else []
+            reasons |= others
+            matrices += of_merge
+        if all(file.endswith(".safetensors") for file in files):
+            sizes = {name: math.prod(tensor.shape) for file in files for name, tensor in stored_in(folder / file).items()}
+            regmean["weights"] = count_weights(report, matrices, sizes)
+        regmean["as_task_arithmetic"] |= reasons
+        report["regmean"] = regmean
+        report["warnings"] += regmean_warnings(regmean)
 
 
 def _files_of(writer: TensorWriter) -> set[str]:

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from mergekit_pave.errors import PaveError
-from mergekit_pave.report import card, tables
+from mergekit_pave.report import card, closed_form, tables
 from mergekit_pave.report.page import document, scored
 from mergekit_pave.report.page.document import Table
 from mergekit_pave.report.page.measure import Measurements
@@ -117,6 +117,8 @@ def _tiles(report: dict[str, Any]) -> list[tuple[str, str]]:
     tiles, rows = [], report["purified"]
     if "closed_form" in report.get("regmean", {}):
         tiles.append((f"{len(report['regmean']['closed_form'])} of {report['tensors']}", "tensors merged in closed form"))
+        if (of_weights := closed_form.share(report["regmean"])) is not None:
+            tiles.append((f"{100 * of_weights:.0f} %", "of all weights merged in closed form"))
     if rows:
         kept = sum(row["kept"] for row in rows) / sum(row["components"] for row in rows)
         tiles += [

@@ -6,7 +6,7 @@ from collections import defaultdict
 from typing import Any
 
 from mergekit_pave.report import tables
-from mergekit_pave.report.page import curves, fits, heatmaps, overlaps
+from mergekit_pave.report.page import alignments, curves, fits, heatmaps, overlaps
 from mergekit_pave.report.page.document import Section, Table
 from mergekit_pave.report.page.drawing import Plot
 from mergekit_pave.report.page.measure import Interference, Measurements, Overlap
@@ -45,7 +45,10 @@ def _closed_form(report: dict[str, Any]) -> Section:
         f"regmean merged {len(regmean['closed_form'])} of {report['tensors']} tensors in closed form. A star stands for the "
         "number of a layer or an expert."
     )
-    return Section("closed-form", "Closed form", text, tables=merged + others)
+    plots = alignments.plot_alignments(regmean["closed_form"])
+    if counts := regmean.get("weights"):
+        plots = [alignments.plot_weights(counts), *plots]
+    return Section("closed-form", "Closed form", text, plots, tables=merged + others)
 
 
 def _vocabulary(report: dict[str, Any]) -> Section:
