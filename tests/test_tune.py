@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+import time
 from types import SimpleNamespace
 from unittest.mock import ANY
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from commands import start
 from merging import forget_checkpoints, merge, write_config
 from models import Family, make_family, read_rows, write_rows
 from safetensors.torch import load_file, save_file
@@ -189,6 +191,21 @@ def test_what_a_killed_run_left_is_removed_and_what_another_uses_is_not(tmp_path
     with scratch_folder(tmp_path):
         assert not (tmp_path / "scratch" / "used").exists()
     assert not scratch(tmp_path)
+
+
+def test_a_run_that_was_killed_is_cleaned_up_after(llamas, tmp_path):
+    config = scored_config(llamas, tmp_path / "cache")
+    choices = ("--set", "models.0.parameters.weight=0.3,0.4,0.6,0.7")
+    path = write_config(config, tmp_path / "config.yml")
+    process = start("mergekit-pave", "tune", path, "--rows", ROWS, *choices)
+    while not any(each.is_dir() for each in scratch(tmp_path / "cache")):
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert any(each.is_dir() for each in scratch(tmp_path / "cache"))
+    assert len(tuned(config, tmp_path, *choices)["settings"]) == 5
+    assert not scratch(tmp_path / "cache")
 
 
 def test_a_changed_model_or_other_samples_are_merged_anew(llamas, tmp_path, merges):

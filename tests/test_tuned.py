@@ -51,7 +51,7 @@ def test_the_table_has_the_config_as_it_is_first_and_then_the_best():
     starts = ["the config as it is", "lambda 1.2", "lambda 1.1", "refine.lambda 1"]
     assert [line.startswith(start) for line, start in zip(lines[3:7], starts)] == [True] * 4
     assert " best " in lines[4] and "*" in lines[5] and "*" not in lines[6]
-    assert lines[-2] == "Best by the mean: lambda 1.2, 15.0 ± 0.0 % more than the config as it is."
+    assert lines[-2] == "Best by the mean: lambda 1.2, 15.0 ± 0.0 points above the config as it is."
     assert lines[-1].startswith("* as good as the best")
 
 

@@ -116,5 +116,5 @@ def _verdict(result: dict[str, Any], label: str) -> str:
     if result["best"] == 0:
         return f"Nothing that was tried is better than the config as it is, by the {by}.{noise}"
     gain = best["better_than_plain"]
-    line = f"Best by the {by}: {label}, {with_error(gain['value'], gain['error'])} more than the config as it is."
-    return f"{line}{noise}"
+    more = with_error(gain["value"], gain["error"]).removesuffix(" %")
+    return f"Best by the {by}: {label}, {more} points above the config as it is.{noise}"
