@@ -86,7 +86,8 @@ def write_report(source: Path, output: Path | None, merge_options: MergeOptions)
 
     For OUT, the folder of a finished merge, the page is drawn from its pave_report.json alone, anywhere and in seconds: ranks,
     energy, the removed part beside the change, what regmean merged in closed form and how it is aligned with each model, and how
-    well refined layers fit. If OUT was scored (`mergekit-pave score CONFIG OUT`), the page shows how much it keeps of each model, whether it has a block or not.
+    well refined layers fit. If OUT was scored (`mergekit-pave score CONFIG OUT`), the page shows how much it keeps of each model,
+    whether it has a block or not.
 
     For CONFIG (such as OUT/mergekit_config.yml) the page also shows spectra, covariances, and the interference between task
     vectors before and after. It reads weights as a merge does, but merges and measures nothing: the caches must be full, as they
