@@ -36,7 +36,8 @@ PARTS = {
     "mergekit.config:ConditionalParameter": "filter value",
     "mergekit.config:ConfigReader": "t",
     "mergekit.config:MergeConfiguration": (
-        "merge_method models slices modules base_model parameters referenced_models dtype out_dtype chat_template"
+        "merge_method models slices modules base_model parameters referenced_models dtype out_dtype chat_template tokenizer "
+        "tokenizer_source"
     ),
     "mergekit.config:InputModelDefinition": "model parameters",
     "mergekit.config:InputSliceDefinition": "model parameters",
@@ -61,7 +62,7 @@ PARTS = {
         "BasePolicy GroupMergeMethod InputContract MergeMethodSpec ParameterScope ParameterSpec TensorEntry TensorGroup"
     ),
     "mergekit.merge_methods.base:MergeMethodSpec": "name parameters",
-    "mergekit.merge_methods.base:ParameterSpec": "name",
+    "mergekit.merge_methods.base:ParameterSpec": "name default required",
     "mergekit.merge_methods.base:TensorGroup": "entries metadata base non_base",
     "mergekit.merge_methods.task_adapter": "ExecuteMergeMethodTask",
     "mergekit.merge_methods.task_adapter:ExecuteMergeMethodTask": (
@@ -71,7 +72,7 @@ PARTS = {
     "mergekit.options": "MergeOptions PrettyPrintHelp add_merge_options",
     "mergekit.options:MergeOptions": (
         "device trust_remote_code quiet transformers_cache lora_merge_cache low_cpu_memory multi_gpu write_model_card "
-        "apply_global_options"
+        "apply_global_options random_seed lora_merge_dtype unsafe_truncate_embeddings"
     ),
     "mergekit.plan": "MergePlanner",
     "mergekit.plan:MergePlanner": (
@@ -98,6 +99,7 @@ CALLS = {
     "mergekit.io.tasks:LoaderCache.get": "self model",
     "mergekit.io.tasks:LoaderCache.setup": "self options",
     "mergekit.io.tensor_writer:TensorWriter.finalize": "self",
+    "mergekit.merge:run_merge": "merge_config out_path options config_source",
     "mergekit.merge_methods:get": "name",
     "mergekit.merge_methods:register": "method",
     "mergekit.merge_methods.task_adapter:ExecuteMergeMethodTask.execute": "self tensors",
