@@ -223,11 +223,6 @@ def test_selections_of_nothing(workplace, spoilt, words):
     assert_refused(spoilt, workplace, "pave", *words)
 
 
-def test_a_block_that_purifies_no_model(workplace):
-    spoilt = spoil(("models",), [{"model": name, "purify": False} for name in ("./alpha", "./beta")])
-    assert_refused(spoilt, workplace, "pave", "purify")
-
-
 COLUMNS = ["text", "question"]
 DATA_CASES = [
     ("no-file", {"path": "missing.jsonl"}, ["missing.jsonl", "data.path"]),
