@@ -92,7 +92,7 @@ def test_the_table_of_settings(tmp_path, by, undrawn):
         assert [cell.removesuffix(" *") for cell in found[name][1:]] == wanted
     ordered = [float(row[head.index(by)].split()[0]) for row in rows[1:]]
     assert ordered == sorted(ordered, reverse=True)
-    assert f"Best by the {by} of the models: lambda 0.8." in page and "parameters.lambda=0.8" in page
+    assert f"Best by the {by}: lambda 0.8, " in page and "parameters.lambda=0.8" in page
     assert (tmp_path / "page" / "share-kept.png").is_file()
 
 

@@ -49,8 +49,8 @@ def summarise(base: str, experts: dict[str, Scored]) -> dict[str, Any]:
         "versions": versions.installed(),
         "base": base,
         "models": models,
-        "mean": _as_json(score.mean(list(estimates.values()))) if estimates else None,
-        "worst": {"model": worst, **_as_json(estimates[worst])} if worst else None,
+        "mean": as_json(score.mean(list(estimates.values()))) if estimates else None,
+        "worst": {"model": worst, **as_json(estimates[worst])} if worst else None,
     }
 
 
@@ -65,7 +65,7 @@ def _of_expert(name: str, experts: dict[str, Scored]) -> dict[str, Any]:
         "rows": len(scored.distances.merged),
         "places": scored.places,
         "measure": "cosine" if scored.agreed is None else "kl",
-        **(_as_json(estimate) if estimate else {"kept": None, "error": None}),
+        **(as_json(estimate) if estimate else {"kept": None, "error": None}),
         "agreement": None if scored.agreed is None else scored.agreed.sum().item() / scored.places,
         "bits_per_byte": bits,
         "drift": sum(o.drift.sum().item() for o in others) / sum(o.places for o in others) / math.log(2) if others else None,
@@ -73,6 +73,10 @@ def _of_expert(name: str, experts: dict[str, Scored]) -> dict[str, Any]:
     }
 
 
-def _as_json(estimate: Estimate) -> dict[str, float | None]:
-    """JSON has no infinity, which the error of a single row is."""
-    return {"kept": estimate.value, "error": estimate.error if math.isfinite(estimate.error) else None}
+def as_json(estimate: Estimate, name: str = "kept") -> dict[str, float | None]:
+    """JSON has no infinity, which the error of a single row is.
+
+    Args:
+        name: of the value.
+    """
+    return {name: estimate.value, "error": estimate.error if math.isfinite(estimate.error) else None}

@@ -170,12 +170,18 @@ def _difference(estimate: Estimate | None) -> str:
 
 def _paired(one: Score, other: Score) -> tuple[list[Distances], list[Distances]]:
     """The distances of each row, by model, of the models that both have."""
-    both = [[score["models"][model]["by_row"] for score in (one, other)] for model in one["models"] if model in other["models"]]
-    return tuple([Distances(*map(_vector, (rows[i]["merged"], rows[i]["base"]))) for rows in both] for i in range(2))
+    both = [model for model in one["models"] if model in other["models"]]
+    return distances(one, both), distances(other, both)
 
 
-def _vector(numbers: list[float]) -> torch.Tensor:
-    return torch.tensor(numbers, dtype=torch.float64)
+def distances(score: Score, models: Iterable[str] | None = None) -> list[Distances]:
+    """The distances of each row, by model.
+
+    Args:
+        models: only these, in this order.
+    """
+    rows = [score["models"][model]["by_row"] for model in (score["models"] if models is None else models)]
+    return [Distances(*(torch.tensor(of_model[key], dtype=torch.float64) for key in ("merged", "base"))) for of_model in rows]
 
 
 def _worst_model(score: Score, names: dict[str, str]) -> str:

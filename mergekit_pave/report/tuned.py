@@ -6,15 +6,16 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 import yaml
 
-from mergekit_pave.core.score import Distances, Estimate, mean_more, worst_more
+from mergekit_pave.core.score import Estimate, mean_more, worst_more
 from mergekit_pave.report.places import short_models
-from mergekit_pave.report.scores import aligned, share, with_error
+from mergekit_pave.report.score import as_json
+from mergekit_pave.report.scores import aligned, distances, share, with_error
 
 FORMAT = 1
 AS_IT_IS = "the config as it is"
+WITHIN_NOISE = "as good as the best, as far as these rows can tell: at most two standard errors behind."
 _MORE = {"mean": mean_more, "worst": worst_more}
 
 
@@ -36,7 +37,7 @@ def tuned(settings: Sequence[tuple[dict[str, Any], dict[str, Any]]], by: str) ->
         by: what they are ordered by, `mean` or `worst`.
     """
     best = max(range(len(settings)), key=lambda number: kept(settings[number][1], by))
-    distances = [_distances(score) for _, score in settings]
+    rows = [distances(score) for _, score in settings]
     more = _MORE[by]
     return {
         "format": FORMAT,
@@ -45,10 +46,10 @@ def tuned(settings: Sequence[tuple[dict[str, Any], dict[str, Any]]], by: str) ->
             {
                 "set": changes,
                 "score": score,
-                "better_than_plain": _as_json(more(of_setting, distances[0])),
-                "behind_best": _as_json(more(distances[best], of_setting)),
+                "better_than_plain": _as_json(more(of_setting, rows[0])),
+                "behind_best": _as_json(more(rows[best], of_setting)),
             }
-            for (changes, score), of_setting in zip(settings, distances)
+            for (changes, score), of_setting in zip(settings, rows)
         ],
         "best": best,
     }
@@ -59,16 +60,8 @@ def kept(score: dict[str, Any], by: str) -> float:
     return score[by]["kept"] if score[by] else -math.inf
 
 
-def _distances(score: dict[str, Any]) -> list[Distances]:
-    rows = [model["by_row"] for model in score["models"].values()]
-    return [Distances(*(torch.tensor(of_model[key], dtype=torch.float64) for key in ("merged", "base"))) for of_model in rows]
-
-
 def _as_json(estimate: Estimate | None) -> dict[str, float | None] | None:
-    """JSON knows no infinity, which is the error where nobody knows it."""
-    if estimate is None:
-        return None
-    return {"value": estimate.value, "error": estimate.error if math.isfinite(estimate.error) else None}
+    return as_json(estimate, "value") if estimate else None
 
 
 def as_text(result: dict[str, Any], labels: Sequence[str]) -> str:
@@ -90,7 +83,7 @@ def as_text(result: dict[str, Any], labels: Sequence[str]) -> str:
         f"Share kept of each model: 0 % is {first_score['base']}, 100 % the model, on "
         f"{' to '.join(map(str, dict.fromkeys((min(counts), max(counts)))))} held-out rows of each."
     )
-    return "\n".join([about, "", *aligned([head, *rows]), "", _verdict(result, labels[result["best"]])])
+    return "\n".join([about, "", *aligned([head, *rows]), "", verdict(result, labels[result["best"]]), *_below(result)])
 
 
 def _cells(setting: dict[str, Any], names: Iterable[str], is_best: bool) -> list[str]:
@@ -106,15 +99,27 @@ def is_within_noise(setting: dict[str, Any]) -> bool:
     return behind is None or behind["error"] is None or behind["value"] <= 2 * behind["error"]
 
 
-def _verdict(result: dict[str, Any], label: str) -> str:
+def verdict(result: dict[str, Any], label: str) -> str:
+    """Which setting is the best, and by how much.
+
+    Args:
+        label: of the best one.
+    """
     settings, by = result["settings"], result["by"]
-    best = settings[result["best"]]
     if settings[0]["score"][by] is None:
         return "The base model equals the experts on these rows, so nothing can be told apart."
-    alike = [setting for setting in settings if setting is not best and is_within_noise(setting)]
-    noise = "\n* as good as the best, as far as these rows can tell: at most two standard errors behind." if alike else ""
     if result["best"] == 0:
-        return f"Nothing that was tried is better than the config as it is, by the {by}.{noise}"
-    gain = best["better_than_plain"]
+        return f"Nothing that was tried is better than the config as it is, by the {by}."
+    gain = settings[result["best"]]["better_than_plain"]
     more = with_error(gain["value"], gain["error"]).removesuffix(" %")
-    return f"Best by the {by}: {label}, {more} points above the config as it is.{noise}"
+    return f"Best by the {by}: {label}, {more} points above the config as it is."
+
+
+def _below(result: dict[str, Any]) -> list[str]:
+    is_marked = result["settings"][0]["score"][result["by"]] and as_good(result)
+    return [f"* {WITHIN_NOISE}"] if is_marked else []
+
+
+def as_good(result: dict[str, Any]) -> int:
+    """How many other settings are as good as the best, as far as the rows can tell."""
+    return sum(i != result["best"] and is_within_noise(setting) for i, setting in enumerate(result["settings"]))

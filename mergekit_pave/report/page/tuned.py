@@ -10,7 +10,7 @@ from mergekit_pave.report.page.document import Section, Table
 from mergekit_pave.report.page.labels import label_settings
 from mergekit_pave.report.places import short_models
 from mergekit_pave.report.scores import columns, notes, share, with_error
-from mergekit_pave.report.tuned import is_within_noise, shown
+from mergekit_pave.report.tuned import WITHIN_NOISE, as_good, is_within_noise, kept, shown, verdict
 
 Setting = dict[str, Any]
 
@@ -33,14 +33,14 @@ def write_tuned(folder: Path, name: str, tuned: dict[str, Any], config: str | No
     best = settings[tuned["best"]]
     labels = label_settings([setting["set"] for setting in settings], config)
     first, *others = range(len(settings))
-    order = [first, *sorted(others, key=lambda i: -_value(settings[i], by))]
+    order = [first, *sorted(others, key=lambda i: -kept(settings[i]["score"], by))]
     plot = shares.plot_settings([labels[i] for i in order], [settings[i]["score"] for i in order], by)
     table = _table([(labels[i], settings[i]) for i in order], best, by)
     score = best["score"]
     return document.write(
         folder,
         "tuned.html",
-        [Section("settings", "Share kept by setting", _text(tuned, labels), [plot], [table], _notes(tuned))],
+        [Section("settings", "Share kept by setting", verdict(tuned, labels[tuned["best"]]), [plot], [table], _notes(tuned))],
         name=name,
         lead=f"{len(settings)} settings of this config, each merged and scored. {scored.scale(score)}",
         tiles=_tiles(tuned),
@@ -51,10 +51,6 @@ def write_tuned(folder: Path, name: str, tuned: dict[str, Any], config: str | No
         versions=score["versions"],
         config=config,
     )
-
-
-def _value(setting: Setting, by: str) -> float:
-    return setting["score"][by]["kept"] if setting["score"][by] else float("-inf")
 
 
 def _table(settings: list[tuple[str, Setting]], best: Setting, by: str) -> Table:
@@ -81,31 +77,15 @@ def _difference(estimate: dict[str, float | None] | None, sign: str = "") -> str
     return with_error(estimate["value"], estimate["error"], sign) if estimate else "-"
 
 
-def _text(tuned: dict[str, Any], labels: list[str]) -> str:
-    """Which setting is the best, and by how much."""
-    settings, by = tuned["settings"], tuned["by"]
-    best = settings[tuned["best"]]
-    if not best["score"][by]:
-        return "The base model gives what the models give on these rows, so nothing can be told apart."
-    if tuned["best"] == 0:
-        return f"Nothing that was tried is better than the config as it is, by the {by} of the models."
-    return f"Best by the {by} of the models: {labels[tuned['best']]}."
-
-
 def _notes(tuned: dict[str, Any]) -> list[str]:
-    kept, *_ = columns([setting["score"] for setting in tuned["settings"]])
+    share_kept, *_ = columns([setting["score"] for setting in tuned["settings"]])
     found = [
-        f"mean, worst, and each model: {kept.meaning}.",
+        f"mean, worst, and each model: {share_kept.meaning}.",
         "above as it is, behind the best: on the same rows, so the error is that of the difference.",
     ]
-    if _alike(tuned):
-        found.append("*: as good as the best, as far as these rows can tell: at most two standard errors behind.")
+    if as_good(tuned):
+        found.append(f"*: {WITHIN_NOISE}")
     return found
-
-
-def _alike(tuned: dict[str, Any]) -> int:
-    """How many other settings are as good as the best, as far as the rows can tell."""
-    return sum(i != tuned["best"] and is_within_noise(setting) for i, setting in enumerate(tuned["settings"]))
 
 
 def _tiles(tuned: dict[str, Any]) -> list[tuple[str, str]]:
@@ -117,4 +97,4 @@ def _tiles(tuned: dict[str, Any]) -> list[tuple[str, str]]:
     tiles.append(scored.tile(best["score"][by], f"kept by the best, {by} of the models"))
     if tuned["best"] and best["better_than_plain"]:
         tiles.append((_difference(best["better_than_plain"], "+"), "above the config as it is"))
-    return [*tiles, (str(_alike(tuned)), "others within noise of the best")]
+    return [*tiles, (str(as_good(tuned)), "others within noise of the best")]
