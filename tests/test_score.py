@@ -22,8 +22,11 @@ from test_vision_language import pictured, pictures  # noqa: F401
 
 from mergekit_pave import PaveError
 from mergekit_pave.calibration import recorded
+from mergekit_pave.calibration.data import load_samples
 from mergekit_pave.cli import main
+from mergekit_pave.config import PaveModel
 from mergekit_pave.plugin.scoring import plan_scoring
+from mergekit_pave.settings import DEFAULT_CALIBRATION
 from mergekit_pave.tasks import scoring
 
 SAMPLES, ROWS, SEED, LENGTH = 6, 10, 42, 16
@@ -140,7 +143,8 @@ def language_reference(family: Family, merged: Path, cls: str, tokenizer, **opti
             sums["drift"].append(kl(base, ours))
             sums["agreed"].append((own.argmax(-1) == ours.argmax(-1)).sum().item())
             sums["places"].append(ids.shape[1])
-            sums["nats"].append(torch.nn.functional.cross_entropy(ours[:-1], ids[0, 1:], reduction="sum").item())
+            loss = torch.nn.functional.cross_entropy(ours[:-1], ids[0, 1:], reduction="none")
+            sums["nats"].append(loss[[token not in tokenizer.all_special_ids for token in ids[0, 1:].tolist()]].sum().item())
             sums["bytes"].append(len(tokenizer.decode(ids[0, 1:], skip_special_tokens=True).encode()))
         found[i] = sums
         drifts.append(sum(sums["drift"]) / sum(sums["places"]) / math.log(2))
@@ -219,6 +223,36 @@ def test_classifiers_are_scored_through_the_experts_own_head(id, tmp_path):
         found = result["models"][str(model)]
         assert found["kept"] == pytest.approx(kept, abs=1e-3) and found["error"] == pytest.approx(error, rel=0.02)
         assert found["bits_per_byte"] is None and found["measure"] == "kl"
+
+
+def test_decoders_that_classify_are_scored_at_the_last_token(families, tmp_path):
+    """They find it by the id of the padding behind it, which some have and others do not."""
+    for padding in (None, 5):
+        folder = tmp_path / str(padding)
+        folder.mkdir()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(families["llama"].base)
+        config = transformers.AutoConfig.from_pretrained(families["llama"].base, pad_token_id=padding, num_labels=3)
+        torch.manual_seed(0)
+        base = transformers.LlamaForSequenceClassification(config)
+        tuned = tuple(save(perturbed(base, seed=i), tokenizer, folder / f"tuned{i}") for i in (1, 2))
+        family = dataclasses.replace(families["llama"], base=save(base, tokenizer, folder / "base"), tuned=tuned)
+        family = with_more_rows(family)
+        merged = averaged(family, folder / "merged")
+        (result,) = score(scored_config(family, folder / "cache"), merged)
+        cls = "LlamaForSequenceClassification"
+        expert, others = loaded(tuned[0], cls), []
+        for model in (merged, family.base):
+            other = loaded(tuned[0], cls)
+            other.model.load_state_dict(loaded(model, cls).model.state_dict())
+            others.append(other)
+        distances: list[list[float]] = [[], []]
+        for row in held_out(family.data[0], in_calibration(family)):
+            ids = tokenizer(row["text"], truncation=True, max_length=LENGTH, return_tensors="pt")["input_ids"]
+            with torch.no_grad():
+                own, *theirs = (model(input_ids=ids).logits[0] for model in (expert, *others))
+            for of_row, logits in zip(distances, theirs):
+                of_row.append(kl(own, logits))
+        assert result["models"][str(tuned[0])]["kept"] == pytest.approx(share(*distances)[0], abs=1e-3)
 
 
 BARE = some(lambda one: one.head == "Model", "bert-Model mpnet-Model clip_vision_model-Model")
@@ -306,10 +340,10 @@ def test_mixtures_are_scored(kind, family_of, tmp_path, everything_kept):  # noq
 def test_images_with_texts_are_scored(pictured, pictures, tmp_path):  # noqa: F811
     family = pictured("gemma3")
     entry = {"path": str(pictures), "image": "image", "text": "caption"}
-    config = scored_config(dataclasses.replace(family, data=family.data[:2]), tmp_path / "cache", calibration={"samples": 4})
+    config = scored_config(dataclasses.replace(family, data=family.data[:2]), tmp_path / "cache", calibration={"samples": 2})
     for model in config["pave"]["models"]:
         model["data"] = entry
-    for result, wanted in zip(score(config, family.base, family.tuned[0], rows=8), (0, 1)):
+    for result, wanted in zip(score(config, family.base, family.tuned[0], rows=6), (0, 1)):
         found = result["models"][str(family.tuned[0])]
         assert found["kept"] == wanted and found["measure"] == "kl"
 
@@ -409,8 +443,39 @@ def test_several_sources_and_streams_give_rows_that_calibration_has_not_seen(fam
     entry["data"] = [{"path": str(data), "text": "text", "streaming": stream} for data, stream in zip(family.data, (False, True))]
     forget_checkpoints()
     scorer = plan_scoring(MergeConfiguration.model_validate(config), MergeOptions(quiet=True), ROWS)
-    origins = [sample.origin for sample in scorer.scoring.experts[0].rows.encoded]
-    assert {sum(str(data) in origin for origin in origins) for data in family.data} == {ROWS // 2}
+    rows = scorer.scoring.experts[0].rows.encoded
+    assert {sum(str(data) in sample.origin for sample in rows) for data in family.data} == {ROWS // 2}
+    seen = load_samples(config_of(config, 0).sources, DEFAULT_CALIBRATION.model_copy(update=calibration()), "any")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(family.base)
+    in_c = [tokenizer(sample.text, truncation=True, max_length=LENGTH)["input_ids"] for sample in seen]
+    assert len(in_c) == SAMPLES and not [sample for sample in rows if sample.inputs["input_ids"] in in_c]
+
+
+def test_models_with_the_same_data_are_scored_on_rows_of_their_own(families, tmp_path):
+    """Their errors would not be independent."""
+    family = with_more_rows(copied(families["llama"], tmp_path))
+    config = scored_config(dataclasses.replace(family, data=(family.data[0],) * 2), tmp_path / "cache")
+    forget_checkpoints()
+    scorer = plan_scoring(MergeConfiguration.model_validate(config), MergeOptions(quiet=True), ROWS)
+    first, second = ([sample.inputs["input_ids"] for sample in expert.rows.encoded] for expert in scorer.scoring.experts)
+    assert len(first) == len(second) == ROWS and not [ids for ids in first if ids in second]
+
+
+def test_a_merge_that_was_measured_on_the_rows_is_refused(families, tmp_path):
+    family = with_more_rows(copied(families["llama"], tmp_path))
+    config = scored_config(family, tmp_path / "cache") | {"merge_method": "regmean"}
+    for model in config["models"]:
+        model.pop("parameters")
+    merge(config, tmp_path / "out")
+    score(config, tmp_path / "out")
+    score(scored_config(family, tmp_path / "cache", calibration=calibration(samples=SAMPLES + 1)), tmp_path / "out")
+    for more in ({"samples": SAMPLES - 1}, {"seed": 7}):
+        other = scored_config(family, tmp_path / "cache", calibration=calibration(**more))
+        fails(other, tmp_path / "out", says=("was merged with 6 calibration samples", "mergekit_config.yml"))
+
+
+def config_of(config: dict, number: int) -> PaveModel:
+    return MergeConfiguration.model_validate(config).pave.models[number]
 
 
 def test_what_was_run_is_not_run_again(families, tmp_path, monkeypatch):
@@ -472,7 +537,7 @@ def test_bad_input_is_refused_before_a_model_runs(families, tmp_path, monkeypatc
     monkeypatch.setattr(scoring, "run_over", lambda *_: pytest.fail("a model was run"))
     config = scored_config(family, tmp_path / "cache")
     few = scored_config(family, tmp_path / "cache", calibration=calibration(samples=36))
-    fails(few, says=("pave.models[", "calibration.samples", "Add rows"))
+    fails(few, says=("pave.models[", "set calibration.samples to 30 at most", "Add rows"))
     fails({key: value for key, value in config.items() if key != "pave"}, says=("no `pave:` block",))
     no_base = {key: value for key, value in config.items() if key != "base_model"} | {"merge_method": "linear"}
     fails(no_base, says=("base_model", "--base"))

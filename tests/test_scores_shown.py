@@ -42,7 +42,7 @@ def score_of(*models: str, level: float = 0.6, rows: int = 6, seed: int = 0, fea
         nats = dict(zip(("merged", "expert", "base"), torch.tensor([[2.0], [1.0], [3.0]]).double() * torch.ones(rows)))
         classes = None if features else (torch.full((rows,), 9.0), nats, 0.2 * base)
         agreed, nats, drift = classes or (None, None, None)
-        found[model] = Scored(10 * rows, Distances(merged, base), agreed, nats, drift, 8 * rows)
+        found[model] = Scored("token" if classes else "row", 10 * rows, Distances(merged, base), agreed, nats, drift, 8 * rows)
     return summarise("./base", found)
 
 

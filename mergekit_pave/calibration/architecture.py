@@ -25,7 +25,10 @@ from mergekit_pave.errors import PaveError, in_a_line
 NO_BLOCK = ""  # in the place of a block's path
 
 # What changes scores behind the head. Without it a softmax of them is not what the model predicts.
-_OF_SCORES = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
+_OF_SCORES = (
+    *("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"),
+    *("logits_scaling", "logit_scale", "lm_head_multiplier"),
+)
 
 _OF_TEXTS = {"input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "decoder_attention_mask"}
 

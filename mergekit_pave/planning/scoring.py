@@ -13,7 +13,7 @@ from mergekit_pave import cache
 from mergekit_pave.calibration.architecture import Architecture
 from mergekit_pave.calibration.batches import Encoded, encode
 from mergekit_pave.calibration.data import load_held_out, load_samples
-from mergekit_pave.calibration.forms import form_of
+from mergekit_pave.calibration.forms import Places, form_of
 from mergekit_pave.calibration.held_out import rows_of
 from mergekit_pave.calibration.job import seen
 from mergekit_pave.calibration.models import inference_dtype
@@ -24,11 +24,14 @@ from mergekit_pave.errors import PaveError
 from mergekit_pave.planning.merge import Reading
 from mergekit_pave.planning.source import Source, open_model, open_source, weights_identity
 from mergekit_pave.planning.tokenizers import find_conflict, load_processor, load_tokenizer, token_ids
+from mergekit_pave.report.stored import read_report
+from mergekit_pave.settings import Data
 from mergekit_pave.tasks.scoring import Expert, Model, Scoring
 
 LOG = logging.getLogger(__name__)
 
 _FEWEST = 8  # rows that a score may be made of, unless fewer are asked for
+_CENTRED = 3  # features are centred over the rows, so of fewer rows nothing is left
 _ALL = 1 << 62  # of the tokens count
 _TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece")
 
@@ -49,12 +52,12 @@ def plan_scoring(config: PaveConfig, base: ModelReference, reading: Reading, row
     if not entries:
         raise PaveError(f"pave.models: no model but {base}, which counts as 0 %; name another one with --base")
     sources = [open_source(config, entry.model, reading) for entry in entries]
-    samples = {
-        source.model: load_samples(source.entry.sources, config.calibration_of(source.model), str(source.model))
-        for source in sources
-    }
-    used = {sample.content for of_model in samples.values() for sample in of_model if sample.problem is None}
+    used: set[int] = set()  # also by the base model, which may be merged itself
+    for entry in config.models:
+        of_entry = load_samples(entry.sources, config.calibration_of(entry.model), str(entry.model)) if entry.data else ()
+        used |= {sample.content for sample in of_entry if sample.problem is None}
     opened = open_model(base, reading)
+    # Each row is held out for one expert only, or the errors of experts with the same data would not be independent.
     experts = [_expert(config, source, reading, rows, used, (base, opened[2])) for source in sources]
     forms = {expert.rows.form.is_language_model: expert.name for expert in experts}
     if len(forms) > 1:
@@ -74,23 +77,33 @@ def _expert(
     used: set[int],
     base: tuple[ModelReference, Architecture],
 ) -> Expert:
+    """
+    Args:
+        used: contents that are passed over. Those of this expert's rows are added.
+    """
     name, settings, architecture = str(source.model), config.calibration_of(source.model), source.architecture
     samples = load_held_out(source.entry.sources, settings, name, rows, used)
-    if len(samples) < min(rows, _FEWEST):
+    used |= {sample.content for sample in samples}
+    form = form_of(architecture, source.config)
+    fewest = min(rows, _FEWEST) if form.places is not Places.NOWHERE else max(_CENTRED, min(rows, _FEWEST))
+    encoded: list[Encoded] = []
+    if samples:
+        processor = load_processor(source, samples, reading)
+        seen_whole = settings.model_copy(update={"max_tokens": _ALL})
+        encoded = encode(samples, processor, seen_whole, architecture.positions, name, architecture.shift)
+    if len(encoded) < fewest:
+        calibrated = len(load_samples(source.entry.sources, settings, name))
+        at_most = min(settings.samples, calibrated) + len(encoded) - max(rows, fewest)
+        advice = f"set calibration.samples to {at_most} at most and merge again, as merges that are there have seen these rows"
         raise PaveError(
-            f"pave.models[{name}].data: only {len(samples)} rows with new content are left beside those for calibration, too few "
-            f"to score with. Add rows, or lower calibration.samples by {rows - len(samples)} and merge again: merges that are "
-            "there have seen the rows that this sets free"
+            f"pave.models[{name}].data: {len(encoded)} rows with new content are left beside those for calibration, and a score "
+            f"needs {fewest}. Add rows{f'; or {advice}' if at_most > 0 else ''}"
         )
-    processor = load_processor(source, samples, reading)
-    settings = settings.model_copy(update={"max_tokens": _ALL})
-    encoded = encode(samples, processor, settings, architecture.positions, name, architecture.shift)
     if len(encoded) < rows:
         LOG.warning("%s: only %d held-out rows, not %d", name, len(encoded), rows)
     tokenizer = getattr(processor, "tokenizer", processor)
     _check_ids(name, encoded, architecture, tokenizer, source.model, reading)
     _check_ids(name, encoded, base[1], tokenizer, base[0], reading)
-    form = form_of(architecture, source.config)
     lengths = [_bytes_of(sample, tokenizer) if form.is_generative else 0 for sample in encoded]
     dtype = str(inference_dtype(source.config, reading.runtime.device))
     key = cache.key("predictions", source.identity, architecture.computation, dtype, KEPT, DRAWN, form.labels, *seen(encoded))
@@ -99,9 +112,21 @@ def _expert(
         folder=source.checkpoint.folder,
         config=source.config,
         architecture=architecture,
-        rows=rows_of(encoded, settings.batch_size, form, lengths),
+        rows=rows_of(
+            encoded,
+            lengths,
+            settings.batch_size,
+            form,
+            special=frozenset(tokenizer.all_special_ids) if form.is_generative else frozenset(),
+            padding=getattr(source.config.get_text_config(), "pad_token_id", None),
+        ),
         key=key,
+        drawn={"data": _as_reported(source.entry.sources), "samples": settings.samples, "seed": settings.seed},
     )
+
+
+def _as_reported(sources: list[Data]) -> list[dict[str, Any]]:
+    return [data.model_dump(mode="json", exclude_defaults=True) | {"split": data.split} for data in sources]
 
 
 def _bytes_of(sample: Encoded, tokenizer: Any) -> int:
@@ -147,6 +172,7 @@ def open_merged(scoring: Scoring, folder: Path, reading: Reading) -> Model:
     """
     reference = ModelReference.parse(str(folder))
     checkpoint, config, architecture = open_model(reference, reading)
+    _check_unseen(folder, scoring.experts)
     first = scoring.experts[0]
     if first.rows.form.is_language_model:
         _check_class(str(folder), architecture.cls, scoring.experts)
@@ -155,6 +181,24 @@ def open_merged(scoring: Scoring, folder: Path, reading: Reading) -> Model:
         if tokenizer is not None:
             _check_ids(expert.name, expert.rows.encoded, architecture, tokenizer, reference, reading)
     return Model(str(folder), architecture.cls, config, Stored(checkpoint.folder), weights_identity(checkpoint))
+
+
+def _check_unseen(folder: Path, experts: list[Expert]) -> None:
+    """Refuse a merge that was measured on rows that it is to be scored with: its report says how they were drawn."""
+    try:
+        models = read_report(str(folder))["models"]
+    except PaveError:  # it was merged without a block, or elsewhere
+        return
+    for expert in experts:
+        source = models.get(expert.name) or {}
+        then, now = source.get("calibration") or {}, expert.drawn
+        same_data = [data.get("path") for data in source.get("data", ())] == [data["path"] for data in now["data"]]
+        if then and same_data and (then["seed"] != now["seed"] or then["samples"] > now["samples"]):
+            raise PaveError(
+                f"{folder} was merged with {then['samples']} calibration samples of {expert.name}, drawn with the seed "
+                f"{then['seed']}, and the config says {now['samples']} and {now['seed']}: rows that it was measured on would be "
+                f"scored. Score with the config that it was made with ({folder}/mergekit_config.yml)"
+            )
 
 
 def _tokenizer_of(model: ModelReference, reading: Reading) -> Any:

@@ -147,6 +147,7 @@ class _Worst(_Kept):
 
 class _ScoredModel(_Kept):
     rows: PositiveCount
+    place: Literal["token", "row", "label"]
     places: PositiveCount
     measure: Literal["kl", "cosine"]
     kept: Optional[Share]

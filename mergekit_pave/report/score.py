@@ -20,7 +20,8 @@ class Scored:
     """What was measured on one expert's rows: float64 (rows,) each, sums over the places of a row.
 
     Attributes:
-        places: how many there are in all rows: tokens, or the rows themselves.
+        place: what there are distances of: a `token`, a `row`, or a `label` of a row.
+        places: how many there are in all rows.
         distances: in nats, or angular.
         agreed: places where the merged model's most likely class is the expert's; None of features.
         nats: the loss of merged model, expert and base model; None where no token follows.
@@ -28,6 +29,7 @@ class Scored:
         num_bytes: the length of the text that the loss is of.
     """
 
+    place: str
     places: int
     distances: Distances
     agreed: Tensor | None
@@ -63,6 +65,7 @@ def _of_expert(name: str, experts: dict[str, Scored]) -> dict[str, Any]:
     others = [other for key, other in experts.items() if key != name and other.drift is not None]
     return {
         "rows": len(scored.distances.merged),
+        "place": scored.place,
         "places": scored.places,
         "measure": "cosine" if scored.agreed is None else "kl",
         **(as_json(estimate) if estimate else {"kept": None, "error": None}),

@@ -40,7 +40,8 @@ def columns(scores: Sequence[Score]) -> list[Column]:
     models = [model for score in scores for model in score["models"].values()]
     ratio = " or ".join(_RATIOS[measure] for measure in dict.fromkeys(model["measure"] for model in models))
     rows = " to ".join(str(rows) for rows in dict.fromkeys(limit(model["rows"] for model in models) for limit in (min, max)))
-    place = "tokens" if any(model["bits_per_byte"] for model in models) else "rows"
+    kinds = list(dict.fromkeys(model["place"] for model in models))
+    places, place = (" or ".join(kind + ending for kind in kinds) for ending in ("s", ""))
     every = [
         Column(
             "kept",
@@ -48,13 +49,15 @@ def columns(scores: Sequence[Score]) -> list[Column]:
             f"100 % is the expert, 0 % the base model: {ratio} on {rows} rows a model that calibration did not use; "
             "± is one standard error",
         ),
-        Column("agreement", "top-1 agreement", f"{place} where the expert's first choice is the merge's, too"),
+        Column("agreement", "top-1 agreement", f"{places} where the expert's first choice is the merge's, too"),
         Column(
             "bits_per_byte",
             "bits per byte",
-            "loss on the text of these rows; in brackets that of the expert and of the base model",
+            "loss on the text of these rows, without special tokens; in brackets that of the expert and of the base model",
         ),
-        Column("drift", "drift", "how far it is from the base model on the other models' rows: KL(base‖merged) in bits a token"),
+        Column(
+            "drift", "drift", f"how far it is from the base model on the other models' rows: KL(base‖merged) in bits a {place}"
+        ),
     ]
     return every[:1] + [column for column in every[1:] if any(model[column.key] is not None for model in models)]
 

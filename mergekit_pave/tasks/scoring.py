@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mergekit_pave import cache
 from mergekit_pave.calibration.architecture import Architecture
+from mergekit_pave.calibration.forms import Places
 from mergekit_pave.calibration.held_out import Rows
 from mergekit_pave.calibration.job import Runtime
 from mergekit_pave.calibration.models import inference_dtype
@@ -52,6 +53,7 @@ class Expert:
         name: the model's name.
         folder: of its checkpoint.
         key: of what it gives on the rows, in the cache.
+        drawn: how the rows of its covariances are drawn, as reports have it: `data`, `samples` and `seed`.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Expert:
     architecture: Architecture
     rows: Rows
     key: str
+    drawn: dict[str, Any]
 
     @property
     def subject(self) -> Subject:
@@ -181,8 +184,10 @@ class Scoring:
 
 
 def _scored(rows: Rows, merged: dict[str, Tensor], own: dict[str, Tensor], base: dict[str, Tensor]) -> Scored:
-    has_loss = rows.form.is_generative and all(rows.bytes)
+    has_loss = rows.form.is_generative and sum(rows.bytes) > 0
+    places = rows.form.places
     return Scored(
+        place="row" if places is Places.NOWHERE else "label" if rows.form.labels > 1 else places.value.removesuffix("s"),
         places=len(rows.row_of),
         distances=Distances(merged["divergence"], base["divergence"]),
         agreed=merged.get("agreed"),

@@ -70,6 +70,6 @@ def tile(estimate: dict[str, Any], label: str) -> tuple[str, str]:
 
 def settings(score: dict[str, Any]) -> document.Table:
     """What was measured on."""
-    models = score["models"].values()
-    place = "tokens" if any(model["bits_per_byte"] for model in models) else "places"
-    return ("model", "rows", place), [(name, model["rows"], f"{model['places']:,}") for name, model in score["models"].items()]
+    return ("model", "rows", "measured at"), [
+        (name, model["rows"], f"{model['places']:,} {model['place']}s") for name, model in score["models"].items()
+    ]
