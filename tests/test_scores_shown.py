@@ -173,6 +173,14 @@ def test_a_new_merge_removes_scores_and_picture(llama, merged, tmp_path):
     assert "What it keeps" not in (out / "README.md").read_text()
 
 
+def test_a_new_merge_without_a_card_leaves_no_scores_in_the_old_one(llama, merged, tmp_path):
+    out = copy_of(merged, tmp_path / "out")
+    before = (out / "README.md").read_bytes()
+    add_to_card(str(out), score_of())
+    merge(config_for(llama, weight=(0.3, 0.3)), out, write_model_card=False)
+    assert (out / "README.md").read_bytes().rstrip() == before.rstrip()
+
+
 def whole() -> dict:
     return json.loads(json.dumps(score_of("./math", "./code") | {"weights": {"model.safetensors": "0123"}}))
 

@@ -99,6 +99,8 @@ def _expert(
             f"pave.models[{name}].data: {len(encoded)} rows with new content are left beside those for calibration, and a score "
             f"needs {fewest}. Add rows{f'; or {advice}' if at_most > 0 else ''}"
         )
+    if form.places is Places.NOWHERE and architecture.heads:
+        LOG.info("%s: the scores of its head are no probabilities of classes, so it is compared by its features", name)
     if len(encoded) < rows:
         LOG.warning("%s: only %d held-out rows, not %d", name, len(encoded), rows)
     tokenizer = getattr(processor, "tokenizer", processor)

@@ -208,11 +208,15 @@ def in_short(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def planning_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Turn mergekit's errors of these kinds into messages for users. Our own messages pass unchanged."""
+def planning_errors(*kinds: type[Exception], failed: str = "mergekit cannot plan this merge") -> Iterator[None]:
+    """Turn errors of these kinds into messages for users. Our own messages pass unchanged.
+
+    Args:
+        failed: what it means.
+    """
     try:
         yield
     except PaveError:
         raise
     except kinds as error:
-        raise PaveError(f"mergekit cannot plan this merge: {in_short(error)}") from error
+        raise PaveError(f"{failed}: {in_short(error)}") from error

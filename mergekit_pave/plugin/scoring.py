@@ -35,7 +35,7 @@ class Scorer:
             PaveError: it is none, or none of models like these.
         """
         check_merged(ModelReference.parse(str(folder)), self.reading.runtime.trust_remote_code)
-        with planning_errors(OSError, ValueError, RuntimeError):
+        with planning_errors(OSError, ValueError, RuntimeError, failed=f"{folder} cannot be scored"):
             return open_merged(self.scoring, folder, self.reading)
 
     def score(self, folder: Path) -> dict[str, Any]:
@@ -67,5 +67,5 @@ def plan_scoring(config: MergeConfiguration, options: MergeOptions, rows: int, b
     merge_adapters(config, options)
     runtime = Runtime(options.device, options.trust_remote_code, options.quiet)
     reading = Reading(runtime, options.transformers_cache, checkpoint_of)
-    with planning_errors(OSError, ValueError, RuntimeError):
+    with planning_errors(OSError, ValueError, RuntimeError, failed="these models cannot be scored"):
         return Scorer(plan_for(config.pave, config.base_model, reading, rows), reading)

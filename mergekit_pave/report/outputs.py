@@ -13,9 +13,14 @@ REPORT_NAME = "pave_report.json"
 PICTURE_NAME = "pave_ranks.png"
 SCORES_NAME = "pave_scores.json"
 SCORES_PICTURE_NAME = "pave_scores.png"
+CARD = "README.md"
 PAGE_FOLDER = "pave_report"
 PAGE_NAME = "index.html"
 GENERATOR = "mergekit-pave report"
+
+# Around the section of a model card that shows scores: comments of HTML, which nobody sees in a card.
+SCORES_BEGIN = "<!-- What it keeps: written by mergekit-pave, which replaces everything from here to the end of it -->"
+SCORES_END = "<!-- End of what it keeps -->"
 
 
 def remove(folder: Path) -> None:
@@ -24,9 +29,19 @@ def remove(folder: Path) -> None:
     ours = [*(folder / name for name in names), *_page(folder / PAGE_FOLDER)]
     for path in ours:
         path.unlink(missing_ok=True)
+    _cut_scores(folder / CARD)
     pages = folder / PAGE_FOLDER
     if pages.is_dir() and not any(pages.iterdir()):
         pages.rmdir()
+
+
+def _cut_scores(card: Path) -> None:
+    """Remove the scores of the earlier merge from its card, which mergekit leaves there if it writes no new one."""
+    text = card.read_bytes() if card.is_file() else b""
+    before, begin, rest = text.partition(SCORES_BEGIN.encode())
+    _, end, after = rest.partition(SCORES_END.encode())
+    if begin and end:
+        card.write_bytes(before + after.lstrip(b"\r\n"))
 
 
 def is_page(path: Path) -> bool:

@@ -8,13 +8,9 @@ from typing import Any
 from mergekit_pave.errors import PaveError
 from mergekit_pave.files import replacing
 from mergekit_pave.report import markdown
+from mergekit_pave.report.outputs import CARD, SCORES_BEGIN, SCORES_END
 from mergekit_pave.report.page.picture import draw_shares
 from mergekit_pave.report.scores import columns, notes, table
-
-CARD = "README.md"
-# Comments of HTML, which nobody sees in a card. No name in the section can hold one, because names are escaped.
-_BEGIN = "<!-- What it keeps: written by mergekit-pave, which replaces everything from here to the end of it -->"
-_END = "<!-- End of what it keeps -->"
 
 
 def add_to_card(folder: str, score: dict[str, Any]) -> None:
@@ -60,7 +56,7 @@ def _read(path: Path) -> bytes:
 
 def _place(path: Path, text: bytes, section: str) -> bytes:
     """The card with the section in the place of an earlier one, or else at its end."""
-    begin, end = _BEGIN.encode(), _END.encode()
+    begin, end = SCORES_BEGIN.encode(), SCORES_END.encode()
     newline = b"\r\n" if b"\r\n" in text else b"\n"
     new = section.encode().replace(b"\n", newline)
     if begin not in text and end not in text:
@@ -71,7 +67,7 @@ def _place(path: Path, text: bytes, section: str) -> bytes:
     if not found or begin in rest or end in before + after:
         raise PaveError(
             f"{path} has a section of scores whose begin or end is missing, or several; remove them, each from the line "
-            f"`{_BEGIN}` to the line `{_END}`"
+            f"`{SCORES_BEGIN}` to the line `{SCORES_END}`"
         )
     return before + new + after
 
@@ -82,10 +78,10 @@ def _section(score: dict[str, Any], picture: str | None) -> str:
     Args:
         picture: the file beside the card that shows the shares, if there is one.
     """
-    lines = [_BEGIN, "### What it keeps", "", *markdown.table(*table(score)), ""]
+    lines = [SCORES_BEGIN, "### What it keeps", "", *markdown.table(*table(score)), ""]
     if picture:
         lines += [f"![Share kept of each model, with its standard error]({picture})", ""]
     lines += [f"- {column.heading}: {column.meaning}." for column in columns([score])]
     version = score["versions"]["mergekit-pave"]
-    lines += ["", f"Measured by mergekit-pave {markdown.escape(version)}. {' '.join(notes([score]))}", _END]
+    lines += ["", f"Measured by mergekit-pave {markdown.escape(version)}. {' '.join(notes([score]))}", SCORES_END]
     return "\n".join(lines)

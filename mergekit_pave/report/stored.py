@@ -13,14 +13,16 @@ from mergekit_pave.errors import PaveError
 from mergekit_pave.files import replacing
 from mergekit_pave.report.outputs import REPORT_NAME, SCORES_NAME
 from mergekit_pave.report.schema import validate, validate_scores
+from mergekit_pave.report.score import FORMAT as SCORES_FORMAT
 
 FORMAT = 1  # raised when a reader of the format before would misread it; a report without a number has 1
 
 
 class _Kind(NamedTuple):
-    """A file of ours beside weights: its name, its check, and what errors about it say."""
+    """A file of ours beside weights: its name, the number of its format, its check, and what errors about it say."""
 
     name: str
+    format: int
     check: Callable[[Any], None]
     missing: str
     what: str  # it is
@@ -30,6 +32,7 @@ class _Kind(NamedTuple):
 
 _REPORT = _Kind(
     REPORT_NAME,
+    FORMAT,
     validate,
     "so it is not the output of a merge with a `pave:` block; nor has it been scored, with `mergekit-pave score`",
     "a report of mergekit-pave, or a damaged one",
@@ -38,6 +41,7 @@ _REPORT = _Kind(
 )
 _SCORES = _Kind(
     SCORES_NAME,
+    SCORES_FORMAT,
     validate_scores,
     "which `mergekit-pave score CONFIG FOLDER` writes",
     "scores of mergekit-pave, or damaged ones",
@@ -100,9 +104,9 @@ def _read(kind: _Kind, out_path: str) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise PaveError(f"{path} cannot be read: {error}") from error
     number = content.get("format", 1) if isinstance(content, dict) else None
-    if isinstance(number, int) and number > FORMAT:
+    if isinstance(number, int) and number > kind.format:
         raise PaveError(
-            f"{path} has format {number}, which a later mergekit-pave wrote; this one reads formats up to {FORMAT}: "
+            f"{path} has format {number}, which a later mergekit-pave wrote; this one reads formats up to {kind.format}: "
             "pip install --upgrade mergekit-pave"
         )
     try:
