@@ -24,6 +24,8 @@ from pydantic import (
 from mergekit_pave.errors import PaveError
 from mergekit_pave.settings import (
     DEFAULT_CALIBRATION,
+    GENERATED,
+    AnyData,
     Block,
     Calibration,
     Data,
@@ -32,6 +34,7 @@ from mergekit_pave.settings import (
     Regularization,
     RelativeRegularization,
     reject_string,
+    wrong_keys,
 )
 
 
@@ -79,7 +82,7 @@ class PaveModel(Block):
     }
 
     model: ModelReference
-    data: Annotated[Data | list[Data] | None, reject_string("a mapping, such as {{path: {}}}")] = None
+    data: AnyData = None
     covariance: str | None = Field(default=None, min_length=1)
     purify: bool = True
     rank_ratio: RankRatio | None = None
@@ -98,8 +101,15 @@ class PaveModel(Block):
         return self
 
     @property
+    def is_generated(self) -> bool:
+        """Whether the model writes its own samples."""
+        return self.data == GENERATED
+
+    @property
     def sources(self) -> list[Data]:
-        """The data sets, one or several."""
+        """The data sets, one or several; none if the model writes its own samples."""
+        if self.is_generated:
+            return []
         return self.data if isinstance(self.data, list) else [self.data]
 
 
@@ -123,6 +133,7 @@ class PaveConfig(Block):
 
     _out_path: str = PrivateAttr("")  # where the merge is written, for the model card
 
+    data: AnyData = None
     rank_ratio: RankRatio = 0.984
     allocation: Literal["spectral", "uniform"] = "spectral"
     regularization: Regularization = RelativeRegularization(relative=0.01)
@@ -134,7 +145,7 @@ class PaveConfig(Block):
     refine: OptionalRefine = False
     cache_dir: str | None = None
     calibration: Calibration = Calibration()
-    models: list[PaveModel] = Field(min_length=1)
+    models: list[PaveModel] = Field(default=[])
 
     # mergekit-multi dumps a config, and replaces every string that equals the name of a merge step by a reference to the output
     # of that step. It means models; a data set or a filter of the same name must not be replaced.
@@ -146,15 +157,17 @@ class PaveConfig(Block):
 
     @model_validator(mode="before")
     @classmethod
-    def _purify_by_default(cls, value: Any) -> Any:
+    def _hold_for_each_model(cls, value: Any) -> Any:
         """What the block says holds for each model that does not say otherwise."""
-        if isinstance(value, dict) and "purify" in value and isinstance(value.get("models"), list):
-            entries = [{"purify": value["purify"], **entry} if isinstance(entry, dict) else entry for entry in value["models"]]
+        if isinstance(value, dict) and isinstance(value.get("models"), list):
+            entries = [_completed(entry, value) if isinstance(entry, dict) else entry for entry in value["models"]]
             return value | {"models": entries}
         return value
 
     @model_validator(mode="after")
     def _each_model_once(self) -> PaveConfig:
+        if not self.models and not self.data:
+            raise ValueError("give `data` for all models, or list each one under `models` with its own")
         seen = set()
         for entry in self.models:
             if entry.model in seen:
@@ -166,6 +179,23 @@ class PaveConfig(Block):
     def refinement(self) -> Refine | None:
         """How the merge is to be refined; None where it is not."""
         return (Refine() if self.refine is True else self.refine) or None
+
+    def with_merged(self, merge: dict[str, Any]) -> PaveConfig:
+        """The block with an entry for each model that is merged, if it has data for all of them.
+
+        Args:
+            merge: see `check_models`.
+        """
+        if not self.data:
+            return self
+        merged = dict.fromkeys(_merged_models(merge, merge.get("base_model")))
+        added = [PaveModel(model=model, data=self.data, purify=self.purify) for model in merged if not self.listed(model)]
+        return self.model_copy(update={"models": [*self.models, *added]})
+
+    def data_key(self, model: ModelReference) -> str:
+        """Where the `data` of a model stands, for messages."""
+        is_of_all = self.data and self.listed(model).data == self.data
+        return f"{model}: pave.data" if is_of_all else f"pave.models[{model}].data"
 
     def listed(self, model: ModelReference) -> PaveModel | None:
         """The model's entry, or None."""
@@ -210,7 +240,7 @@ def read_block(value: Any) -> PaveConfig:
     try:
         return PaveConfig.model_validate(value)
     except ValidationError as error:
-        raise PaveError("\n".join(_describe(value, error))) from None
+        raise PaveError("\n".join(wrong_keys(value, error))) from None
 
 
 def check_models(config: PaveConfig, merge: dict[str, Any]) -> None:
@@ -237,7 +267,18 @@ def check_models(config: PaveConfig, merge: dict[str, Any]) -> None:
     listed = {entry.model for entry in config.models}
     for model in sorted(merged - listed, key=str):
         otherwise = "" if config.refine else ", or `purify: false` to merge it as it is"
-        raise PaveError(f"pave.models: {model} is merged but has no entry; give it `data` to calibrate with{otherwise}")
+        raise PaveError(
+            f"pave.models: {model} is merged but has no entry; give it `data` to calibrate with{otherwise}. "
+            "`data` directly under `pave` holds for all models"
+        )
+
+
+def _completed(entry: dict[Any, Any], block: dict[Any, Any]) -> dict[Any, Any]:
+    """A model's entry, with what the block says for all models."""
+    more = {"purify": block["purify"]} if "purify" in block else {}
+    if block.get("data") and not entry.get("data") and not entry.get("covariance"):
+        more["data"], entry = block["data"], {key: value for key, value in entry.items() if key != "data"}
+    return more | entry
 
 
 def _location(model: ModelReference) -> list[tuple[str, str | None]]:
@@ -254,25 +295,3 @@ def _merged_models(scope: dict[str, Any], base: ModelReference | None) -> Iterat
             yield source.model
     for output in scope.get("slices") or ():
         yield from (source.model for source in output.sources if source.model != (output.base_model or base))
-
-
-def _describe(value: Any, error: ValidationError) -> Iterator[str]:
-    """One line for each wrong key, with its path in the YAML. Of a union's alternatives only the first is described."""
-    described = set()
-    for problem in error.errors():
-        path, node = "pave", value
-        for part in problem["loc"]:
-            if isinstance(node, dict) and part in node:
-                path, node = f"{path}.{part}", node[part]
-            elif isinstance(node, list) and isinstance(part, int) and part < len(node):
-                node = node[part]
-                is_model = isinstance(node, dict) and "model" in node
-                path += f"[{node['model']}]" if is_model else f"[{part}]"
-            elif problem["type"] == "missing" and part == problem["loc"][-1]:
-                path = f"{path}.{part}"
-        if path in described:
-            continue
-        described.add(path)
-        message = problem["msg"].removeprefix("Value error, ")
-        shown = f" (got {problem['input']!r})" if problem["type"] not in ("missing", "value_error") else ""
-        yield f"{path}: {message[0].lower()}{message[1:]}{shown}"

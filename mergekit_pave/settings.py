@@ -1,10 +1,11 @@
-"""The data types of a `pave:` block that need nothing of mergekit."""
+"""The data types of a `pave:` block that need nothing of mergekit, and what is said about keys that do not fit."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
 
 from mergekit_pave.errors import unknown
 
@@ -116,3 +117,54 @@ class Data(Block):
         if self.target is not None and self.image is not None:
             raise ValueError("target, the answer of an encoder-decoder model, goes with text or messages, not with image")
         return self
+
+
+GENERATED = "generated"  # in the place of a data set: the model writes its own text
+
+
+def _reject_other_strings(value: Any) -> Any:
+    if isinstance(value, str) and value != GENERATED:
+        raise ValueError(f"must be a mapping, such as {{path: {value}}}, or {GENERATED!r}, not {value!r} alone")
+    return value
+
+
+AnyData = Annotated[Data | list[Data] | Literal["generated"] | None, BeforeValidator(_reject_other_strings)]
+
+
+class Written(Block):
+    """Text that a model has written itself, as reports and manifests name it.
+
+    Attributes:
+        generated: what it went on from.
+    """
+
+    generated: Literal["chat", "bos", "eos", "random"]
+
+
+def wrong_keys(value: Any, error: ValidationError) -> Iterator[str]:
+    """One line for each wrong key, with its path in the YAML. Of a union's alternatives only the first is described."""
+    described = set()
+    for problem in error.errors():
+        if _is_of_block(problem["loc"], value):
+            continue
+        path, node = "pave", value
+        for part in problem["loc"]:
+            if isinstance(node, dict) and part in node:
+                path, node = f"{path}.{part}", node[part]
+            elif isinstance(node, list) and isinstance(part, int) and part < len(node):
+                node = node[part]
+                is_model = isinstance(node, dict) and "model" in node
+                path += f"[{node['model']}]" if is_model else f"[{part}]"
+            elif problem["type"] == "missing" and part == problem["loc"][-1]:
+                path = f"{path}.{part}"
+        if path in described:
+            continue
+        described.add(path)
+        message = problem["msg"].removeprefix("Value error, ")
+        shown = f" (got {problem['input']!r})" if problem["type"] not in ("missing", "value_error") else ""
+        yield f"{path}: {message[0].lower()}{message[1:]}{shown}"
+
+
+def _is_of_block(loc: tuple[Any, ...], value: dict[str, Any]) -> bool:
+    """Whether what is wrong in a model's `data` is that of the whole block, which is described there."""
+    return len(loc) > 2 and loc[0] == "models" and loc[2] == "data" and not value["models"][loc[1]].get("data")

@@ -160,7 +160,9 @@ def _texts(source: tuple, folder: Path, max_length: int) -> Iterator[dict[str, t
 
 
 def _encode(row: dict, how: tuple, tokenizer, max_length: int) -> dict[str, list[int]] | None:
-    """("text", column), ("template", template), ("pair", column, column) or ("messages", column)."""
+    """("text", column), ("template", template), ("pair", column, column), ("messages", column) or ("ids", column)."""
+    if how[0] == "ids":
+        return {"input_ids": row[how[1]]}
     if how[0] == "messages":
         return {"input_ids": tokenizer.apply_chat_template(row[how[1]], tokenize=True, return_dict=False)[:max_length]}
     if how[0] == "pair":

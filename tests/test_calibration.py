@@ -233,9 +233,9 @@ def test_shares_never_exceed_sizes_or_budget():
 
 def encode_rows(llama, tmp_path: Path, rows: list[dict], **data) -> list[Encoded]:
     path = write_rows(tmp_path / "rows.jsonl", rows)
-    samples = load_samples([Data(path=str(path), **data)], DEFAULT_CALIBRATION, "m")
+    samples = load_samples([Data(path=str(path), **data)], DEFAULT_CALIBRATION, "data")
     tokenizer = transformers.AutoTokenizer.from_pretrained(llama.tuned[0])
-    return encode(samples, tokenizer, DEFAULT_CALIBRATION, None, "m")
+    return encode(samples, tokenizer, DEFAULT_CALIBRATION, None, "data")
 
 
 def test_rows_that_cannot_be_used_are_skipped_and_counted(llama, tmp_path, caplog):
@@ -268,9 +268,9 @@ def test_chats_with_system_turns_and_tools(llama, tmp_path):
     call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}
     rows = [{"chat": turns, "tools": json.dumps([{"name": "f"}])}, {"chat": [*turns, call], "tools": ""}]
     path = write_rows(tmp_path / "chats.jsonl", rows)
-    samples = load_samples([Data(path=str(path), messages="chat")], DEFAULT_CALIBRATION, "m")
+    samples = load_samples([Data(path=str(path), messages="chat")], DEFAULT_CALIBRATION, "data")
     decoded = [
-        tokenizer.decode(sample.inputs["input_ids"]) for sample in encode(samples, tokenizer, DEFAULT_CALIBRATION, None, "m")
+        tokenizer.decode(sample.inputs["input_ids"]) for sample in encode(samples, tokenizer, DEFAULT_CALIBRATION, None, "data")
     ]
     # A table gives every turn the key tool_calls; only the turn that has one may show it.
     assert decoded == ["[1 tools]system:be brief;user:hi;", "system:be brief;user:hi;assistant:!;"]
@@ -281,10 +281,10 @@ def test_several_data_sets_are_sampled_evenly(tmp_path):
     many = write_rows(tmp_path / "many.jsonl", [{"question": f"many {i}"} for i in range(100)])
     sources = [Data(path=str(few)), Data(path=str(many), text="Q: {question}")]
     settings = DEFAULT_CALIBRATION.model_copy(update={"samples": 20})
-    samples = [sample.text for sample in load_samples(sources, settings, "m")]
+    samples = [sample.text for sample in load_samples(sources, settings, "data")]
     assert sum(text.startswith("few") for text in samples) == 3
     assert sum(text.startswith("Q: many") for text in samples) == 17 == len(set(samples)) - 3
-    assert samples == [sample.text for sample in load_samples(sources, settings, "m")]
+    assert samples == [sample.text for sample in load_samples(sources, settings, "data")]
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet", "txt", "json"])
@@ -299,7 +299,7 @@ def test_file_formats(tmp_path, suffix):
         frame.to_parquet(path)
     else:
         path.write_text("seven\nnine\n" if suffix == "txt" else json.dumps(frame.to_dict("records")))
-    assert [sample.text for sample in load_samples([Data(path=str(path))], DEFAULT_CALIBRATION, "m")] == ["seven", "nine"]
+    assert [sample.text for sample in load_samples([Data(path=str(path))], DEFAULT_CALIBRATION, "data")] == ["seven", "nine"]
 
 
 def test_streaming_and_folders(tmp_path):
@@ -307,7 +307,7 @@ def test_streaming_and_folders(tmp_path):
     settings = DEFAULT_CALIBRATION.model_copy(update={"samples": 5})
     for streaming in (False, True):
         data = Data(path=str(tmp_path / "set"), data_files="*.jsonl", streaming=streaming)
-        samples = load_samples([data], settings, "m")
+        samples = load_samples([data], settings, "data")
         assert len({sample.text for sample in samples}) == 5
 
 
@@ -315,7 +315,7 @@ def test_another_encoding_is_told(tmp_path):
     path = tmp_path / "latin.txt"
     path.write_bytes("für alle Fälle\n".encode("latin-1") * 3)
     with pytest.raises(PaveError, match=r"latin\.txt.*UTF-8"):
-        load_samples([Data(path=str(path))], DEFAULT_CALIBRATION, "m")
+        load_samples([Data(path=str(path))], DEFAULT_CALIBRATION, "data")
 
 
 def test_out_of_memory_is_answered_with_settings(llama, tmp_path, monkeypatch):
@@ -353,7 +353,7 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_written(llama, tmp_path, ca
     """A limit on file size stands for the full disk: a write fails midway."""
     path = merging.write_config(merging.config_for(llama, {}), tmp_path / "config.yml")
     for data in llama.data[:2]:  # so that the library's own cache of them is written already
-        load_samples([Data(path=str(data))], DEFAULT_CALIBRATION, "m")
+        load_samples([Data(path=str(data))], DEFAULT_CALIBRATION, "data")
     result = command("python", "-c", _LIMITED, "9000", "calibrate", path)
     assert result.returncode == 1 and "cannot be written" in result.stderr and "cache_dir" in result.stderr
     assert "Traceback" not in result.stderr
@@ -363,7 +363,7 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_written(llama, tmp_path, ca
 def test_an_empty_file_is_told(tmp_path):
     (tmp_path / "none.jsonl").touch()
     with pytest.raises(PaveError, match=r"data\.path: .*none\.jsonl is empty"):
-        load_samples([Data(path=str(tmp_path / "none.jsonl"))], DEFAULT_CALIBRATION, "m")
+        load_samples([Data(path=str(tmp_path / "none.jsonl"))], DEFAULT_CALIBRATION, "data")
 
 
 def test_too_little_space_is_told_before_anything_runs(tmp_path):
@@ -470,9 +470,9 @@ def test_images_go_through_the_image_processor(tmp_path):
         path = tmp_path / "pictures" / "train" / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         image.fromarray(rng.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(path)
-    samples = load_samples([Data(path=str(tmp_path / "pictures"), image="image")], DEFAULT_CALIBRATION, "m")
+    samples = load_samples([Data(path=str(tmp_path / "pictures"), image="image")], DEFAULT_CALIBRATION, "data")
     architecture = describe(config, str(folder), False)
-    encoded = encode(samples, processor, DEFAULT_CALIBRATION, architecture.positions, "m")
+    encoded = encode(samples, processor, DEFAULT_CALIBRATION, architecture.positions, "data")
     job = Job("vit", str(folder), transformers.AutoConfig.from_pretrained(folder), architecture, encoded, 3, ABOUT)
     calibrate(job, Artefact(tmp_path / "cache"), CPU)
     expected = by_layer(whole(job))

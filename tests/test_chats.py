@@ -29,8 +29,10 @@ def tokenizer_with(llama, template: str | None = SHOWN):
 
 def rendered(path: Path, tokenizer, **data) -> list[str]:
     """What the model reads of each row."""
-    samples = load_samples([Data(path=str(path), **data)], DEFAULT_CALIBRATION, "m")
-    return [tokenizer.decode(sample.inputs["input_ids"]) for sample in encode(samples, tokenizer, DEFAULT_CALIBRATION, None, "m")]
+    samples = load_samples([Data(path=str(path), **data)], DEFAULT_CALIBRATION, "data")
+    return [
+        tokenizer.decode(sample.inputs["input_ids"]) for sample in encode(samples, tokenizer, DEFAULT_CALIBRATION, None, "data")
+    ]
 
 
 def parquet(path: Path, rows: list[dict]) -> Path:
@@ -205,7 +207,7 @@ def test_prompts_and_completions(llama, tmp_path):
     path = write_rows(tmp_path / "mixed.jsonl", [{"prompt": "add one", "completion": TURNS[1:]}])
     with pytest.raises(PaveError, match=r"1 of 1 rows cannot be used: 1 \(of prompt and completion one is a text"):
         rendered(path, tokenizer)
-    samples = load_samples([Data(path=str(tmp_path / "texts.jsonl"), target="completion")], DEFAULT_CALIBRATION, "m")
+    samples = load_samples([Data(path=str(tmp_path / "texts.jsonl"), target="completion")], DEFAULT_CALIBRATION, "data")
     assert [(sample.text, sample.target) for sample in samples if not sample.problem] == [("add one ", "two")]
 
 

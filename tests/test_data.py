@@ -27,7 +27,7 @@ def texts(path, count: int | None = None, **data) -> list[str]:
 
 def drawn(path, count: int | None = None, **data):
     settings = DEFAULT_CALIBRATION.model_copy(update={"samples": count} if count else {})
-    return load_samples([Data(path=str(path), **data)], settings, "m")
+    return load_samples([Data(path=str(path), **data)], settings, "data")
 
 
 def rows_of(count: int, blank=lambda i: False) -> list[dict]:
@@ -58,7 +58,7 @@ def test_what_blank_rows_leave_goes_to_other_data_sets(tmp_path):
     few = write_rows(tmp_path / "few.jsonl", [{"text": text} for text in ("few", "", "", "", "few")])
     many = write_rows(tmp_path / "many.jsonl", rows_of(100))
     settings = DEFAULT_CALIBRATION.model_copy(update={"samples": 20})
-    samples = load_samples([Data(path=str(few)), Data(path=str(many))], settings, "m")
+    samples = load_samples([Data(path=str(few)), Data(path=str(many))], settings, "data")
     usable = [sample.text for sample in samples if sample.problem is None]
     assert usable.count("few") == 2 and len(usable) == 20
 
@@ -69,7 +69,7 @@ def test_mostly_blank_rows_are_an_error_and_not_all_read(llama, tmp_path, stream
     samples = drawn(path, 20, streaming=streaming)
     assert len(samples) == 40
     with pytest.raises(PaveError, match=r"of 40 rows cannot be used: \d+ empty"):
-        encode(samples, transformers.AutoTokenizer.from_pretrained(llama.base), DEFAULT_CALIBRATION, None, "m")
+        encode(samples, transformers.AutoTokenizer.from_pretrained(llama.base), DEFAULT_CALIBRATION, None, "data")
 
 
 def test_bad_rows_are_not_blank(llama, tmp_path):
@@ -164,7 +164,7 @@ def test_templates_that_cannot_be(tmp_path, text, words):
     path = write_rows(tmp_path / "rows.jsonl", [{"question": "one", "answer": "two"}])
     with pytest.raises(PaveError) as refused:
         drawn(path, text=text)
-    assert all(word in str(refused.value) for word in ["pave.models[m].data.text", *words])
+    assert all(word in str(refused.value) for word in ["data.text", *words])
     assert "\n" not in str(refused.value)
 
 
@@ -283,7 +283,7 @@ def test_data_sets_that_were_saved(tmp_path, streaming):
 
 
 def ids_of(path, tokenizer, **data) -> list[list[int]]:
-    return [sample.inputs["input_ids"] for sample in encode(drawn(path, **data), tokenizer, DEFAULT_CALIBRATION, None, "m")]
+    return [sample.inputs["input_ids"] for sample in encode(drawn(path, **data), tokenizer, DEFAULT_CALIBRATION, None, "data")]
 
 
 def test_a_text_that_begins_with_bos_gets_one(llama, tmp_path):
@@ -321,8 +321,8 @@ def test_few_samples_of_many_blank_rows(llama, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(llama.base)
     for seed in range(40):
         settings = DEFAULT_CALIBRATION.model_copy(update={"samples": 4, "seed": seed})
-        samples = load_samples([Data(path=str(path))], settings, "m")
-        assert len(encode(samples, tokenizer, settings, None, "m")) == 4
+        samples = load_samples([Data(path=str(path))], settings, "data")
+        assert len(encode(samples, tokenizer, settings, None, "data")) == 4
 
 
 def test_tokens_at_both_ends(families, tmp_path):
@@ -331,7 +331,7 @@ def test_tokens_at_both_ends(families, tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", rows)
     exported, plain = ids_of(path, tokenizer)
     assert exported == plain == tokenizer("seven")["input_ids"]
-    exported, plain = encode(drawn(path, text="text", text_pair="b"), tokenizer, DEFAULT_CALIBRATION, None, "m")
+    exported, plain = encode(drawn(path, text="text", text_pair="b"), tokenizer, DEFAULT_CALIBRATION, None, "data")
     assert exported.inputs == plain.inputs == dict(tokenizer("seven", "nine"))
 
 
@@ -339,6 +339,6 @@ def test_targets_get_one_bos_too(llama, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(llama.base)
     path = write_rows(tmp_path / "rows.jsonl", [{"text": "add", "answer": "<s>two"}, {"text": "add", "answer": "two"}])
     samples = drawn(path, target="answer")
-    encoded = encode(samples, tokenizer, DEFAULT_CALIBRATION, None, "m", shift=lambda labels: labels)
+    encoded = encode(samples, tokenizer, DEFAULT_CALIBRATION, None, "data", shift=lambda labels: labels)
     exported, plain = (sample.inputs["decoder_input_ids"] for sample in encoded)
     assert exported == plain == tokenizer("two")["input_ids"]

@@ -316,22 +316,22 @@ def test_images_beside_texts_without_images(pictured, pictures, tmp_path, caplog
 def test_samples_that_are_too_long_with_their_image_are_skipped(pictured, pictures):
     family = pictured("gemma3")
     processor = transformers.AutoProcessor.from_pretrained(family.tuned[0])
-    samples = load_samples([Data(**data(pictures, text="caption"))], DEFAULT_CALIBRATION, "m")
-    whole = encode(samples, processor, DEFAULT_CALIBRATION, 128, "m")
+    samples = load_samples([Data(**data(pictures, text="caption"))], DEFAULT_CALIBRATION, "data")
+    whole = encode(samples, processor, DEFAULT_CALIBRATION, 128, "data")
     assert len(whole) == 14 and len(make_batches(whole, 1)) == 14
     limit = sorted(sample.length for sample in whole)[9]
-    some = encode(samples, processor, DEFAULT_CALIBRATION.model_copy(update={"max_length": limit}), 128, "m")
+    some = encode(samples, processor, DEFAULT_CALIBRATION.model_copy(update={"max_length": limit}), 128, "data")
     assert {sample.origin for sample in some} == {sample.origin for sample in whole if sample.length <= limit}
     with pytest.raises(PaveError, match=r"14 of 14 rows cannot be used: 14 longer with the image than the 5 tokens"):
-        encode(samples, processor, DEFAULT_CALIBRATION.model_copy(update={"max_length": 5}), 128, "m")
+        encode(samples, processor, DEFAULT_CALIBRATION.model_copy(update={"max_length": 5}), 128, "data")
 
 
 def test_a_text_that_begins_with_bos_gets_one(pictured, pictures):
     processor = transformers.AutoProcessor.from_pretrained(pictured("gemma3").tuned[0])
 
     def ids(text: str) -> list[list[int]]:
-        samples = load_samples([Data(**data(pictures, text=text))], DEFAULT_CALIBRATION, "m")
-        return [sample.inputs["input_ids"] for sample in encode(samples, processor, DEFAULT_CALIBRATION, 128, "m")]
+        samples = load_samples([Data(**data(pictures, text=text))], DEFAULT_CALIBRATION, "data")
+        return [sample.inputs["input_ids"] for sample in encode(samples, processor, DEFAULT_CALIBRATION, 128, "data")]
 
     plain = ids("placed")
     assert plain == ids("<s>{placed}") and all(row.count(1) == 1 == row[0] for row in plain)
@@ -341,9 +341,9 @@ def test_a_text_without_a_place_for_its_image(pictured, pictures):
     family = pictured("gemma3")
     processor = transformers.AutoProcessor.from_pretrained(family.tuned[0])
     processor.chat_template = None
-    samples = load_samples([Data(**data(pictures, text="caption"))], DEFAULT_CALIBRATION, "m")
+    samples = load_samples([Data(**data(pictures, text="caption"))], DEFAULT_CALIBRATION, "data")
     with pytest.raises(PaveError, match=r"14 refused by the processor .*the model has no chat template.*'<start_of_image>'"):
-        encode(samples, processor, DEFAULT_CALIBRATION, 128, "m")
+        encode(samples, processor, DEFAULT_CALIBRATION, 128, "data")
 
 
 def test_wrong_kinds_of_samples_are_told(families, pictured, pictures, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 from mergekit_pave.cache.artefact import Artefact, writable
 from mergekit_pave.errors import PaveError
 
-KINDS = ("covariance", "subspace", "comparison", "predictions", "score")
+KINDS = ("covariance", "subspace", "comparison", "predictions", "score", "generated")
 
 
 @dataclass(frozen=True)
@@ -17,11 +17,11 @@ class Entry:
     """One cache entry.
 
     It has the covariances of a model, the subspaces of its weights, or which of its weights equal a base model's; what a model
-    gives on held-out rows, or how what a merge gives compares with that.
+    gives on held-out rows, or how what a merge gives compares with that; or what a model has written to be calibrated with.
 
     Attributes:
         kind: one of `KINDS`.
-        artefacts: for subspaces one for each weight, otherwise a single one.
+        artefacts: for subspaces one for each weight, for texts one for each batch, otherwise a single one.
     """
 
     kind: str
@@ -48,7 +48,7 @@ def entries(root: Path) -> list[Entry]:
     result = []
     for kind in KINDS:
         for folder in sorted((root / kind).glob("[!.]*")):
-            parts = sorted(folder.glob("[!.]*")) if kind == "subspace" else [folder]
+            parts = sorted(folder.glob("[!.]*")) if kind in ("subspace", "generated") else [folder]
             result.append(Entry(kind, folder, [Artefact(part) for part in parts]))
     return result
 

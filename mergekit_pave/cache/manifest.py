@@ -109,6 +109,14 @@ class _Recorded(_Manifest):
     dtype: str
 
 
+class _Texts(_Manifest):
+    """What a model has written."""
+
+    generated: str
+    rows: _Positive
+    tokens: _Natural
+
+
 def parse(content: bytes) -> dict[str, Any]:
     """A manifest of any kind of artefact, without its digest.
 
@@ -141,4 +149,6 @@ def _form(manifest: dict[str, Any]) -> type[_Manifest]:
         return _CurrentCovariances if manifest.get("format") == FORMATS["covariance"] else _Covariances
     if "places" in manifest:
         return _Recorded
+    if "generated" in manifest:
+        return _Texts
     return _Tail if "slices" in manifest else _Comparison

@@ -69,7 +69,7 @@ def encode(
     processor: Any,
     calibration: Calibration,
     positions: int | None,
-    model: str,
+    where: str,
     shift: Callable[[list[int]], list[int]] | None = None,
 ) -> list[Encoded]:
     """Tokenise samples and draw the token positions that count. Rows that cannot be used are skipped, with a warning.
@@ -77,13 +77,12 @@ def encode(
     Args:
         processor: the model's tokenizer, or its image processor, or for images with texts the processor that has both.
         positions: the longest sequence that the model can take, or None; of images the number of patches.
-        model: the model's name, for messages.
+        where: the key of the data in the YAML, for messages.
         shift: gives a decoder's inputs for the token ids of its target. If it is given, samples have a target.
 
     Raises:
         PaveError: most rows cannot be used, or the tokenizer lacks a chat template that is needed.
     """
-    where = f"pave.models[{model}].data"
     tokenizer = getattr(processor, "tokenizer", processor)
     chats = any(sample.messages is not None for sample in samples)
     if chats and tokenizer.chat_template is None:
@@ -91,8 +90,7 @@ def encode(
             f"{where}.messages: the model's tokenizer has no chat template; use `text` with a template over the columns"
         )
     parts = chats and takes_only_parts(tokenizer)
-    limits = (calibration.max_length, getattr(tokenizer, "model_max_length", None), positions)
-    longest = min(limit for limit in limits if limit)
+    longest = longest_sample(calibration, tokenizer, positions)
     encoded: list[tuple[str, dict[str, Any]]] = []
     problems: Counter[str] = Counter()
     for sample in samples:
@@ -133,8 +131,16 @@ def encode(
     return [Encoded(origin, inputs, counted, of_target) for (origin, inputs), counted, of_target in drawn]
 
 
+def longest_sample(calibration: Calibration, tokenizer: Any, positions: int | None) -> int:
+    """The most tokens that a sample may have."""
+    limits = (calibration.max_length, getattr(tokenizer, "model_max_length", None), positions)
+    return min(limit for limit in limits if limit)
+
+
 def _prepare(sample: Sample, processor: Any, longest: int, parts: bool) -> dict[str, Any]:
     """The model's inputs by name; empty if there is no text."""
+    if sample.tokens is not None:
+        return {"input_ids": sample.tokens[:longest]}
     if sample.image is not None:
         return {name: values[0] for name, values in processor(images=sample.image, return_tensors="pt").items()}
     if sample.messages is None:

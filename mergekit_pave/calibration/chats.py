@@ -55,13 +55,18 @@ def says_something(chat: list[dict[str, Any]]) -> bool:
     return any(value is not None and str(value).strip() for turn in chat for key, value in turn.items() if key != "role")
 
 
-def render(processor: Any, chat: list[dict[str, Any]]) -> str:
+def render(processor: Any, chat: list[dict[str, Any]], with_reply: bool = False) -> str:
     """The text of turns by the chat template of a tokenizer or a processor. It is the same on every day.
+
+    Args:
+        with_reply: the beginning of the model's reply follows.
 
     Raises:
         TemplateError, TypeError, ValueError, KeyError: the template refuses the chat.
     """
-    return processor.apply_chat_template(chat, tokenize=False, chat_template=_template(processor))
+    return processor.apply_chat_template(
+        chat, tokenize=False, chat_template=_template(processor), add_generation_prompt=with_reply
+    )
 
 
 def tokenize(tokenizer: Any, chat: list[dict[str, Any]], tools: list[Any] | None, longest: int) -> dict[str, list[int]]:

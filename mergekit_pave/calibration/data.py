@@ -22,10 +22,11 @@ from mergekit_pave.settings import Calibration, Data
 
 @dataclass(frozen=True)
 class Sample:
-    """One row: a text, a pair of texts, the messages of a chat, an image, or an image with a text.
+    """One row: a text, a pair of texts, the messages of a chat, an image, an image with a text, or the tokens of a text.
 
     Attributes:
         origin: the row and its data set, for messages.
+        tokens: what a model has written itself.
         target: the answer to the text or the chat, for an encoder-decoder model.
         problem: why the row is none of these.
         blank: the row is empty.
@@ -38,17 +39,18 @@ class Sample:
     messages: list[dict[str, Any]] | None = None
     tools: list[Any] | None = None
     image: Any = None
+    tokens: list[int] | None = None
     problem: str | None = None
     blank: bool = False
 
     @property
     def content(self) -> int:
         """A hash of the content, whichever row it comes from."""
-        shown = (self.text, self.text_pair, self.target, self.messages, self.tools)
+        shown = (self.text, self.text_pair, self.target, self.messages, self.tools, self.tokens)
         return hash((json.dumps(shown, default=str), self.image and self.image.tobytes()))
 
 
-def load_samples(sources: list[Data], calibration: Calibration, model: str) -> list[Sample]:
+def load_samples(sources: list[Data], calibration: Calibration, where: str) -> list[Sample]:
     """Read the data sets of a model and pick samples from them, evenly.
 
     If there are no more than `calibration.samples` rows, all are taken, otherwise as many by a seeded shuffle. If a data set is
@@ -58,18 +60,18 @@ def load_samples(sources: list[Data], calibration: Calibration, model: str) -> l
     Args:
         sources: the data sets and their columns.
         calibration: settings, all of which are set.
-        model: the model's name, for messages.
+        where: the key of the data in the YAML, for messages.
 
     Raises:
         PaveError: a data set cannot be loaded, has no rows or lacks a column that is asked for.
     """
-    samples = [sample for rows in _draw(sources, calibration, model) for sample in rows.drawn()]
+    samples = [sample for rows in _draw(sources, calibration, where) for sample in rows.drawn()]
     if len({sample.text is None and sample.messages is None for sample in samples if sample.problem is None}) > 1:
-        raise PaveError(f"pave.models[{model}].data: a model cannot be calibrated with both texts and images without a text")
+        raise PaveError(f"{where}: a model cannot be calibrated with both texts and images without a text")
     return samples
 
 
-def load_held_out(sources: list[Data], calibration: Calibration, model: str, rows: int, used: Container[int]) -> list[Sample]:
+def load_held_out(sources: list[Data], calibration: Calibration, where: str, rows: int, used: Container[int]) -> list[Sample]:
     """The rows that follow those of `load_samples` in the same shuffles, evenly from all data sets.
 
     Args:
@@ -83,7 +85,7 @@ def load_held_out(sources: list[Data], calibration: Calibration, model: str, row
             if sample.problem is None and sample.content not in used and sample.content not in found:
                 yield sample
 
-    turns = itertools.zip_longest(*map(fresh, _draw(sources, calibration, model)))
+    turns = itertools.zip_longest(*map(fresh, _draw(sources, calibration, where)))
     for sample in filter(None, itertools.chain.from_iterable(turns)):
         found.setdefault(sample.content, sample)
         if len(found) == rows:
@@ -91,9 +93,9 @@ def load_held_out(sources: list[Data], calibration: Calibration, model: str, row
     return list(found.values())
 
 
-def _draw(sources: list[Data], calibration: Calibration, model: str) -> list[_Rows]:
+def _draw(sources: list[Data], calibration: Calibration, where: str) -> list[_Rows]:
     """The data sets, with the rows drawn that `load_samples` gives."""
-    loaded = [_Rows(data, calibration, model) for data in sources]
+    loaded = [_Rows(data, calibration, where) for data in sources]
     available, is_short = [len(rows) for rows in loaded], True
     while is_short:
         shares = share_evenly(available, calibration.samples)
@@ -115,8 +117,7 @@ def share_evenly(limits: list[int], budget: int) -> list[int]:
 class _Rows:
     """The rows of one `data` entry, drawn in the order of a seeded shuffle."""
 
-    def __init__(self, data: Data, calibration: Calibration, model: str):
-        where = f"pave.models[{model}].data"
+    def __init__(self, data: Data, calibration: Calibration, where: str):
         rows = load_rows(data, f"{where}.path")
         # A blank line of a text file is not a row.
         lines = rows.info.builder_name == "text" and "text" in (rows.column_names or ["text"])

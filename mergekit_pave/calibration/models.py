@@ -129,13 +129,16 @@ def inference_dtype(config: transformers.PretrainedConfig, device: str) -> torch
     return torch.bfloat16 if stored == torch.float16 else stored
 
 
-def load_model(cls: Any, config: transformers.PretrainedConfig, folder: str, device: str) -> nn.Module:
+def load_model(cls: Any, config: transformers.PretrainedConfig, folder: str, device: str, with_head: bool = False) -> nn.Module:
     """The whole model of a checkpoint, ready for inference.
 
+    Args:
+        with_head: the head is needed, too.
+
     Raises:
-        PaveError: the checkpoint lacks weights of the backbone, which would be filled with random numbers.
+        PaveError: the checkpoint lacks weights of the backbone, or of the head, which would be filled with random numbers.
     """
-    return _load(cls, config, device, folder, "the checkpoint")
+    return _load(cls, config, device, folder, "the checkpoint", with_head)
 
 
 def load_tensors(

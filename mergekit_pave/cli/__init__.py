@@ -66,7 +66,7 @@ def plan(config_file: str, as_json: bool, merge_options: MergeOptions) -> None:
     (`model+lora`) is merged into its model, which is kept in --lora-merge-cache.
     """
     merge_options.apply_global_options()
-    planned = plan_merge(read_config(config_file), merge_options, compares=False)
+    planned = plan_merge(read_config(config_file), merge_options, compares=False, generates=False)
     samples = sample_removal(planned, merge_options)
     shown = preview(planned, merge_options.device, samples)
     click.echo(json.dumps(shown, indent=1) if as_json else as_text(shown))
@@ -102,7 +102,7 @@ def write_report(source: Path, output: Path | None, merge_options: MergeOptions)
     if source.is_dir():
         (report, score), measured, config = read_either(str(source)), None, source / "mergekit_config.yml"
     else:
-        report, measured = measure(plan_merge(read_config(str(source)), merge_options), merge_options)
+        report, measured = measure(plan_merge(read_config(str(source)), merge_options, generates=False), merge_options)
         score, config = None, source
     name = (source if source.is_dir() else source.with_suffix("")).resolve().name
     text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None

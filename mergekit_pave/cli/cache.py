@@ -17,7 +17,7 @@ from mergekit_pave.files import readable
 
 @click.group()
 def cache() -> None:
-    """Look after the cache: covariances, subspaces, which weights equal a base model's, predictions and scores."""
+    """Look after the cache: covariances, subspaces, which weights equal a base model's, predictions, scores, texts."""
 
 
 _cache_dir = click.option("--cache-dir", help="The cache, where a config sets pave.cache_dir.")
@@ -60,6 +60,9 @@ def _content(kind: str, manifests: list[dict[str, Any]]) -> str:
         return f"{len(manifests)} weights"
     if not manifests:
         return "-"
+    if kind == "generated":
+        rows, tokens = (sum(manifest[name] for manifest in manifests) for name in ("rows", "tokens"))
+        return f"{rows} texts, {tokens} tokens"
     (manifest,) = manifests
     if kind == "comparison":
         return f"{sum(map(bool, manifest['equal'].values()))} equal weights"
@@ -106,7 +109,7 @@ def export(key: str, folder: Path, cache_dir: str | None) -> None:
     """Copy the covariances under KEY to FOLDER, ready to be published and named as `covariance:` in a config."""
     entry = _find(key, cache_dir)
     if entry.kind != "covariance":
-        raise PaveError(f"{entry.key[:12]} is a {entry.kind}, which belongs to one machine; export covariances")
+        raise PaveError(f"{entry.key[:12]} is of the kind {entry.kind}, which belongs to one machine; export covariances")
     caches.copy(entry.folder, folder)
     click.echo(f"exported to {folder}")
 

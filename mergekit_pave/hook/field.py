@@ -50,6 +50,7 @@ def _read(value: Any, _, info) -> Any:
     if {"modules", "slices", "models", "base_model"} <= merge.keys():  # where one is not valid, mergekit says so
         _register("remove the `pave:` block")
         _register_method(merge.get("merge_method"), "remove the `pave:` block")
+        config = config.with_merged(merge)
         check_models(config, merge)
     return config
 

@@ -12,7 +12,7 @@ import huggingface_hub
 from mergekit_pave import cache, versions
 from mergekit_pave.calibration.batches import encode
 from mergekit_pave.calibration.counts import TokenCounts, count_tokens
-from mergekit_pave.calibration.data import load_samples
+from mergekit_pave.calibration.generation import Generation
 from mergekit_pave.calibration.job import Job, Runtime, covariance_key, seen
 from mergekit_pave.calibration.models import inference_dtype
 from mergekit_pave.config import PaveConfig
@@ -20,9 +20,10 @@ from mergekit_pave.core.linear import Linear
 from mergekit_pave.errors import PaveError, in_a_line
 from mergekit_pave.files import looks_local
 from mergekit_pave.planning.merge import Merge
+from mergekit_pave.planning.samples import read_samples
 from mergekit_pave.planning.source import Source
-from mergekit_pave.planning.tokenizers import check_meanings, check_token_ids, load_processor
-from mergekit_pave.settings import Data, RelativeRegularization
+from mergekit_pave.planning.tokenizers import check_meanings, check_token_ids
+from mergekit_pave.settings import Data, RelativeRegularization, Written
 from mergekit_pave.tasks.calibrate import CalibrateModel, GivenCovariance
 
 
@@ -41,6 +42,7 @@ class PlannedCalibration:
         counts: of the samples' tokens, where they may be needed and are known.
         contents: the samples' contents, to find samples that two models share.
         elsewhere: by precision, other covariances of the same samples that the cache has.
+        to_write: how the model is to write its samples, which are not there yet; see `Samples`.
     """
 
     source: Source
@@ -54,6 +56,7 @@ class PlannedCalibration:
     counts: TokenCounts | None = None
     contents: frozenset[Any] = frozenset()
     elsewhere: dict[str, Path] = field(default_factory=dict)
+    to_write: Generation | None = None
 
     @property
     def samples_key(self) -> str:
@@ -105,9 +108,9 @@ def _of_data(config: PaveConfig, source: Source, merge: Merge, measures_layers: 
     """
     model, architecture, checkpoint = source.model, source.architecture, source.checkpoint
     settings = config.calibration_of(model)
-    samples = load_samples(source.entry.sources, settings, str(model))
-    processor = load_processor(source, samples, merge)
-    encoded = encode(samples, processor, settings, architecture.positions, str(model), architecture.shift)
+    read = read_samples(config, source, merge)
+    samples, processor = read.samples, read.processor
+    encoded = encode(samples, processor, settings, architecture.positions, source.data_key, architecture.shift)
     check_token_ids(source, encoded)
     if config.refinement:
         check_meanings(source, processor, encoded, merge)
@@ -135,7 +138,7 @@ def _of_data(config: PaveConfig, source: Source, merge: Merge, measures_layers: 
         "format": cache.FORMATS["covariance"],
         "model": str(model),
         "weights": cache.weights_fingerprint(checkpoint.folder, list(checkpoint.files.values())),
-        "data": [data.model_dump(mode="json", exclude_defaults=True) | {"split": data.split} for data in source.entry.sources],
+        "data": read.about,
         "samples": len(encoded),
         "tokens": sum(sample.tokens for sample in encoded),
         "dtype": dtype,
@@ -162,8 +165,9 @@ def _of_data(config: PaveConfig, source: Source, merge: Merge, measures_layers: 
             only_head=watched == heads,
         ),
         counts=counts,
-        contents=frozenset(sample.content for sample in samples if sample.problem is None),
+        contents=frozenset(sample.content for sample in samples if sample.problem is None and not read.to_write),
         elsewhere=elsewhere,
+        to_write=read.to_write,
     )
 
 
@@ -181,7 +185,7 @@ def _given(config: PaveConfig, source: Source, layers: Iterable[Linear]) -> Plan
     try:
         is_readable = manifest["format"] == cache.FORMATS["covariance"] and isinstance(manifest["dtype"], str)
         for data in manifest["data"]:
-            Data.model_validate(data)
+            (Written if "generated" in data else Data).model_validate(data)
     except (KeyError, TypeError, ValueError):
         is_readable = False
     if not is_readable:

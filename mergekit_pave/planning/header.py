@@ -15,6 +15,7 @@ from mergekit_pave.planning.merge import Merge
 from mergekit_pave.planning.plan import Reasons
 from mergekit_pave.report.stored import FORMAT
 
+_NOT_OF_ALL = {"models", "data", "cache_dir", "calibration", "vocabulary", "purify", "refine"}
 _NOT_CALIBRATED = {"data": [], "covariance": None, "calibration": None, "samples": 0, "tokens": 0}
 
 
@@ -29,7 +30,7 @@ def header_of(
     Args:
         used: the models whose calibration plays a part. The others have nothing to purify, so they are not calibrated.
     """
-    block = json.loads(config.model_dump_json(exclude={"models", "cache_dir", "calibration", "vocabulary", "purify", "refine"}))
+    block = json.loads(config.model_dump_json(exclude=_NOT_OF_ALL))
     return {
         "format": FORMAT,
         "versions": versions.installed(),

@@ -101,6 +101,7 @@ def make_plan(config: PaveConfig, merge: Merge) -> Plan:
         heads=vocabulary.heads,
         warnings=warnings,
         compared=compared.is_complete,
+        to_write={str(model): calibrations[model].to_write for model in used if calibrations[model].to_write},
         samples={str(model): calibration.samples_key for model, calibration in calibrations.items()},
     )
 

@@ -54,6 +54,11 @@ def measure(plan: Plan, options: MergeOptions) -> tuple[dict[str, Any], Measurem
             f"{len(plan.decompositions)} of {plan.decomposed} decompositions are not in the cache, and a report measures none. "
             "Fill it with `mergekit-pave calibrate` or a merge, or give the folder of a finished merge"
         )
+    if plan.to_write:
+        raise PaveError(
+            f"{next(iter(plan.to_write))} has not yet written the text that it is calibrated with, and a report generates none. "
+            "Fill the cache with `mergekit-pave calibrate` or a merge, or give the folder of a finished merge"
+        )
     tasks = [*plan.stats, *_spectra(plan), *_overlaps(plan)]
     executor = Executor(tasks, math_device=options.device, storage_device=options.device if options.low_cpu_memory else "cpu")
     values = dict(executor.run(quiet=options.quiet, desc="Measuring"))

@@ -57,11 +57,13 @@ class Reading:
 
     Attributes:
         checkpoint: gives the checkpoint of a model.
+        generates: models may write their own samples (`data: generated`) meanwhile. Otherwise only the cache is asked.
     """
 
     runtime: Runtime
     transformers_cache: Optional[str]
     checkpoint: Callable[[ModelReference], Checkpoint]
+    generates: bool
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 from mergekit.common import ModelReference
 
 from mergekit_pave import cache
+from mergekit_pave.calibration.generation import Generation
 from mergekit_pave.core.linear import Linear
 from mergekit_pave.files import readable
 from mergekit_pave.settings import RelativeRegularization
@@ -70,6 +71,7 @@ class Plan:
         warnings: what should make a user look twice before any work is done.
         compared: it is known of all weights whether they equal the base model's; otherwise only of those in the cache.
         samples: by model a key of the samples that it is calibrated with, or of the covariances that it is given.
+        to_write: by model how it is to write its samples, where that is still to be done.
     """
 
     weights: list[PlannedWeight]
@@ -85,6 +87,7 @@ class Plan:
     warnings: list[str]
     compared: bool
     samples: dict[str, str]
+    to_write: dict[str, Generation]
 
     @property
     def decomposed(self) -> int:

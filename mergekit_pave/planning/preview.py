@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
+from mergekit_pave.calibration.generation import Generation
 from mergekit_pave.calibration.models import inference_dtype
 from mergekit_pave.core.exact import float64_device
 from mergekit_pave.core.linear import Linear
 from mergekit_pave.files import readable
 from mergekit_pave.planning.plan import Plan
 from mergekit_pave.report.summary import by_model, kind, reasons_in_a_line, vocabulary_lines, warnings
+from mergekit_pave.report.tables import written
 
 
 def preview(plan: Plan, device: str, samples: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -50,6 +52,7 @@ def preview(plan: Plan, device: str, samples: dict[str, list[dict[str, Any]]]) -
             ],
             "left_as_they_are": source["left_as_they_are"],
             "covariances": "to do" if model in jobs else "there already" if model in cached else "not needed",
+            **({"generation": _generation(plan.to_write[model], source, device)} if model in plan.to_write else {}),
             "calibration": cost
             and {
                 "seconds": cost.operations / _speed(inference_dtype(jobs[model].config, device), device),
@@ -65,16 +68,33 @@ def preview(plan: Plan, device: str, samples: dict[str, list[dict[str, Any]]]) -
         }
     refined = _refined(plan, device, exact) if plan.refinement else None
     of_samples = warnings({"models": {}, "purified": [row for rows in samples.values() for row in rows]})
-    regmean = plan.header.get("regmean")
+    regmean, vocabulary = plan.header.get("regmean"), plan.header.get("vocabulary")
+    if vocabulary and plan.to_write:  # which tokens there will be is not known
+        unknown = {"shown", "tokens"}
+        merged = [{key: value for key, value in row.items() if key not in unknown} for row in vocabulary["merged"]]
+        vocabulary = vocabulary | {"merged": merged}
     return {
         "tensors": plan.header["tensors"],
         "device": device,
         "compared": plan.compared,
         "models": models,
         **({"regmean": {"closed_form": len(plan.closed_forms)} | regmean} if regmean else {}),
-        **({"vocabulary": plan.header["vocabulary"]} if "vocabulary" in plan.header else {}),
+        **({"vocabulary": vocabulary} if vocabulary else {}),
         **({"refined": refined} if refined else {}),
         "warnings": plan.warnings + of_samples,
+    }
+
+
+def _generation(generation: Generation, source: dict[str, Any], device: str) -> dict[str, Any]:
+    """What it takes until a model has written its samples: for each token of a batch every weight is read."""
+    steps = len(generation.missing(0, source["samples"])) * generation.longest
+    dtype = inference_dtype(generation.config, device)
+    return {
+        "texts": source["samples"],
+        "max_length": generation.longest,
+        "steps": steps,
+        "seconds": steps * generation.num_weights / _reading_speed(dtype, device, generation.batch_size),
+        "memory": generation.memory,
     }
 
 
@@ -117,6 +137,18 @@ def _speed(dtype: torch.dtype, device: str | torch.device) -> float:
     return best
 
 
+def _reading_speed(dtype: torch.dtype, device: str, rows: int) -> float:
+    """Weights a second in a product with a few rows. The matrix is too large for most caches."""
+    width = 4096
+    x, w = torch.randn(rows, width, device=device).to(dtype), torch.randn(width, width, device=device).to(dtype)
+    best = 0.0
+    for _ in range(4):
+        start = time.perf_counter()
+        (x @ w)[0, 0].item()
+        best = max(best, width**2 / (time.perf_counter() - start))
+    return best
+
+
 def _operations(layer: Linear, tokens: int) -> float:
     """What the decomposition of a weight costs: W C, its factorisation, and the steps that find the tail."""
     d_out, d_in = layer.shape
@@ -143,9 +175,15 @@ def as_text(preview: dict[str, Any]) -> str:
             f"merge method gives them: {reasons_in_a_line(refined['left']) or 'none'}."
         )
     for name, model in preview["models"].items():
-        sets = [" / ".join(filter(None, (data["path"], data.get("name"), data["split"]))) for data in model["data"]]
-        data = ", ".join(sets) or "not needed"
-        lines += ["", name, f"  data           {data}: {model['samples']} samples, {model['tokens']} tokens count"]
+        data, counted = ", ".join(map(_data_name, model["data"])) or "not needed", ""
+        if cost := model.get("generation"):
+            data, counted = data.replace("written", "to be written"), "at most "
+        lines += ["", name, f"  data           {data}: {model['samples']} samples, {counted}{model['tokens']} tokens count"]
+        if cost:
+            lines.append(
+                f"  generation     to do: at most {cost['steps']} steps for texts of up to {cost['max_length']} tokens, about "
+                f"{_duration(cost['seconds'])} on {preview['device']}, {readable(cost['memory'])} of memory (the whole model)"
+            )
         cost = model["calibration"]
         calibration = model["covariances"]
         if cost:
@@ -179,6 +217,12 @@ def as_text(preview: dict[str, Any]) -> str:
             lines.append(f"    {len(tensors):5} {reason}: {', '.join(patterns[:3])}{more}")
     lines += [f"\nWarning: {warning}." for warning in preview["warnings"]]
     return "\n".join(lines)
+
+
+def _data_name(data: dict[str, Any]) -> str:
+    if "generated" in data:
+        return written(data)
+    return " / ".join(filter(None, (data["path"], data.get("name"), data["split"])))
 
 
 def _grouped(rows: list[dict[str, Any]]) -> list[str]:

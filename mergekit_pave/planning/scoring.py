@@ -12,7 +12,6 @@ from mergekit.common import ModelReference
 from mergekit_pave import cache
 from mergekit_pave.calibration.architecture import Architecture
 from mergekit_pave.calibration.batches import Encoded, encode
-from mergekit_pave.calibration.data import load_held_out, load_samples
 from mergekit_pave.calibration.forms import Places, form_of
 from mergekit_pave.calibration.held_out import rows_of
 from mergekit_pave.calibration.job import seen
@@ -22,10 +21,10 @@ from mergekit_pave.calibration.subjects import Stored
 from mergekit_pave.config import PaveConfig
 from mergekit_pave.errors import PaveError
 from mergekit_pave.planning.merge import Reading
+from mergekit_pave.planning.samples import as_reported, read_held_out, read_samples
 from mergekit_pave.planning.source import Source, open_model, open_source, weights_identity
-from mergekit_pave.planning.tokenizers import find_conflict, load_processor, load_tokenizer, token_ids
+from mergekit_pave.planning.tokenizers import find_conflict, load_tokenizer, token_ids
 from mergekit_pave.report.stored import read_report
-from mergekit_pave.settings import Data
 from mergekit_pave.tasks.scoring import Expert, Model, Scoring
 
 LOG = logging.getLogger(__name__)
@@ -54,8 +53,10 @@ def plan_scoring(config: PaveConfig, base: ModelReference, reading: Reading, row
     sources = [open_source(config, entry.model, reading) for entry in entries]
     used: set[int] = set()  # also by the base model, which may be merged itself
     for entry in config.models:
-        of_entry = load_samples(entry.sources, config.calibration_of(entry.model), str(entry.model)) if entry.data else ()
-        used |= {sample.content for sample in of_entry if sample.problem is None}
+        source = next((source for source in sources if source.model == entry.model), None)
+        if entry.data:
+            read = read_samples(config, source or open_source(config, entry.model, reading), reading)
+            used |= {sample.content for sample in read.samples if sample.problem is None}
     opened = open_model(base, reading)
     # Each row is held out for one expert only, or the errors of experts with the same data would not be independent.
     experts = [_expert(config, source, reading, rows, used, (base, opened[2])) for source in sources]
@@ -82,21 +83,25 @@ def _expert(
         used: contents that are passed over. Those of this expert's rows are added.
     """
     name, settings, architecture = str(source.model), config.calibration_of(source.model), source.architecture
-    samples = load_held_out(source.entry.sources, settings, name, rows, used)
+    samples, processor = read_held_out(config, source, reading, rows, used)
     used |= {sample.content for sample in samples}
     form = form_of(architecture, source.config)
     fewest = min(rows, _FEWEST) if form.places is not Places.NOWHERE else max(_CENTRED, min(rows, _FEWEST))
     encoded: list[Encoded] = []
     if samples:
-        processor = load_processor(source, samples, reading)
         seen_whole = settings.model_copy(update={"max_tokens": _ALL})
-        encoded = encode(samples, processor, seen_whole, architecture.positions, name, architecture.shift)
+        encoded = encode(samples, processor, seen_whole, architecture.positions, source.data_key, architecture.shift)
+    if len(encoded) < fewest and source.entry.is_generated:
+        raise PaveError(
+            f"{source.data_key}: of {rows} further texts that the model wrote {len(encoded)} are new, and a score needs "
+            f"{fewest}; raise calibration.max_length, or name a data set"
+        )
     if len(encoded) < fewest:
-        calibrated = len(load_samples(source.entry.sources, settings, name))
+        calibrated = len(read_samples(config, source, reading).samples)
         at_most = min(settings.samples, calibrated) + len(encoded) - max(rows, fewest)
         advice = f"set calibration.samples to {at_most} at most and merge again, as merges that are there have seen these rows"
         raise PaveError(
-            f"pave.models[{name}].data: {len(encoded)} rows with new content are left beside those for calibration, and a score "
+            f"{source.data_key}: {len(encoded)} rows with new content are left beside those for calibration, and a score "
             f"needs {fewest}. Add rows{f'; or {advice}' if at_most > 0 else ''}"
         )
     if form.places is Places.NOWHERE and architecture.heads:
@@ -123,12 +128,12 @@ def _expert(
             padding=getattr(source.config.get_text_config(), "pad_token_id", None),
         ),
         key=key,
-        drawn={"data": _as_reported(source.entry.sources), "samples": settings.samples, "seed": settings.seed},
+        drawn={
+            "data": [{"generated": True}] if source.entry.is_generated else as_reported(source.entry.sources),
+            "samples": settings.samples,
+            "seed": settings.seed,
+        },
     )
-
-
-def _as_reported(sources: list[Data]) -> list[dict[str, Any]]:
-    return [data.model_dump(mode="json", exclude_defaults=True) | {"split": data.split} for data in sources]
 
 
 def _bytes_of(sample: Encoded, tokenizer: Any) -> int:
@@ -194,8 +199,13 @@ def _check_unseen(folder: Path, experts: list[Expert]) -> None:
     for expert in experts:
         source = models.get(expert.name) or {}
         then, now = source.get("calibration") or {}, expert.drawn
-        same_data = [data.get("path") for data in source.get("data", ())] == [data["path"] for data in now["data"]]
-        if then and same_data and (then["seed"] != now["seed"] or then["samples"] > now["samples"]):
+        same_data = [data.get("path") for data in source.get("data", ())] == [data.get("path") for data in now["data"]]
+        if not then or not same_data:
+            continue
+        other_seed = then["seed"] != now["seed"]
+        if other_seed and "generated" in now["data"][0]:  # the texts of another seed are other texts
+            continue
+        if other_seed or then["samples"] > now["samples"]:
             raise PaveError(
                 f"{folder} was merged with {then['samples']} calibration samples of {expert.name}, drawn with the seed "
                 f"{then['seed']}, and the config says {now['samples']} and {now['seed']}: rows that it was measured on would be "

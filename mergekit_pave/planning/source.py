@@ -24,6 +24,7 @@ class Source:
     Attributes:
         model: its name in the config.
         entry: its entry under `pave.models`.
+        data_key: where its `data` stands in the YAML, for messages.
         config: its configuration, as of a model that is not quantised.
     """
 
@@ -32,6 +33,7 @@ class Source:
     checkpoint: Checkpoint
     config: transformers.PretrainedConfig
     architecture: Architecture
+    data_key: str
 
     @property
     def num_weights(self) -> int:
@@ -55,7 +57,7 @@ def open_source(config: PaveConfig, model: ModelReference, reading: Reading) -> 
         PaveError: the model is quantised, or the samples are not of the kind that it reads.
     """
     checkpoint, model_config, architecture = open_model(model, reading)
-    source = Source(model, config.listed(model), checkpoint, model_config, architecture)
+    source = Source(model, config.listed(model), checkpoint, model_config, architecture, config.data_key(model))
     _check_kind_of_samples(source)
     return source
 
@@ -79,7 +81,9 @@ def open_model(model: ModelReference, reading: Reading) -> tuple[Checkpoint, tra
 
 def _check_kind_of_samples(source: Source) -> None:
     """Refuse images for a model that reads none, and so on."""
-    architecture, key = source.architecture, f"pave.models[{source.model}].data"
+    architecture, key = source.architecture, source.data_key
+    if source.entry.is_generated:
+        _check_writes(source)
     for data in source.entry.sources if source.entry.data else ():
         if data.image is not None and "pixel_values" not in architecture.inputs:
             raise PaveError(f"{key}.image: the model takes no images")
@@ -92,3 +96,20 @@ def _check_kind_of_samples(source: Source) -> None:
                 f"{key}.target: missing. The model is an encoder-decoder model, and its decoder has to be shown the answer; name "
                 "the column of the answer, or give a template over columns"
             )
+
+
+def _check_writes(source: Source) -> None:
+    """Refuse `data: generated` for a model that writes no text on its own."""
+    architecture = source.architecture
+    if architecture.shift is not None:
+        kind = "an encoder-decoder model, which needs questions to answer"
+    elif "pixel_values" in architecture.inputs:
+        kind = "a model that sees images, which it cannot write"
+    elif not architecture.cls.can_generate() or architecture.vocabulary is None:
+        kind = f"a {architecture.cls.__name__}, which writes no text"
+    else:
+        return
+    raise PaveError(
+        f"{source.data_key}: only a causal language model can write its own text (`generated`). {source.model} is {kind}; name a "
+        "data set"
+    )

@@ -29,20 +29,20 @@ from mergekit_pave.tasks.purify import PurificationStats
 LOG = logging.getLogger(__name__)
 
 
-def plan_merge(config: MergeConfiguration, options: MergeOptions, *, compares: bool = True) -> Plan:
+def plan_merge(config: MergeConfiguration, options: MergeOptions, *, compares: bool = True, generates: bool = True) -> Plan:
     """What purification would add to a merge, without merging.
 
     Args:
-        compares: see `Merge`.
+        compares, generates: see `Merge`.
 
     Raises:
         PaveError: the config has no `pave:` block, the block does not fit, or mergekit cannot plan the merge.
     """
     with planning_errors(OSError, ValueError, RuntimeError):
-        return _plan_merge(config, options, compares)
+        return _plan_merge(config, options, compares, generates)
 
 
-def _plan_merge(config: MergeConfiguration, options: MergeOptions, compares: bool) -> Plan:
+def _plan_merge(config: MergeConfiguration, options: MergeOptions, compares: bool, generates: bool) -> Plan:
     missing = "the config has no `pave:` block, so nothing would be purified or measured"
     if config.pave is None and not registry.is_ours(config.merge_method):
         raise PaveError(missing)
@@ -57,7 +57,7 @@ def _plan_merge(config: MergeConfiguration, options: MergeOptions, compares: boo
         options=options,
         out_model_config=base.config(trust_remote_code=options.trust_remote_code),
     )
-    planner._pave_compares = compares
+    planner._pave_compares, planner._pave_generates = compares, generates
     planner._plan()
     if config.pave is None:
         raise PaveError(

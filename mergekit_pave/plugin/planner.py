@@ -55,6 +55,7 @@ def merge_of(planner: MergePlanner) -> Merge:
         checkpoint=checkpoint_of,
         names_read=functools.partial(names_read, planner),
         compares=planner.__dict__.get("_pave_compares", True),
+        generates=planner.__dict__.get("_pave_generates", True),
         warnings=unread_parameters(planner),
     )
 

@@ -48,7 +48,7 @@ class Scorer:
 
 
 def plan_scoring(config: MergeConfiguration, options: MergeOptions, rows: int, base: str | None = None) -> Scorer:
-    """Check everything that scores of merges of a config need. No model is run.
+    """Check everything that scores of merges of a config need. No model is run, unless it has yet to write its own rows.
 
     Args:
         rows: how many held-out rows a model is to have.
@@ -66,6 +66,6 @@ def plan_scoring(config: MergeConfiguration, options: MergeOptions, rows: int, b
     check_inputs(config, options)
     merge_adapters(config, options)
     runtime = Runtime(options.device, options.trust_remote_code, options.quiet)
-    reading = Reading(runtime, options.transformers_cache, checkpoint_of)
+    reading = Reading(runtime, options.transformers_cache, checkpoint_of, generates=True)
     with planning_errors(OSError, ValueError, RuntimeError, failed="these models cannot be scored"):
         return Scorer(plan_for(config.pave, config.base_model, reading, rows), reading)

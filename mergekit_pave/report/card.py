@@ -40,7 +40,7 @@ def with_section(text: str, report: dict, *, licence: dict[str, str] | None = No
     card.data.base_model = bases or None
     if bases:
         card.data.base_model_relation = "merge"
-    paths = {data["path"] for source in report["models"].values() for data in source["data"]}
+    paths = {data["path"] for source in report["models"].values() for data in source["data"] if "path" in data}
     if datasets := sorted(path for path in paths if not is_local(path)):
         card.data.datasets = datasets
     for key, value in (licence or {}).items():

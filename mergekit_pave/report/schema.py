@@ -41,6 +41,10 @@ class _Data(_Strict):
     data_files: Paths | dict[str, Paths] | None = None
 
 
+class _Written(_Strict):
+    generated: Literal["chat", "bos", "eos", "random"]
+
+
 class _ModelSettings(_Strict):
     target: Literal["weights", "task_vector"]
 
@@ -50,7 +54,7 @@ class _Settings(_ModelSettings):
 
 
 class _Model(_Strict):
-    data: list[_Data]
+    data: list[_Data | _Written]
     covariance: Optional[str]
     settings: _ModelSettings
     calibration: Optional[dict[str, Any]]

@@ -98,6 +98,10 @@ def vocabulary_lines(vocabulary: dict[str, Any]) -> list[str]:
     """A line for each tensor of the vocabulary that was merged by data, and one for the others."""
     lines = []
     for row in vocabulary["merged"]:
+        if "tokens" not in row:
+            by = MERGED_BY[row["by"]]
+            lines.append(f"Rows of {row['tensor']} will be merged by {by}, those of tokens that the models write")
+            continue
         tokens = ", ".join(f"{count} of {model}" for model, count in row["tokens"].items())
         lines.append(f"{row['shown']} of {row['rows']} rows of {row['tensor']} are merged by {MERGED_BY[row['by']]} ({tokens})")
     if reasons := reasons_in_a_line(vocabulary["left"]):

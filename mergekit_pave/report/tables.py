@@ -11,6 +11,12 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from mergekit_pave.report.places import projections, short_models
 
+WRITTEN_FROM = {
+    "chat": "from its chat template on",
+    "bos": "from its BOS token on",
+    "eos": "from its EOS token on",
+    "random": "each text from a random token on",
+}
 _LOADERS = ("json", "csv", "parquet", "text", "imagefolder")  # of `datasets`, which read data_files
 _SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zst", ".bz2", ".xz")
 
@@ -115,6 +121,8 @@ def calibration_data(source: dict[str, Any]) -> str:
 
 
 def _data_name(data: dict[str, Any]) -> str:
+    if "generated" in data:
+        return written(data)
     path, files = data["path"], data.get("data_files")
     if path in _LOADERS and files:
         groups = files.values() if isinstance(files, dict) else [files]
@@ -123,6 +131,11 @@ def _data_name(data: dict[str, Any]) -> str:
     elif is_local(path):
         path = Path(path).name
     return " / ".join(part for part in (path, data.get("name"), data.get("split")) if part)
+
+
+def written(data: dict[str, Any]) -> str:
+    """What a model has written itself, for people."""
+    return "written by the model itself, " + WRITTEN_FROM[data["generated"]]
 
 
 def is_local(path: str) -> bool:

@@ -40,7 +40,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import texts
 import workers
-from arms import Row, refined_rows, rows, scored_rows
+from arms import Row, given_rows, refined_rows, rows, scored_rows
 from report import plot, table
 from scored_report import scored_table
 
@@ -64,7 +64,7 @@ def main() -> None:
     }
     if options.refined:
         wanted = {
-            "decoder": refined_rows(4, (2,), has_vocabulary=True),
+            "decoder": refined_rows(4, (2,), has_vocabulary=True) + given_rows(4),
             "encoder": refined_rows(8, (4, 2), has_vocabulary=False),
             "decoder-untied": refined_rows(4, has_vocabulary=True, details=False),
             "decoder-32k": refined_rows(4, has_vocabulary=True, details=False),

@@ -195,6 +195,29 @@ def refined_rows(models: int, counts: tuple[int, ...] = (), *, has_vocabulary: b
     return found
 
 
+DATA = {
+    "own": "samples of each model's own task",
+    "generated": "what each model writes itself",
+    "other": "samples of another model's task",
+    "general": "one set of other text for all models",
+}
+
+
+def given_rows(models: int) -> list[Row]:
+    """What the data of a block are worth: those of each model's task, what it writes itself, and others."""
+    plain = replace(METHODS[FIRST], models=models)
+    arms = {
+        f"{FIRST}, purified at {MAIN_RATIO}": purified(plain, MAIN_RATIO, "weights"),
+        CLOSED: replace(METHODS[CLOSED], models=models),
+        f"{FIRST}, refined": refining(replace(plain, pave={}, purify=False), plain.settings[1]),
+    }
+    found = [Row(f"What models are given, against {FIRST}", FIRST, plain, None)]
+    for name, arm in arms.items():
+        section = f"What models are given, against {FIRST}: {name}"
+        found += [Row(section, label, replace(arm, data=data), plain) for data, label in DATA.items()]
+    return found
+
+
 def refining(arm: Arm, start: dict[str, Any]) -> Arm:
     """The arm refined, with each lambda of refining, from one setting of its method."""
     return replace(arm, settings=tuple(start | {"refine": value} for value in REFINED))

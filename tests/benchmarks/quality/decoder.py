@@ -29,6 +29,7 @@ class Decoder:
 
     unit = "thousandths of a bit per byte better than the base"
     max_length = LENGTH
+    general = FIRST
 
     def __init__(self, folder: Path, base_steps: int, steps: int, vocabulary: int = VOCABULARY, tied: bool = True):
         """Models are kept under `folder`, whose name is that of the family."""
@@ -57,7 +58,7 @@ class Decoder:
 
     def prepare(self) -> None:
         """What all seeds share, where it is missing."""
-        for task in self.tasks:
+        for task in self.texts:
             path = self.calibration(task)
             path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists():

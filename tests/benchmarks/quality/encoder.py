@@ -28,6 +28,7 @@ class Encoder:
     name = "encoder"
     unit = "% right"
     max_length = LENGTH
+    general = None
 
     def __init__(self, folder: Path, epochs: int):
         self.folder = folder

@@ -30,12 +30,17 @@ Scores = dict[str, float]  # by task, higher is better
 
 
 class Family(Protocol):
-    """A base model and its fine-tunes, with data to calibrate and to judge them."""
+    """A base model and its fine-tunes, with data to calibrate and to judge them.
+
+    Attributes:
+        general: a kind of text for calibration that no fine-tune is about; None where there is none.
+    """
 
     name: str
     unit: str
     max_length: int
     base: Path
+    general: str | None
 
     @property
     def tasks(self) -> Iterable[str]: ...
@@ -60,8 +65,8 @@ class Arm:
         settings: parameters of the method, each of which is tried; `refine` among them is refining's lambda.
         pave: the `pave:` block, without models and data; None for a merge without one.
         purify: false where the block is there only for its covariances.
-        data: what the block is given: samples of each model's own task, of the next one, or covariances whose
-            eigenvectors are replaced by random ones.
+        data: what the block is given: samples of each model's own task, of the next one, or for all models of `Family.general`;
+            `generated`; or covariances whose eigenvectors are replaced by random ones.
         samples: calibration samples for each model.
         models: how many are merged at once; the tasks are cut into groups of so many.
     """
@@ -70,7 +75,7 @@ class Arm:
     settings: tuple[dict[str, Any], ...]
     pave: dict[str, Any] | None = None
     purify: bool = True
-    data: Literal["own", "other", "rotated"] = "own"
+    data: Literal["own", "other", "general", "generated", "rotated"] = "own"
     samples: int = 128
     models: int = 8
 
@@ -230,6 +235,11 @@ class Laboratory:
         return out
 
     def _block(self, arm: Arm, seed: int, tasks: list[str], data: str) -> dict[str, Any]:
+        calibration = {"samples": arm.samples, "max_length": self.family.max_length, "seed": seed}
+        common = arm.pave | {"cache_dir": str(self._cache(seed)), "calibration": calibration}
+        if data in ("general", "generated"):
+            whole = {"path": str(self.family.calibration(self.family.general)), "text": "text"} if data == "general" else data
+            return common | {"data": whole, **({} if arm.purify else {"purify": False})}
         names = list(self.family.tasks)
         entries = []
         for task in tasks:
@@ -238,8 +248,7 @@ class Laboratory:
             if data != "rotated":
                 given = {"data": {"path": str(self.family.calibration(source)), "text": "text"}}
             entries.append({"model": str(self.family.tuned(seed, task)), **given, **({} if arm.purify else {"purify": False})})
-        calibration = {"samples": arm.samples, "max_length": self.family.max_length, "seed": seed}
-        return arm.pave | {"cache_dir": str(self._cache(seed)), "calibration": calibration, "models": entries}
+        return common | {"models": entries}
 
     def _cache(self, seed: int) -> Path:
         return self._folder / self.family.name / "cache" / f"seed{seed}"
