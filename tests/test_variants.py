@@ -155,13 +155,66 @@ def test_parameters_have_no_meaning_for_a_method_without_them():
         ("pave.rank_ratio=2", "pave.rank_ratio=2: pave.rank_ratio: must be a share"),
         ("pave.refine.lamda=2", "did you mean 'lambda'"),
         ("pave.models.0.data.path.x=2", "pave.models.0.data.path is 'math.jsonl' in the config, which has no keys"),
-        ("parameters.density=0.5", "each model has a density of its own; set models.N.parameters.density .N: 0, 1."),
+        ("parameters.density=0.5", "has a density of its own; set models.0.parameters.density, models.1.parameters.density"),
+        ("parameters={lamda: 1}", "parameters.lamda: unknown parameter 'lamda'; did you mean 'lambda'"),
+        ("models=[{model: ./math, paramters: {weight: 1}}]", "did you mean 'parameters'.* in models.0"),
         ("dtype=[1]", "dtype=.1.: not a mergekit config"),
     ],
 )
 def test_what_nobody_would_read_is_refused(choice, message):
     with pytest.raises(PaveError, match=message):
         variants(choice)
+
+
+SLICES = """\
+merge_method: ties
+base_model: ./base
+parameters: {density: 0.5}
+slices:
+- sources:
+  - {model: ./math, layer_range: [0, 2], parameters: {weight: 1}}
+  - {model: ./base, layer_range: [0, 2]}
+- parameters: {weight: 0.5}
+  sources:
+  - {model: ./code, layer_range: [2, 4]}
+  - {model: ./base, layer_range: [2, 4]}
+"""
+
+
+def test_parameters_that_slices_override_are_refused():
+    config = yaml.safe_load(SLICES)
+    with pytest.raises(PaveError, match=r"set slices.0.sources.0.parameters.weight, slices.1.sources.0.parameters.weight"):
+        variants("parameters.weight=0.3", of=config)
+    assert len(variants("parameters.density=0.3", of=config)) == 2
+    del config["slices"][1]["parameters"]
+    assert len(variants("parameters.weight=0.3", of=config)) == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "own"),
+    [
+        ("rank_ratio=0.9", {"rank_ratio": 0.5}),
+        ("regularization={relative: 0.1}", {"regularization": 3}),
+        ("calibration.samples=3", {"calibration": {"samples": 8}}),
+        ("calibration={samples: 3}", {"calibration": {"samples": 8}}),
+    ],
+)
+def test_settings_of_the_block_that_each_model_overrides_are_refused(key, own):
+    config = content()
+    config["pave"]["models"][0] |= own
+    assert len(variants(f"pave.{key}", of=config)) == 2
+    config["pave"]["models"][1] |= own
+    with pytest.raises(PaveError, match=r"of its own; set pave.models.0.*, pave.models.1."):
+        variants(f"pave.{key}", of=config)
+
+
+def test_what_each_model_has_of_its_own_is_not_tried_by_default():
+    config = content()
+    for entry in config["models"]:
+        entry["parameters"]["lambda"] = 0.5
+    for entry in config["pave"]["models"]:
+        entry["rank_ratio"] = 0.9
+    assert default(config) == [{}, *({"pave.refine": {"lambda": scale}} for scale in (1, 1.2, 1.4))]
 
 
 def test_settings_of_refining_are_refused_where_the_config_switches_it_off():
@@ -220,6 +273,71 @@ def test_the_best_config_is_written_as_a_person_would():
         expected = expected.replace(old, new)
     assert written == "# Written by `mergekit-pave tune`.\n# a table\n#\n# of two lines\n\n" + expected
     assert yaml.safe_load(written) == best[1].content
+
+
+COMMENTED = """\
+merge_method: ties  # or not
+# about lambda
+parameters:
+  density: 0.5
+  # between
+  lambda: 2
+  # the last parameter
+# about the models
+models:
+  - model: ./math
+    parameters:
+      density: 0.9  # much
+      # about weight
+      weight: 0.5
+  # about code
+  - {model: ./code}
+pave:
+  # our block
+  refine:
+    lambda: 2
+  # about our models
+  models: []
+# the end
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "gone", "instead"),
+    [
+        (("parameters", "lambda"), None, "  lambda: 2\n  # the", "  # the"),
+        (("parameters", "density"), None, "  density: 0.5\n", ""),
+        (("parameters",), None, "parameters:\n  density: 0.5\n  # between\n  lambda: 2\n  # the", "  # the"),
+        (("models", 0, "parameters", "density"), None, "      density: 0.9  # much\n", ""),
+        (
+            ("models", 0, "parameters"),
+            {},
+            "parameters:\n      density: 0.9  # much\n      # about weight\n      weight: 0.5\n",
+            "parameters: {}\n",
+        ),
+        (("pave", "refine"), None, "  refine:\n    lambda: 2\n", ""),
+        (("pave", "refine"), False, "  refine:\n    lambda: 2\n", "  refine: false\n"),
+        (("merge_method",), "regmean", "merge_method: ties  # or", "merge_method: regmean # or"),
+    ],
+)
+def test_the_comment_behind_what_is_taken_away_or_replaced_stays(path, value, gone, instead):
+    wanted = yaml.safe_load(COMMENTED)
+    at = wanted
+    for key in path[:-1]:
+        at = at[key]
+    if value is None:
+        del at[path[-1]]
+    else:
+        at[path[-1]] = value
+    assert gone in COMMENTED
+    assert rewrite(COMMENTED, wanted, "").split("\n", 2)[2] == COMMENTED.replace(gone, instead)
+
+
+def test_ends_of_lines_stay():
+    wanted = content(parameters={"lambda": math.nan})
+    written = rewrite(TEXT.replace("\n", "\r\n"), wanted, "one\ntwo")
+    assert written == rewrite(TEXT, wanted, "one\ntwo").replace("\n", "\r\n")
+    assert "parameters: {lambda: .nan}\r\n" in written
 
 
 def test_the_table_of_an_earlier_tuning_is_replaced():

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from mergekit_pave.calibration.subjects import Weights
@@ -18,13 +17,11 @@ class Scaled:
 
     Attributes:
         base, merged: have tensors of the same names and shapes.
-        dtype: of the merge; None where each tensor has that of the base model.
     """
 
     base: Weights
     merged: Weights
     ratio: float
-    dtype: torch.dtype | None
 
     def tensors(self) -> Tensors:
         return _ScaledTensors(self, self.base.tensors(), self.merged.tensors())
@@ -38,7 +35,7 @@ class Scaled:
         if not merged.is_floating_point():
             return merged
         start = base.double()
-        return (start + self.ratio * (merged.double() - start)).to(self.dtype or base.dtype)
+        return (start + self.ratio * (merged.double() - start)).to(merged.dtype)
 
 
 class _ScaledTensors:

@@ -59,7 +59,8 @@ def score(
         (as_it_is,) = make_variants(yaml.safe_load(Path(config_file).read_text(encoding="utf-8")), [])
         tuner = Tuner(config, merge_options, scorer, lambda line: None)
         tuner.check(as_it_is)
-        scores = dict(zip([config_file], tuner.score([as_it_is])))
+        ((_, of_config),) = tuner.score([as_it_is])
+        scores = {config_file: of_config}
         click.echo(json.dumps(scores, indent=1) if as_json else as_text(scores))
         return
     opened = {str(folder): scorer.open(folder) for folder in merged}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 import yaml
@@ -20,7 +21,7 @@ from mergekit_pave.report.tuned import as_text, tuned
 
 if not host.missing():
     from mergekit_pave.planning.variants import Variant, combinations, default_combinations, make_variants, parse_choice
-    from mergekit_pave.planning.weights import weights_of
+    from mergekit_pave.planning.weights import as_changes, weights_of
     from mergekit_pave.plugin.scoring import plan_scoring
     from mergekit_pave.plugin.tune import Tuner, tune_weights
 
@@ -73,6 +74,8 @@ def tune(
     A merge is made in the cache, scored as by `mergekit-pave score`, and removed. What has been scored is not merged again, so a
     run that was stopped goes on where it was.
 
+    A setting that fails is told, and the others are tried. Methods that draw at random get --random-seed 0 if none is given.
+
     Without --set these are tried: lambda at 0.6, 0.8, 1 and 1.2 times its value, each without purification and at rank_ratio
     0.984, and refining with a lambda of 1, 1.2 and 1.4; as far as merge method and data allow.
     """
@@ -83,33 +86,38 @@ def tune(
         from mergekit_pave.report.page import document
         from mergekit_pave.report.page.tuned import write_tuned
 
-        document.check(page)
+        document.check(page, option="--report")
     config = read_config(str(config_file))
-    text = config_file.read_text(encoding="utf-8")
+    text = config_file.read_bytes().decode("utf-8")  # with the ends of lines that it has
     content = yaml.safe_load(text)
     chosen = combinations(map(parse_choice, choices))
     scorer = plan_scoring(config, merge_options, rows, base)
     variants = make_variants(content, chosen if choices else default_combinations(config, content))
     tuner = Tuner(config, merge_options, scorer, lambda line: merge_options.quiet or click.echo(line, err=True))
     variants = [variant for variant in variants if _can_be_tried(tuner, variant, is_asked_for=bool(choices))]
-    if weights:
-        for variant in variants:  # any of them may be the best
-            weights_of(variant.config)
+    of_weights = [weights_of(variant.config) for variant in variants] if weights else []  # any of them may be the best
+    if output:
+        _check_rewriting(text, content, variants, of_weights)
     click.echo(f"{len(variants)} settings to try, on {rows} held-out rows of each model", err=True)
-    tried = list(zip(variants, tuner.score(variants)))
+    tried = tuner.score(variants)
     if weights:
         tried += tune_weights(tuner, content, tried, by)
-    result = tuned([(variant.changes, score) for variant, score in tried], by)
+    failed = [(variant.changes, reason) for variant, reason in tuner.failed]
+    result = tuned([(variant.changes, score) for variant, score in tried], by, failed)
     table = as_text(result, label_settings([variant.changes for variant, _ in tried], text))
     best = tried[result["best"]][0]
     if best.taken_out:
         table += f"\nTaken out of it, as {best.config.merge_method} has no such parameters: {', '.join(best.taken_out)}."
+    if best.is_random:
+        table += f"\n{best.config.merge_method} draws at random: merge it with --random-seed {tuner.seed}, as it was here."
     click.echo(json.dumps(result, indent=1) if as_json else table)
-    if output:
-        output.write_text(rewrite(text, best.content, table), encoding="utf-8")
-        click.echo(f"written to {output}", err=True)
     if page:
         click.echo(f"written to {write_tuned(page, config_file.stem, result, text)}", err=True)
+    if output:
+        _write_new(output, rewrite(text, best.content, table))
+        click.echo(f"written to {output}", err=True)
+    if failed:
+        raise PaveError(f"{len(failed)} of {len(failed) + len(tried)} settings failed; see above")
 
 
 def _check_output(config_file: Path, output: Path | None) -> None:
@@ -124,6 +132,35 @@ def _check_output(config_file: Path, output: Path | None) -> None:
         raise PaveError(f"-o {output} is {what}, and nothing is overwritten; name a new file, or remove that one")
     if not output.parent.is_dir():
         raise PaveError(f"-o {output}: there is no folder {output.parent}; make it first")
+
+
+def _check_rewriting(text: str, content: dict[str, Any], variants: list[Variant], of_weights: list[dict[int, float]]) -> None:
+    """
+    Args:
+        text, content: of the config.
+        of_weights: weights that are to be tuned.
+
+    Raises:
+        PaveError: a variant could not be written, however good it is.
+    """
+    changed = [as_changes({i: weight + 1 for i, weight in each.items()}) for each in of_weights[:1]]
+    for variant in [*variants, *make_variants(content, changed)[1:]]:
+        try:
+            rewrite(text, variant.content, "")
+        except PaveError as error:
+            raise PaveError(f"-o: {variant.name}: {error}") from error
+
+
+def _write_new(path: Path, text: str) -> None:
+    """
+    Raises:
+        PaveError: there is something by now, or it cannot be written.
+    """
+    try:
+        with path.open("x", encoding="utf-8", newline="") as file:
+            file.write(text)
+    except OSError as error:
+        raise PaveError(f"-o {path} cannot be written: {error}; what was scored is in the cache, so name another file") from error
 
 
 def _can_be_tried(tuner: Tuner, variant: Variant, is_asked_for: bool) -> bool:

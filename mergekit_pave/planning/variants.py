@@ -9,16 +9,19 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, get_args, get_origin
+from typing import Any, NamedTuple
 
 import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.merge_methods import registered_methods
 from mergekit.merge_methods.base import MergeMethodSpec
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from mergekit_pave.errors import PaveError, unknown
+from mergekit_pave.planning.settable import check_key, own_parameters, parameter_in, parts_of
 from mergekit_pave.report.tuned import shown
+
+_RANDOM = {"dare_linear", "dare_ties", "della", "della_linear", "arcee_fusion"}
 
 
 class Choice(NamedTuple):
@@ -49,6 +52,11 @@ class Variant:
     @property
     def name(self) -> str:
         return shown(self.changes)
+
+    @property
+    def is_random(self) -> bool:
+        """Whether its merge method draws at random."""
+        return self.config.merge_method in _RANDOM
 
 
 def parse_choice(text: str) -> Choice:
@@ -101,8 +109,9 @@ def make_variants(content: dict[str, Any], combinations: Iterable[dict[str, Any]
     combinations = list(combinations)
     methods = {changes.get("merge_method", content.get("merge_method")) for changes in combinations}
     known = {name for method in methods for name in _parameters_of(method)}
-    for key in dict.fromkeys(key for changes in combinations for key in changes):
-        _check_key(key, content, known)
+    chosen = [choice for changes in combinations for choice in changes.items()]
+    for key in dict.fromkeys(part for choice in chosen for part in parts_of(*choice)):
+        check_key(key, content, known)
     variants, seen = [], []
     for changes in ({}, *combinations):
         changed, changes, taken_out = _changed(content, changes)
@@ -119,7 +128,8 @@ def default_combinations(config: MergeConfiguration, content: dict[str, Any]) ->
 
     λ of the merge method, if it has one that is a plain number, at 0.6, 0.8, 1 and 1.2 times its value; each of them without
     purification and at the default rank ratio, if the block purifies; all without refining. Then refining with three of its own
-    λ, if there is a base model and data for each model. The method's λ hardly matters to it, so the two are not crossed.
+    λ, if there is a base model and data for each model. The method's λ hardly matters to it, so the two are not crossed. What
+    each model has of its own is left as it is.
 
     Args:
         content: what the YAML of the config holds.
@@ -128,9 +138,10 @@ def default_combinations(config: MergeConfiguration, content: dict[str, Any]) ->
     default = next((parameter.default for parameter in spec.parameters if parameter.name == "lambda"), None)
     present = (config.parameters or {}).get("lambda", default)
     choices = []
-    if isinstance(present, (int, float)) and not isinstance(present, bool) and config.base_model:
+    is_number = isinstance(present, (int, float)) and not isinstance(present, bool)
+    if is_number and config.base_model and not own_parameters(content, "lambda"):
         choices.append(Choice("parameters.lambda", [_rounded(factor * present) for factor in (0.6, 0.8, 1, 1.2)]))
-    if any(config.pave.entry(entry.model) for entry in config.pave.models):
+    if any(config.pave.entry(entry.model) and entry.rank_ratio is None for entry in config.pave.models):
         choices.append(Choice("pave.rank_ratio", [1, 0.984]))
     plain = combinations(choices)
     if config.pave.refine:
@@ -177,7 +188,7 @@ def _changed(content: dict[str, Any], changes: dict[str, Any]) -> tuple[dict[str
     changes = {
         key: value
         for key, value in changes.items()
-        if not key.startswith(off) and ((name := _parameter_in(key)) is None or name in known)
+        if not key.startswith(off) and ((name := parameter_in(key)) is None or name in known)
     }
     for key in sorted(changes, key=lambda key: key.count(".")):  # the whole before its parts
         _set(changed, key, changes[key])
@@ -206,14 +217,6 @@ def _take_parameters(value: Any, names: set[str]) -> list[str]:
     return found
 
 
-def _parameter_in(key: str) -> str | None:
-    """The parameter of the merge method that a key is, or is a part of."""
-    parts = key.split(".")
-    if parts[0] == "pave" or "parameters" not in parts[:-1]:
-        return None
-    return parts[parts.index("parameters") + 1]
-
-
 def _set(content: dict[str, Any], key: str, value: Any) -> None:
     parts = key.split(".")
     at: Any = content
@@ -232,47 +235,6 @@ def _set(content: dict[str, Any], key: str, value: Any) -> None:
         if child is None or (child is True and parts[: depth + 1] == ["pave", "refine"]):
             child = at[part] = {}
         at = child
-
-
-def _check_key(key: str, content: dict[str, Any], parameters: set[str]) -> None:
-    """Refuse a key that mergekit would not read. The classes of the block refuse theirs themselves.
-
-    Args:
-        parameters: those of the merge methods.
-    """
-    kind: Any = MergeConfiguration
-    parts = key.split(".")
-    for depth, part in enumerate(parts):
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            if part not in kind.model_fields:
-                place = f" in {'.'.join(parts[:depth])}" if depth else ""
-                raise PaveError(f"--set {key}: {unknown('key', part, kind.model_fields)}{place}")
-            if kind is MergeConfiguration and part == "pave":
-                return
-            if part == "parameters":
-                break
-            kind = _container(kind.model_fields[part].annotation)
-        elif get_origin(kind) in (list, dict, tuple):
-            kind = _container(get_args(kind)[-1])
-        else:
-            raise PaveError(f"--set {key}: {'.'.join(parts[:depth])} is a value, which has no keys")
-    name = _parameter_in(key)
-    if name is None:
-        return
-    if name not in parameters:
-        raise PaveError(f"--set {key}: {unknown('parameter', name, sorted(parameters))}")
-    entries = [entry for entry in content.get("models") or () if isinstance(entry, dict)]
-    merged = [entry for entry in entries if entry.get("model") != content.get("base_model")]
-    if parts[0] == "parameters" and merged and all(name in (entry.get("parameters") or {}) for entry in merged):
-        numbers = ", ".join(str(entries.index(entry)) for entry in merged)
-        raise PaveError(f"--set {key}: each model has a {name} of its own; set models.N.parameters.{name} (N: {numbers})")
-
-
-def _container(annotation: Any) -> Any:
-    """What of an annotation has keys: a class, a list or a mapping; None if it is a plain value."""
-    kinds = [annotation, *(get_args(annotation) if get_origin(annotation) not in (list, dict, tuple) else ())]
-    has_keys = (k for k in kinds if get_origin(k) in (list, dict, tuple) or (isinstance(k, type) and issubclass(k, BaseModel)))
-    return next(has_keys, None)
 
 
 def _validated(content: dict[str, Any], changes: dict[str, Any]) -> MergeConfiguration:

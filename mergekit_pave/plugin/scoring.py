@@ -10,6 +10,7 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
+from mergekit_pave import cache
 from mergekit_pave.calibration.job import Runtime
 from mergekit_pave.errors import PaveError
 from mergekit_pave.planning.merge import Reading
@@ -18,6 +19,7 @@ from mergekit_pave.planning.scoring import plan_scoring as plan_for
 from mergekit_pave.plugin.checkpoints import checkpoint_of
 from mergekit_pave.plugin.inputs import check_inputs, check_merged, planning_errors
 from mergekit_pave.plugin.phases import merge_adapters
+from mergekit_pave.plugin.scratch import remove_abandoned
 from mergekit_pave.tasks.scoring import Model, Scoring
 
 
@@ -50,6 +52,8 @@ class Scorer:
 def plan_scoring(config: MergeConfiguration, options: MergeOptions, rows: int, base: str | None = None) -> Scorer:
     """Check everything that scores of merges of a config need. No model is run, unless it has yet to write its own rows.
 
+    Merges that killed runs have left are removed.
+
     Args:
         rows: how many held-out rows a model is to have.
         base: the model that counts as 0 %, if that is not the config's base model.
@@ -63,6 +67,7 @@ def plan_scoring(config: MergeConfiguration, options: MergeOptions, rows: int, b
         config = config.model_copy(update={"base_model": ModelReference.parse(base)})
     if config.base_model is None:
         raise PaveError("the config has no base_model, and a score needs a model that counts as 0 %: name it with --base MODEL")
+    remove_abandoned(cache.cache_root(config.pave.cache_dir))
     check_inputs(config, options)
     merge_adapters(config, options)
     runtime = Runtime(options.device, options.trust_remote_code, options.quiet)

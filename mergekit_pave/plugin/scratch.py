@@ -17,7 +17,8 @@ from mergekit_pave.cache import writable
 def scratch_folder(root: Path) -> Iterator[Path]:
     """A new folder, which is removed however the block ends.
 
-    Folders that killed processes have left are removed, too. A lock beside each folder shows whether its process is still there.
+    Folders that killed processes have left are removed, too. A lock beside each folder shows whether its process is still there,
+    and tells where a folder is that could not be removed.
 
     Args:
         root: of the cache. The folder is on its disk.
@@ -25,11 +26,11 @@ def scratch_folder(root: Path) -> Iterator[Path]:
     Raises:
         PaveError: the disk is full, or cannot be written to.
     """
+    remove_abandoned(root)
     scratch = root / "scratch"
     folder = scratch / uuid.uuid4().hex
     with writable(scratch):
         scratch.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(scratch)
         lock = filelock.FileLock(_lock_of(folder))
         lock.acquire()
     try:
@@ -40,7 +41,13 @@ def scratch_folder(root: Path) -> Iterator[Path]:
         _remove(folder, lock)
 
 
-def _remove_abandoned(scratch: Path) -> None:
+def remove_abandoned(root: Path) -> None:
+    """Remove the folders that killed processes have left.
+
+    Args:
+        root: of the cache, which need not be there.
+    """
+    scratch = root / "scratch"
     for path in scratch.glob(".*.lock"):
         lock = filelock.FileLock(path)
         with contextlib.suppress(filelock.Timeout, OSError):  # somebody works there, or removes it
@@ -50,7 +57,8 @@ def _remove_abandoned(scratch: Path) -> None:
 
 def _remove(folder: Path, lock: filelock.BaseFileLock) -> None:
     shutil.rmtree(folder, ignore_errors=True)
-    Path(lock.lock_file).unlink(missing_ok=True)
+    if not folder.exists():  # without its lock nobody would find the folder again
+        Path(lock.lock_file).unlink(missing_ok=True)
     lock.release()
 
 

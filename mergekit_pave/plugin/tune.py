@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.merge import run_merge
@@ -21,9 +22,9 @@ from mergekit_pave import cache, versions
 from mergekit_pave.calibration.scaled import Scaled
 from mergekit_pave.calibration.subjects import Stored
 from mergekit_pave.config import PaveConfig
-from mergekit_pave.errors import PaveError
+from mergekit_pave.errors import PaveError, in_a_line
 from mergekit_pave.planning.plan import Plan
-from mergekit_pave.planning.scaling import alike, precision, scale
+from mergekit_pave.planning.scaling import alike, scale
 from mergekit_pave.planning.source import weights_identity
 from mergekit_pave.planning.variants import Variant, make_variants
 from mergekit_pave.planning.weights import Found, as_changes, search, weights_of
@@ -37,9 +38,16 @@ from mergekit_pave.tasks.scoring import Model
 
 Tried = tuple[Variant, Score]
 
+_SEED = 0  # unless the user gives one: methods that draw at random shall draw alike when the best one is merged
+
 
 class Tuner:
-    """Scores variants of a config, each of them once: what is in the cache is not merged again."""
+    """Scores variants of a config, each of them once: what is in the cache is not merged again.
+
+    Attributes:
+        seed: of methods that draw at random.
+        failed: the variants that could not be merged or scored, and why.
+    """
 
     def __init__(self, config: MergeConfiguration, options: MergeOptions, scorer: Scorer, tell: Callable[[str], None]):
         """
@@ -47,7 +55,10 @@ class Tuner:
             config: as it is.
             tell: is given a line for each variant that is scored.
         """
-        self._config, self._options, self._scorer, self._tell = config, options, scorer, tell
+        self.seed = _SEED if options.random_seed is None else options.random_seed
+        self.failed: list[tuple[Variant, str]] = []
+        self._options = options.model_copy(update={"random_seed": self.seed})
+        self._config, self._scorer, self._tell = config, scorer, tell
         self._keys: dict[int, str] = {}  # by variant
         self._complete: set[int] = set()  # variants that need nothing that the cache lacks
         self._filled = False
@@ -67,27 +78,39 @@ class Tuner:
         if not (plan.to_calibrate or plan.decompositions):
             self._complete.add(id(variant))
 
-    def score(self, variants: list[Variant]) -> list[Score]:
-        """The scores of variants that have been checked.
+    def score(self, variants: list[Variant]) -> list[Tried]:
+        """The variants that can be merged and scored, with their scores; what becomes of the others is in `failed`.
+
+        Args:
+            variants: that have been checked.
 
         Raises:
-            PaveError: a merge or a score fails.
+            PaveError: the disk has no room, an expert or the base model cannot be run, or the config as it is cannot be merged.
         """
         scoring = self._scorer.scoring
-        scoring.prepare()
-        found = {}
+        found: dict[int, Score] = {}
         for variant in variants:
             if score := scoring.stored(self._keys[id(variant)]):
                 found[id(variant)] = score
                 self._tell(f"{variant.name}: {_in_short(score)} (from the cache)")
         missing = [variant for variant in variants if id(variant) not in found]
-        groups = alike(missing, checkpoint_of)
-        self._check_space(groups)
-        self._fill_caches(missing)
-        for group in groups:
-            for variant, score in self._merged_and_scored(group):
-                found[id(variant)] = score
-        return [found[id(variant)] for variant in variants]
+        self._check_space(missing)
+        scoring.prepare()
+        missing = self._with_full_caches(missing)
+        for group in alike(missing):
+            self._score_each(group, found)
+        return [(variant, found[id(variant)]) for variant in variants if id(variant) in found]
+
+    def fail(self, variant: Variant, error: Exception) -> None:
+        """Note why a variant could not be scored, and go on without it.
+
+        Raises:
+            Exception: it is the config as it is, without which there is nothing to compare with.
+        """
+        if not variant.changes:
+            raise error
+        self.failed.append((variant, in_a_line(error)))
+        self._tell(f"{variant.name}: failed: {in_a_line(error)}")
 
     def _key(self, variant: Variant, plan: Plan) -> str:
         """Of everything that determines a merge."""
@@ -96,52 +119,61 @@ class Tuner:
         device = torch.device(self._options.device).type
         return cache.digest("tuned", *variant.meaning, models, plan.samples, options, device, versions.installed())
 
-    def _check_space(self, groups: list[list[Variant]]) -> None:
+    def _check_space(self, variants: list[Variant]) -> None:
         """
         Raises:
             PaveError: the disk has no room for a merge.
         """
-        if not groups:
-            return
-        checkpoint = checkpoint_of(self._config.base_model or self._config.referenced_models()[0])
-        size = sum(Path(checkpoint.folder, file).stat().st_size for file in set(checkpoint.files.values()))
-        is_widened = any(len(group) > 1 and precision(group[0]) is not torch.float32 for group in groups)
-        cache.require_space(cache.cache_root(self._config.pave.cache_dir), 2 * size if is_widened else size, "free some")
+        size = max((_size(variant.config) for variant in variants), default=0)
+        cache.require_space(cache.cache_root(self._config.pave.cache_dir), size, "free some")
 
-    def _fill_caches(self, variants: list[Variant]) -> None:
-        """Calibrate and decompose what the merges need, with bars of its own. Most variants need what the first one needs."""
+    def _with_full_caches(self, variants: list[Variant]) -> list[Variant]:
+        """Calibrate and decompose what the merges need, with bars of its own. Most variants need what the first one needs.
+
+        Returns:
+            Those for which this could be done.
+        """
         log = logging.getLogger("mergekit_pave")
         level = log.level
+        full = []
         try:
             for variant in variants:
-                if id(variant) in self._complete:
-                    continue
-                if self._filled:
-                    log.setLevel(logging.ERROR)
-                fill_caches(variant.config.model_copy(deep=True), self._options)
-                self._filled = True
+                if id(variant) not in self._complete:
+                    if self._filled:
+                        log.setLevel(logging.ERROR)
+                    try:
+                        fill_caches(variant.config.model_copy(deep=True), self._options)
+                    except Exception as error:
+                        self.fail(variant, error)
+                        continue
+                    self._filled = True
+                full.append(variant)
         finally:
             log.setLevel(level)
+        return full
 
-    def _merged_and_scored(self, group: list[Variant]) -> Iterator[tuple[Variant, Score]]:
+    def _score_each(self, group: list[Variant], found: dict[int, Score]) -> None:
         """
         Args:
             group: variants that one merge can serve, or a single one.
+            found: the scores by variant, to which theirs are added.
         """
-        first, start = group[0], time.monotonic()
-        if len(group) > 1:
-            exact = dataclasses.replace(first, config=first.config.model_copy(update={"dtype": "float32", "out_dtype": None}))
-            with self._merged(exact) as merged:
-                models = self._scaled(group, merged)
-                for variant, model in zip(group, models or ()):
-                    yield variant, self._score(variant, model, start)
-                    start = time.monotonic()
-            if models:
-                return
-        for variant in group:
-            with self._merged(variant) as merged:
-                yield variant, self._score(variant, merged, start)
+        start, left = time.monotonic(), list(group)
+
+        def score_next(model: Model) -> None:
+            nonlocal start
+            found[id(left[0])] = self._score(left[0], model, start)
+            left.pop(0)
             start = time.monotonic()
+
+        while left:  # what fails is taken out, and the others are merged anew
+            try:
+                with self._merged(left[0]) as merged:
+                    models = self._scaled(left, merged) if len(left) > 1 else [merged]
+                    for model in models or [merged]:
+                        score_next(model)
+            except Exception as error:  # the methods of mergekit raise all kinds
+                self.fail(left.pop(0), error)
 
     def _score(self, variant: Variant, model: Model, start: float) -> Score:
         score = self._scorer.scoring.score(dataclasses.replace(model, name=variant.name, identity=self._keys[id(variant)]))
@@ -149,23 +181,15 @@ class Tuner:
         return score
 
     def _scaled(self, group: list[Variant], merged: Model) -> list[Model] | None:
-        """A group from a merge of its first; None if the base model's tensors have other names than the merge's."""
-        base = Stored(checkpoint_of(self._config.base_model).folder)
-        names = set(merged.weights.tensors().names)
-        if not names <= set(base.tensors().names):
+        """A group from a merge of its first; None if the base model's tensors have other names or shapes than the merge's."""
+        base = checkpoint_of(self._config.base_model)
+        shapes = {name: tensor.shape for name, tensor in base.stored.items()}
+        stored = checkpoint_of(ModelReference.parse(merged.name)).stored
+        if any(shapes.get(name) != tensor.shape for name, tensor in stored.items()):
             return None
-        most = scale(group[0], checkpoint_of)
-        dtype = precision(group[0])
-        config = copy.deepcopy(merged.config)
-        config.dtype = dtype or self._scorer.scoring.base.config.dtype  # it decides in what precision a model runs on a GPU
-        return [
-            dataclasses.replace(
-                merged,
-                config=config,
-                weights=Scaled(base, merged.weights, scale(variant, checkpoint_of) / most if most else 1.0, dtype),
-            )
-            for variant in group
-        ]
+        most = scale(group[0])
+        ratios = [scale(variant) / most if most else 1.0 for variant in group]
+        return [dataclasses.replace(merged, weights=Scaled(Stored(base.folder), merged.weights, ratio)) for ratio in ratios]
 
     @contextlib.contextmanager
     def _merged(self, variant: Variant) -> Iterator[Model]:
@@ -201,15 +225,27 @@ def tune_weights(tuner: Tuner, content: dict[str, Any], tried: list[Tried], by: 
     """
     best = max(tried, key=lambda pair: kept(pair[1], by))
     start = weights_of(best[0].config)
+    known = [(variant.meaning, kept(score, by)) for variant, score in tried]
+    known += [(variant.meaning, -math.inf) for variant, _ in tuner.failed]
     further: list[Tried] = []
 
     def value_of(weights: dict[int, float]) -> float:
         changed = {i: weight for i, weight in weights.items() if weight != start[i]}
-        (variant,) = make_variants(content, [best[0].changes | as_changes(changed)])[-1:]
-        tuner.check(variant)
-        (score,) = tuner.score([variant])
-        further.append((variant, score))
-        return kept(score, by)
+        variant = make_variants(content, [best[0].changes | as_changes(changed)])[-1]
+        for meaning, value in known:  # the search may come back to what has been tried
+            if meaning == variant.meaning:
+                return value
+        value = -math.inf
+        try:
+            tuner.check(variant)
+        except PaveError as error:
+            tuner.fail(variant, error)
+        else:
+            for pair in tuner.score([variant]):
+                further.append(pair)
+                value = kept(pair[1], by)
+        known.append((variant.meaning, value))
+        return value
 
     for _ in search(Found(start, kept(best[1], by)), value_of):
         pass
@@ -221,6 +257,15 @@ def _forget(folder: Path) -> None:
     loaders = LoaderCache().loaders
     for model in [model for model in loaders if model.model.path == str(folder)]:
         loaders.pop(model).flush()
+
+
+def _size(config: MergeConfiguration) -> int:
+    """Of a merge on the disk, in bytes."""
+    checkpoint = checkpoint_of(config.base_model or config.referenced_models()[0])
+    dtype = dtype_from_name(config.out_dtype or config.dtype)
+    if dtype and checkpoint.stored:
+        return dtype.itemsize * sum(math.prod(tensor.shape) for tensor in checkpoint.stored.values())
+    return sum(Path(checkpoint.folder, file).stat().st_size for file in set(checkpoint.files.values()))
 
 
 def _check_comparable(config: MergeConfiguration, other: MergeConfiguration) -> None:
@@ -235,6 +280,11 @@ def _check_comparable(config: MergeConfiguration, other: MergeConfiguration) -> 
             raise PaveError(
                 f"{entry.model}: all settings are scored on the same rows, those after the calibration's in the config. So data "
                 "and seed cannot be tuned, and calibration.samples only downwards; set it to the largest in the config"
+            )
+        if theirs.samples != ours.samples and any(data.streaming for data in entry.sources if data):
+            raise PaveError(
+                f"{entry.model}: calibration.samples cannot be tuned with streaming: it changes how a stream is shuffled, so "
+                "fewer samples may be those that settings are scored on"
             )
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from typing import Any
 
 import yaml
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.error import CommentMark
 from ruamel.yaml.scalarstring import SingleQuotedScalarString
+from ruamel.yaml.tokens import CommentToken
 from ruamel.yaml.util import load_yaml_guess_indent
 
 from mergekit_pave.errors import PaveError
@@ -30,7 +33,8 @@ def rewrite(text: str, wanted: dict[str, Any], table: str) -> str:
     Raises:
         PaveError: it cannot be changed in place.
     """
-    text = _OLD_COMMENT.sub("", text)
+    end_of_line = "\r\n" if "\r\n" in text else "\n"
+    text = _OLD_COMMENT.sub("", text.replace("\r\n", "\n"))
     _, indent, offset = load_yaml_guess_indent(text)
     parser = YAML()
     parser.preserve_quotes, parser.width = True, _WIDEST
@@ -40,12 +44,19 @@ def rewrite(text: str, wanted: dict[str, Any], table: str) -> str:
     _update(document, before, wanted)
     stream = io.StringIO()
     parser.dump(document, stream)
-    if yaml.safe_load(stream.getvalue()) != wanted:
-        raise PaveError(
-            "the config cannot be changed in place, because a part of it stands for several (&, * or <<); write it out"
-        )
+    if _comparable(yaml.safe_load(stream.getvalue())) != _comparable(wanted):
+        if any(getattr(event, "anchor", None) for event in yaml.parse(text)):
+            raise PaveError(
+                "the config cannot be changed in place, because a part of it stands for several (&, * or <<); write it out"
+            )
+        raise PaveError("the config cannot be changed in place; write the keys that are to change in the plainest way")
     comment = "".join(f"# {line}".rstrip() + "\n" for line in table.splitlines())
-    return f"{_FIRST_LINE}\n{comment}\n{stream.getvalue()}"
+    return f"{_FIRST_LINE}\n{comment}\n{stream.getvalue()}".replace("\n", end_of_line)
+
+
+def _comparable(content: Any) -> str:
+    """Not a number is equal to itself there."""
+    return json.dumps(content, sort_keys=True, default=str)
 
 
 def _update(at: Any, before: Any, wanted: Any) -> None:
@@ -61,7 +72,7 @@ def _update(at: Any, before: Any, wanted: Any) -> None:
             _replace(at, i, old, new)
         return
     for key in [key for key in before if key not in wanted]:
-        del at[key]
+        _delete(at, key)
     for key, new in wanted.items():
         if key in before:
             _replace(at, key, before[key], new)
@@ -72,11 +83,60 @@ def _update(at: Any, before: Any, wanted: Any) -> None:
 def _replace(at: Any, key: Any, old: Any, new: Any) -> None:
     if type(old) is type(new) and old == new:
         return
-    alike = isinstance(old, dict) and isinstance(new, dict)
+    alike = isinstance(old, dict) and isinstance(new, dict) and new
     if alike or (isinstance(old, list) and isinstance(new, list) and len(old) == len(new)):
         _update(at[key], old, new)
     else:
+        behind, is_inside = _behind(at, key), _is_block(at[key])
         at[key] = _styled(new)
+        if is_inside:
+            at.ca.items.pop(key, None)
+            _add_behind(at, key, behind)
+
+
+def _delete(at: CommentedMap, key: str) -> None:
+    """Remove a key, but not the lines behind it, which are about what follows."""
+    behind, keys = _behind(at, key), list(at)
+    number = keys.index(key)
+    del at[key]
+    at.ca.items.pop(key, None)
+    if not behind:
+        return
+    if number:
+        _add_behind(at, keys[number - 1], behind)
+    elif len(keys) > 1:
+        lines = behind.splitlines()
+        texts = "\n".join(line.strip().removeprefix("#").removeprefix(" ") for line in lines)
+        at.yaml_set_comment_before_after_key(keys[1], before=texts, indent=len(lines[-1]) - len(lines[-1].lstrip()))
+
+
+def _is_block(value: Any) -> bool:
+    """Whether a value is written in several lines."""
+    return isinstance(value, (CommentedMap, CommentedSeq)) and bool(value) and not value.fa.flow_style()
+
+
+def _slot(at: Any, key: Any) -> tuple[Any, Any, int]:
+    """Where the parser keeps the comments behind a value: with the last value inside it."""
+    while _is_block(at[key]):
+        at = at[key]
+        key = list(at)[-1] if isinstance(at, CommentedMap) else len(at) - 1
+    return at, key, 2 if isinstance(at, CommentedMap) else 0
+
+
+def _behind(at: Any, key: Any) -> str:
+    """The lines between a value and the next key."""
+    at, key, place = _slot(at, key)
+    token = (at.ca.items.get(key) or [None] * 4)[place]
+    return token.value.partition("\n")[2] if token else ""
+
+
+def _add_behind(at: Any, key: Any, lines: str) -> None:
+    at, key, place = _slot(at, key)
+    tokens = at.ca.items.setdefault(key, [None] * 4)
+    if tokens[place]:
+        tokens[place].value = tokens[place].value.removesuffix("\n") + "\n" + lines
+    elif lines:
+        tokens[place] = CommentToken(f"\n{lines}", CommentMark(0), None)
 
 
 def _insert(at: CommentedMap, key: str, value: Any) -> None:

@@ -29,12 +29,15 @@ def as_yaml(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("\n").removesuffix("\n...")
 
 
-def tuned(settings: Sequence[tuple[dict[str, Any], dict[str, Any]]], by: str) -> dict[str, Any]:
+def tuned(
+    settings: Sequence[tuple[dict[str, Any], dict[str, Any]]], by: str, failed: Sequence[tuple[dict[str, Any], str]] = ()
+) -> dict[str, Any]:
     """The settings that were tried, compared on the same rows.
 
     Args:
         settings: the changes and the score of each, the config as it is first.
         by: what they are ordered by, `mean` or `worst`.
+        failed: the changes of settings that have no score, and why.
     """
     best = max(range(len(settings)), key=lambda number: kept(settings[number][1], by))
     rows = [distances(score) for _, score in settings]
@@ -52,6 +55,7 @@ def tuned(settings: Sequence[tuple[dict[str, Any], dict[str, Any]]], by: str) ->
             for (changes, score), of_setting in zip(settings, rows)
         ],
         "best": best,
+        "failed": [{"set": changes, "reason": reason} for changes, reason in failed],
     }
 
 
@@ -83,7 +87,13 @@ def as_text(result: dict[str, Any], labels: Sequence[str]) -> str:
         f"Share kept of each model: 0 % is {first_score['base']}, 100 % the model, on "
         f"{' to '.join(map(str, dict.fromkeys((min(counts), max(counts)))))} held-out rows of each."
     )
-    return "\n".join([about, "", *aligned([head, *rows]), "", verdict(result, labels[result["best"]]), *_below(result)])
+    lines = [*aligned([head, *rows]), *failures(result)]
+    return "\n".join([about, "", *lines, "", verdict(result, labels[result["best"]]), *_below(result)])
+
+
+def failures(result: dict[str, Any]) -> list[str]:
+    """A line about each setting that has no score."""
+    return [f"{shown(setting['set'])}: failed: {setting['reason']}" for setting in result["failed"]]
 
 
 def _cells(setting: dict[str, Any], names: Iterable[str], is_best: bool) -> list[str]:

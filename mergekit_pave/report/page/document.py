@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,11 +35,12 @@ class Section:
     notes: list[str] = field(default_factory=list)
 
 
-def write(folder: Path, template: str, sections: list[Section], **more: Any) -> Path:
+def write(folder: Path, template: str, sections: list[Section], option: str = "-o", **more: Any) -> Path:
     """Write a page, and a PNG of each plot in it. Each file is written whole or not at all.
 
     Args:
         template: the name of its file.
+        option: of the command that names the folder.
         more: what the template shows besides the sections.
 
     Returns:
@@ -51,7 +52,7 @@ def write(folder: Path, template: str, sections: list[Section], **more: Any) -> 
     files = {f"{plot.name}.png": png(plot) for section in sections for plot in section.plots}
     page = _templates().get_template(template).render(generator=GENERATOR, sections=sections, table=_table, svg=svg, **more)
     files[PAGE_NAME] = page.encode()
-    check(folder, files)
+    check(folder, files, option)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for file, content in files.items():
@@ -62,18 +63,21 @@ def write(folder: Path, template: str, sections: list[Section], **more: Any) -> 
     return folder / PAGE_NAME
 
 
-def check(folder: Path, files: Sequence[str] = (PAGE_NAME,)) -> None:
+def check(folder: Path, files: Iterable[str] = (PAGE_NAME,), option: str = "-o") -> None:
     """Refuse to overwrite files that no earlier report wrote.
+
+    Args:
+        option: of the command that names the folder.
 
     Raises:
         PaveError: there is such a file.
     """
     if folder.exists() and not folder.is_dir():
-        raise PaveError(f"{folder} is a file; name a folder for the report with -o")
+        raise PaveError(f"{folder} is a file; name a folder for the report with {option}")
     if is_page(folder / PAGE_NAME):
         return
     if taken := [file for file in files if (folder / file).exists()]:
-        raise PaveError(f"{folder / taken[0]} is not from an earlier report; name another folder with -o")
+        raise PaveError(f"{folder / taken[0]} is not from an earlier report; name another folder with {option}")
 
 
 @functools.cache

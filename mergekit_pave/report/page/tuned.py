@@ -10,7 +10,7 @@ from mergekit_pave.report.page.document import Section, Table
 from mergekit_pave.report.page.labels import label_settings
 from mergekit_pave.report.places import short_models
 from mergekit_pave.report.scores import columns, notes, share, with_error
-from mergekit_pave.report.tuned import WITHIN_NOISE, as_good, is_within_noise, kept, shown, verdict
+from mergekit_pave.report.tuned import WITHIN_NOISE, as_good, failures, is_within_noise, kept, shown, verdict
 
 Setting = dict[str, Any]
 
@@ -41,10 +41,11 @@ def write_tuned(folder: Path, name: str, tuned: dict[str, Any], config: str | No
         folder,
         "tuned.html",
         [Section("settings", "Share kept by setting", verdict(tuned, labels[tuned["best"]]), [plot], [table], _notes(tuned))],
+        option="--report",
         name=name,
         lead=f"{len(settings)} settings of this config, each merged and scored. {scored.scale(score)}",
         tiles=_tiles(tuned),
-        warnings=[],
+        warnings=failures(tuned),
         notes=notes([setting["score"] for setting in settings]),
         settings=scored.settings(score),
         best=shown(best["set"]),
