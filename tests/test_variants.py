@@ -206,6 +206,8 @@ def test_settings_of_the_block_that_each_model_overrides_are_refused(key, own):
     config["pave"]["models"][1] |= own
     with pytest.raises(PaveError, match=r"of its own; set pave.models.0.*, pave.models.1."):
         variants(f"pave.{key}", of=config)
+    config["pave"] |= {"data": {"path": "all.jsonl"}, "models": config["pave"]["models"][:1]}
+    assert len(variants(f"pave.{key}", of=config)) == 2, "the model that is not listed has none of its own"
 
 
 def test_what_each_model_has_of_its_own_is_not_tried_by_default():

@@ -99,7 +99,11 @@ def _check_block_key(key: str, content: dict[str, Any]) -> None:
     if not inner or inner[0] not in PaveModel.model_fields or inner[0] == "model":
         return
     keys = []
-    for i, entry in enumerate((content.get("pave") or {}).get("models") or ()):
+    entries = (content.get("pave") or {}).get("models") or ()
+    listed = [entry["model"] for entry in entries]
+    if any(entry["model"] not in listed for _, entry, _ in _sources(content)):  # the block's `data` are those of the others
+        return
+    for i, entry in enumerate(entries):
         is_idle = inner[0] not in ("purify", "calibration") and entry.get("purify") is False
         if is_idle or entry["model"] == content.get("base_model"):
             continue
