@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from test_score import score, scored_config, with_more_rows
 
 from mergekit_pave.cli import main
+from mergekit_pave.planning import samples
 from mergekit_pave.planning.variants import make_variants
 from mergekit_pave.plugin import tune as tuning
 from mergekit_pave.plugin.scratch import remove_abandoned, scratch_folder
@@ -424,6 +425,35 @@ def test_the_page_is_written_where_it_is_asked_for(llamas, tmp_path, undrawn):
     result = tune(config, tmp_path, "--set", "parameters.lambda=0.5", "--report", str(tmp_path / "page"))
     assert result.exit_code == 0, result.output
     assert "lambda 0.5" in (tmp_path / "page" / "index.html").read_text()
+
+
+def test_samples_are_read_once_for_all_settings(llamas, tmp_path, monkeypatch):
+    read = []
+    load_samples = samples.load_samples
+    monkeypatch.setattr(samples, "load_samples", lambda *args: read.append(args) or load_samples(*args))
+    counts = []
+    monkeypatch.setattr(tuning.Tuner, "score", lambda self, variants: counts.append((len(variants), len(read))) or 1 / 0)
+    config = scored_config(llamas, tmp_path / "cache", refine=True)
+    for commands in (1, 2):
+        tune(config, tmp_path, "--set", "pave.refine.lambda=1,2,3")
+        assert counts[-1] == (4, 2 * commands), "once a model"
+
+
+def test_a_config_that_cannot_be_merged_ends_the_run(llamas, tmp_path):
+    folder = tmp_path / "models"
+    shutil.copytree(llamas.base.parent, folder)
+    path = folder / llamas.base.name / "model.safetensors"
+    tensors = load_file(path)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in tensors:
+            tensors[name] = torch.cat([tensors[name], tensors[name][:1]])
+    save_file(tensors, path, metadata={"format": "pt"})
+    about = json.loads((path.parent / "config.json").read_text())
+    (path.parent / "config.json").write_text(json.dumps(about | {"vocab_size": about["vocab_size"] + 1}))
+    family = dataclasses.replace(llamas, base=path.parent, tuned=tuple(folder / tuned.name for tuned in llamas.tuned))
+    result = tune(scored_config(family, tmp_path / "cache"), tmp_path, "--set", "parameters.lambda=0.5")
+    told = "the config as it is cannot be merged and scored: Tensor size mismatch"
+    assert result.exit_code == 1 and told in " ".join(result.output.split())
 
 
 def test_a_config_is_scored_without_a_merge_that_is_there(llamas, tmp_path):

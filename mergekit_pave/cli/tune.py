@@ -20,6 +20,7 @@ from mergekit_pave.report.rewritten import rewrite
 from mergekit_pave.report.tuned import as_text, tuned
 
 if not host.missing():
+    from mergekit_pave.planning.samples import each_read_once
     from mergekit_pave.planning.variants import Variant, combinations, default_combinations, make_variants, parse_choice
     from mergekit_pave.planning.weights import as_changes, weights_of
     from mergekit_pave.plugin.scoring import plan_scoring
@@ -91,10 +92,11 @@ def tune(
     text = config_file.read_bytes().decode("utf-8")  # with the ends of lines that it has
     content = yaml.safe_load(text)
     chosen = combinations(map(parse_choice, choices))
-    scorer = plan_scoring(config, merge_options, rows, base)
-    variants = make_variants(content, chosen if choices else default_combinations(config, content))
-    tuner = Tuner(config, merge_options, scorer, lambda line: merge_options.quiet or click.echo(line, err=True))
-    variants = [variant for variant in variants if _can_be_tried(tuner, variant, is_asked_for=bool(choices))]
+    with each_read_once():
+        scorer = plan_scoring(config, merge_options, rows, base)
+        variants = make_variants(content, chosen if choices else default_combinations(config, content))
+        tuner = Tuner(config, merge_options, scorer, lambda line: merge_options.quiet or click.echo(line, err=True))
+        variants = [variant for variant in variants if _can_be_tried(tuner, variant, is_asked_for=bool(choices))]
     of_weights = [weights_of(variant.config) for variant in variants] if weights else []  # any of them may be the best
     if output:
         _check_rewriting(text, content, variants, of_weights)

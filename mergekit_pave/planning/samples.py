@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+import contextlib
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,9 @@ from mergekit_pave.errors import PaveError
 from mergekit_pave.planning.merge import Reading
 from mergekit_pave.planning.source import Source
 from mergekit_pave.planning.tokenizers import load_processor
-from mergekit_pave.settings import Data
+from mergekit_pave.settings import Calibration, Data
+
+_kept: dict[tuple[str, ...], list[Sample]] | None = None  # see `each_read_once`
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,26 @@ class Samples:
     to_write: Generation | None = None
 
 
+@contextlib.contextmanager
+def each_read_once() -> Iterator[None]:
+    """While the block runs, samples that are read once are not read again: many plans of one config need the same."""
+    global _kept
+    _kept = {}
+    try:
+        yield
+    finally:
+        _kept = None
+
+
+def _load(sources: list[Data], settings: Calibration, data_key: str) -> list[Sample]:
+    if _kept is None:
+        return load_samples(sources, settings, data_key)
+    key = (data_key, *(block.model_dump_json() for block in (*sources, settings)))
+    if key not in _kept:
+        _kept[key] = load_samples(sources, settings, data_key)
+    return list(_kept[key])
+
+
 def read_samples(config: PaveConfig, source: Source, reading: Reading) -> Samples:
     """The samples that a model is calibrated with. What it has to write itself it writes now, if the command allows that.
 
@@ -48,7 +71,7 @@ def read_samples(config: PaveConfig, source: Source, reading: Reading) -> Sample
     """
     settings = config.calibration_of(source.model)
     if not source.entry.is_generated:
-        samples = load_samples(source.entry.sources, settings, source.data_key)
+        samples = _load(source.entry.sources, settings, source.data_key)
         return Samples(samples, load_processor(source, samples, reading), as_reported(source.entry.sources))
     tokenizer = load_processor(source, [], reading)
     generation = _generation(config, source, tokenizer, reading)

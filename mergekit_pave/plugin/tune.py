@@ -105,10 +105,12 @@ class Tuner:
         """Note why a variant could not be scored, and go on without it.
 
         Raises:
-            Exception: it is the config as it is, without which there is nothing to compare with.
+            PaveError: it is the config as it is, without which there is nothing to compare with.
         """
         if not variant.changes:
-            raise error
+            if isinstance(error, PaveError):
+                raise error
+            raise PaveError(f"the config as it is cannot be merged and scored: {in_a_line(error)}") from error
         self.failed.append((variant, in_a_line(error)))
         self._tell(f"{variant.name}: failed: {in_a_line(error)}")
 
