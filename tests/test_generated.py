@@ -160,8 +160,12 @@ def test_plan_does_not_guess_which_tokens_models_will_write(llama, tmp_path, cac
     )
 
 
-def unigram(folder: Path) -> tuple[Path, torch.Tensor]:
-    """A model that draws each token without regard to the others, and the probabilities of tokens."""
+def unigram(folder: Path, end: float = 5.0) -> tuple[Path, torch.Tensor]:
+    """A model that draws each token without regard to the others, and the probabilities of tokens.
+
+    Args:
+        end: the higher, the less likely are tokens that end a text.
+    """
     tokenizer = make_tokenizer("gpt2")
     model = make_model(KINDS["gpt2"].model, model_config("gpt2", len(tokenizer) + 30))
     with torch.no_grad():
@@ -169,7 +173,7 @@ def unigram(folder: Path) -> tuple[Path, torch.Tensor]:
         model.transformer.ln_f.weight.zero_()
         model.transformer.ln_f.bias.copy_(torch.randn(40, generator=torch.Generator().manual_seed(0)))
         weight, bias = model.transformer.wte.weight, model.transformer.ln_f.bias
-        weight[[0, 7]] = bias * ((weight @ bias).logsumexp(0) - 5) / bias.square().sum()
+        weight[[0, 7]] = bias * ((weight @ bias).logsumexp(0) - end) / bias.square().sum()
         logits = weight @ bias
     save(model, tokenizer, folder)
     settings = {"do_sample": True, "top_k": 1, "repetition_penalty": 5.0, "temperature": 0.1, "eos_token_id": [0, 7]}
@@ -340,3 +344,16 @@ def test_a_model_that_does_not_work_is_named(llama, tmp_path, cache):
     family = Family("llama", llama.base, (broken, llama.tuned[1]), llama.data)
     result = invoke(generated(family), tmp_path / "out")
     assert result.exit_code == 1 and "broken: its predictions are not finite" in result.output
+
+
+def test_further_texts_take_the_place_of_empty_ones(tmp_path, cache, batches):
+    """Of a model that often ends a text before it has begun."""
+    folder, _ = unigram(tmp_path / "base", end=1.0)
+    other = save(perturbed(transformers.AutoModelForCausalLM.from_pretrained(folder), 1), make_tokenizer("gpt2"), tmp_path / "o")
+    config = {"merge_method": "task_arithmetic", "base_model": str(other), "dtype": "float32"}
+    config["models"] = [{"model": str(folder), "parameters": {"weight": 1.0}}]
+    config["pave"] = {"data": "generated", "calibration": {"samples": 40, "max_length": 20, "batch_size": 10}}
+    found = json.loads(run("score", config, tmp_path, str(other), "--rows", "16", "--json"))
+    assert found[str(other)]["models"][str(folder)]["rows"] == 16
+    texts = written(cache, folder)
+    assert 6 < sum(len(text) == 1 for text in texts) < len(texts) / 2 and len(texts) > 60

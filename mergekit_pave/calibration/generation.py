@@ -115,7 +115,7 @@ class Generation:
         try:
             model = load_model(self.cls, self.config, self.folder, self.runtime.device, with_head=True)
             self._check_runs(model)
-            with bar(len(missing), "Generating", "batches", hidden=self.runtime.quiet) as progress:
+            with bar(len(missing), f"Generating text of {self.name}", "batches", hidden=self.runtime.quiet) as progress:
                 for number in missing:
                     artefact = self._artefact(number)
                     with artefact.lock():

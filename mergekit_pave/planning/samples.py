@@ -102,8 +102,12 @@ def read_held_out(
         samples = load_held_out(source.entry.sources, settings, source.data_key, rows, used)
         return samples, load_processor(source, samples, reading) if samples else None
     tokenizer = load_processor(source, [], reading)
-    written = _generation(config, source, tokenizer, reading).samples(settings.samples, rows)
-    fresh = {text.content: text for text in written if text.problem is None and text.content not in used}
+    generation, fresh = _generation(config, source, tokenizer, reading), {}
+    first, last = settings.samples, settings.samples + 2 * rows
+    while missing := min(rows - len(fresh), last - first):  # some texts are empty
+        written = generation.samples(first, missing)
+        fresh |= {text.content: text for text in written if text.problem is None and text.content not in used}
+        first += missing
     return list(fresh.values()), tokenizer
 
 

@@ -93,7 +93,7 @@ def _expert(
         encoded = encode(samples, processor, seen_whole, architecture.positions, source.data_key, architecture.shift)
     if len(encoded) < fewest and source.entry.is_generated:
         raise PaveError(
-            f"{source.data_key}: of {rows} further texts that the model wrote {len(encoded)} are new, and a score needs "
+            f"{source.data_key}: of {2 * rows} further texts that the model wrote {len(encoded)} are new, and a score needs "
             f"{fewest}; raise calibration.max_length, or name a data set"
         )
     if len(encoded) < fewest:
