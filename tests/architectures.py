@@ -1,6 +1,6 @@
 """The architectures that are tested: for each a tiny configuration, its head, and its linear layers told by name.
 
-Run as a program it writes them into README.md.
+Run as a program it writes them into architectures.md.
 """
 
 import re
@@ -219,12 +219,12 @@ def _write_images(folder: Path, seed: int) -> Path:
     return folder
 
 
-README = Path(__file__).parent.parent / "README.md"
+TABLE = Path(__file__).parent / "architectures.md"
 _START, _END = "<!-- tested: written by tests/architectures.py -->\n", "<!-- end of tested -->\n"
 
 
-def with_table(readme: str) -> str:
-    """The text of README.md with the table as it should be; architectures that differ in nothing else share a row."""
+def with_table(text: str) -> str:
+    """The text of architectures.md with the table as it should be; architectures that differ in nothing else share a row."""
     rows: dict[tuple[str, str], list[str]] = {}
     heads: dict[tuple[str, str], list[str]] = {}
     for architecture in ARCHITECTURES.values():
@@ -242,9 +242,9 @@ def with_table(readme: str) -> str:
     others = {"Mixtures of experts": KINDS, "Encoder-decoder models": {kind.split("-")[0] for kind in LINEARS}}
     for label, kinds in (others | {"Vision-language models": STORED}).items():
         lines += ["", f"{label}: {', '.join(f'`{kind}`' for kind in sorted(kinds))}."]
-    before, rest = readme.split(_START)
+    before, rest = text.split(_START)
     return before + _START + "\n".join(lines) + "\n" + _END + rest.split(_END)[1]
 
 
 if __name__ == "__main__":
-    README.write_text(with_table(README.read_text()))
+    TABLE.write_text(with_table(TABLE.read_text()))

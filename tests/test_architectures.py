@@ -2,7 +2,7 @@
 
 import pytest
 import transformers
-from architectures import ARCHITECTURES, README, make_architecture, with_table
+from architectures import ARCHITECTURES, TABLE, make_architecture, with_table
 from merging import assert_exact, config_for, merge
 from models import saved_anew
 from reference import purify, weights
@@ -39,5 +39,5 @@ def test_architecture(family, tmp_path):
     assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
 
 
-def test_readme_tells_what_is_tested():
-    assert README.read_text() == with_table(README.read_text()), "run `python tests/architectures.py`"
+def test_the_table_tells_what_is_tested():
+    assert TABLE.read_text() == with_table(TABLE.read_text()), "run `python tests/architectures.py`"

@@ -1,4 +1,4 @@
-"""README, tried out: every command, config and Python block, in order, on tiny models of the same names.
+"""README and the documents that it leads to, tried out: every command, config and Python block, in order, on tiny models.
 
 Not run: `pip install` (the package under test is installed already), and what takes minutes (`tests/benchmarks`, `make demo`).
 Of these it is checked that they exist and know their options. `--cuda` is left out, but where the pretend device of `test_device`
@@ -27,7 +27,10 @@ from mergekit_pave.cli import main
 from mergekit_pave.config import PaveConfig
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+DOCUMENTS = {
+    ROOT / name: (ROOT / name).read_text()
+    for name in ("README.md", "examples/README.md", "tests/benchmarks/README.md", "tests/architectures.md")
+}
 # By what a command begins with: how it is run in this process, where it can be.
 IN_PROCESS = {"mergekit-pave": main, "mergekit-yaml": run_yaml.main, "mergekit-multi": multimerge.main}
 LAUNCHERS = ("torchrun", "accelerate")
@@ -36,7 +39,8 @@ LEFT_OUT = () if ON_DEVICE else ("--cuda",)
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    text = "\n".join(DOCUMENTS.values())
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 def commands() -> Iterator[list[str]]:
@@ -48,7 +52,7 @@ def commands() -> Iterator[list[str]]:
 
 
 def configs() -> Iterator[dict]:
-    """Every config in README; of a part of one, the first config with this part put into it."""
+    """Every config; of a part of one, the first config with this part put into it."""
     first: dict = {}
     for block in blocks("yaml"):
         given = yaml.safe_load(textwrap.dedent(block))
@@ -70,6 +74,9 @@ def workplace(tmp_path, monkeypatch, cache):
         make_standins(config)
     # Of the few rows that there are, some are left to score with.
     Path("config.yml").write_text(f"{blocks('yaml')[0]}  calibration: {{samples: 4}}\n")
+    purified = yaml.safe_load(Path("config.yml").read_text())
+    purified["pave"] |= {"purify": True, "refine": False}
+    Path("purified.yml").write_text(yaml.safe_dump(purified | {"merge_method": "task_arithmetic", "parameters": {"weight": 0.5}}))
     return tmp_path
 
 
@@ -81,8 +88,9 @@ def invoke(words: list[str]) -> None:
 
 def test_every_block_is_of_a_known_kind():
     known = {"sh", "yaml", "python", ""}
-    opening = re.findall(r"^ *(?:```|~~~)(.*)$", README, re.MULTILINE)[::2]
-    assert set(opening) <= known, f"tests/test_readme.py does not know how to try out {set(opening) - known}"
+    for text in DOCUMENTS.values():
+        opening = set(re.findall(r"^ *(?:```|~~~)(.*)$", text, re.MULTILINE)[::2])
+        assert opening <= known, f"tests/test_readme.py does not know how to try out {opening - known}"
     assert blocks("sh") and blocks("yaml") and blocks("python")
 
 
@@ -108,7 +116,7 @@ def test_commands(workplace):
         elif words[0] in IN_PROCESS:
             invoke([real_key(word, words) for word in words])
             run += 1
-        elif words[0] in LAUNCHERS:
+        elif words[0] in (*LAUNCHERS, "hf"):
             assert (Path(sys.executable).parent / words[0]).exists(), words  # test_launchers runs it
         elif words[0] == "python" and words[1].startswith("tests/benchmarks/"):
             benchmark = ROOT / words[1]
@@ -145,21 +153,30 @@ def test_launchers(workplace, words):
     assert done.stderr.count("to be calibrated") == len(yaml.safe_load(blocks("yaml")[0])["models"])
 
 
-def test_what_the_text_names_is_there():
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT)))
+def test_what_the_text_names_is_there(document):
     """Commands, targets, folders and links within the text."""
-    text = re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^```.*?^```", "", DOCUMENTS[document], flags=re.MULTILINE | re.DOTALL)
     spoken = re.findall(r"`([^`\n]+)`", text)
     for words in (code.split() for code in spoken):
         if words[0] == "make":
             assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), words
         if words[0] == "mergekit-pave" and len(words) > 1:
             assert words[1] in main.commands, words
-    for link in re.findall(r"\]\((?!https?://)([^)#]+)\)", text):
-        assert (ROOT / link).exists(), link
-    headings = {
-        re.sub(r"[^\w -]", "", line).strip().lower().replace(" ", "-") for line in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
-    }
-    for anchor in re.findall(r"\]\(#([^)]+)\)", text):
-        assert anchor in headings, anchor
+    for link, anchor in re.findall(r"\]\((?!https?://)([^)#]*)#?([^)]*)\)", text):
+        target = (document.parent / link).resolve() if link else document
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(DOCUMENTS[target]), (link, anchor)
     for name in re.findall(r"`(?:tests|examples)/[\w/.-]*`", text):
         assert (ROOT / name.strip("`")).exists(), name
+
+
+def anchors(text: str) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+def test_readme_is_short():
+    lines = DOCUMENTS[ROOT / "README.md"].splitlines()
+    assert len(lines) <= 200 and max(map(len, lines)) <= 200
