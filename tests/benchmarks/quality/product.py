@@ -35,7 +35,7 @@ def product(family: Family, seed: int, drawn: int, rows: int) -> Product:
         models = {task: family.tuned(seed, task) for task in family.tasks}
     else:
         models = with_heads(family, seed, folder / "heads")
-    return Product(family, seed, folder / "cache", models, drawn, rows)
+    return Product(family, seed, folder / "cache" / f"seed{seed}", models, drawn, rows)
 
 
 class Product:
