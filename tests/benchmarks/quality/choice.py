@@ -48,6 +48,7 @@ class Field:
         base: the same of the base model.
     """
 
+    seed: int
     groups: list[str]
     test: list[float]
     rows: list[Rows]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 from collections.abc import Sequence
 
@@ -40,17 +41,14 @@ errors over draws.
 
 
 def fields_of(laboratory: Laboratory, rows: list[Row]) -> list[Field]:
-    """One for each seed. Seeds and merges for which something is missing are left out."""
+    """One for each seed. Seeds for which something is missing are left out."""
     fields = []
     for seed in laboratory.seeds:
-        scorer, found = Scorer(laboratory, seed), []
+        scorer = Scorer(laboratory, seed)
         with contextlib.suppress(MissingResult):
-            base = scorer.rows(None)
-            for row in rows:
-                with contextlib.suppress(MissingResult):
-                    found.append((row.section, statistics.mean(scorer.test(row.arm).values()), scorer.rows(row.arm)))
-        if len(found) > 1:
-            fields.append(Field(*map(list, zip(*found)), base))
+            tests = [statistics.mean(scorer.test(row.arm).values()) for row in rows]
+            measured = [scorer.rows(row.arm) for row in rows]
+            fields.append(Field(seed, [row.section for row in rows], tests, measured, scorer.rows(None)))
     return fields
 
 
@@ -62,12 +60,12 @@ def _family(laboratory: Laboratory, rows: list[Row]) -> list[str]:
     kind = "encoder" if family.name == "encoder" else "decoder"
     names = DISTANCES[kind]
     choosers = {f"share kept: {what}": by_distance(name) for what, name in names.items()} | {"labels": LABELS[kind]}
-    merges = " and ".join(sorted({str(len(field.test)) for field in fields}))
     best, worst, middle = (statistics.mean(pick(field.test) for field in fields) for pick in (max, min, statistics.mean))
     within = statistics.mean(field.regret_within([0] * len(field.test)) for field in fields)
     return [
-        f"#### The {family.name}: {merges} merges of {len(list(family.tasks))} models, {len(fields)} seeds, {family.unit}",
+        f"#### The {family.name}: {len(rows)} merges of {len(list(family.tasks))} models, {family.unit}",
         "",
+        f"Seeds: {', '.join(str(field.seed) for field in fields)}. "
         f"Test scores go from {worst:.1f} to {best:.1f}; picking at random has a regret of {best - middle:.1f}, and "
         f"{within:.1f} among the settings of one method.",
         "",
@@ -81,10 +79,10 @@ def _family(laboratory: Laboratory, rows: list[Row]) -> list[str]:
 def _choices(fields: Sequence[Field], choosers: dict[str, Chooser]) -> list[str]:
     found = {what: {count: quality(fields, chooser, count) for count in COUNTS} for what, chooser in choosers.items()}
     lines = []
-    for title, key, form in (
-        ("Rank correlation with the test score", "correlation", "{:.2f} ± {:.2f}"),
-        ("Regret, among all merges", "regret", "{:.2f} ± {:.2f}"),
-        ("Regret, among the settings of one method", "within", "{:.2f} ± {:.2f}"),
+    for title, key in (
+        ("Rank correlation with the test score", "correlation"),
+        ("Regret, among all merges", "regret"),
+        ("Regret, among the settings of one method", "within"),
     ):
         lines += [
             f"**{title}**",
@@ -93,12 +91,17 @@ def _choices(fields: Sequence[Field], choosers: dict[str, Chooser]) -> list[str]
             f"|---{'|---' * len(COUNTS)}|---|",
         ]
         for what, by_count in found.items():
-            shown = [form.format(*mean_and_error(getattr(by_count[count], key))) for count in COUNTS]
+            shown = [_shown(getattr(by_count[count], key)) for count in COUNTS]
             more = [one - other for one, other in zip(getattr(by_count[32], key), getattr(found["labels"][32], key))]
-            against = "" if what == "labels" else "{:+.2f} ± {:.2f}".format(*mean_and_error(more))
+            against = "" if what == "labels" else _shown(more, "+")
             lines.append(f"| {what} | {' | '.join(shown)} | {against} |")
         lines.append("")
     return lines
+
+
+def _shown(values: Sequence[float], sign: str = "") -> str:
+    mean, error = mean_and_error(values)
+    return f"{mean:{sign}.2f}" if math.isnan(error) else f"{mean:{sign}.2f} ± {error:.2f}"
 
 
 def _noise(fields: Sequence[Field], names: dict[str, str]) -> list[str]:
