@@ -143,6 +143,8 @@ def test_parameters_have_no_meaning_for_a_method_without_them():
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
+        ("lambda=1", "lambda stands under parameters: write parameters.lambda"),
+        ("refine.lambda=1", "refine stands under pave: write pave.refine.lambda"),
         ("paramters.lambda=1", "unknown key 'paramters'; did you mean 'parameters'"),
         ("parameters.lamda=1", "unknown parameter 'lamda'; did you mean 'lambda'"),
         ("models.0.parameters.wieght=1", "did you mean 'weight'"),

@@ -12,6 +12,7 @@ from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 from mergekit_pave.cli.config import read_config
 from mergekit_pave.errors import PaveError
 from mergekit_pave.hook import host
+from mergekit_pave.report.outputs import CARD, SCORES_NAME
 from mergekit_pave.report.score_card import add_to_card, check_card
 from mergekit_pave.report.scores import as_text
 from mergekit_pave.report.stored import write_scores
@@ -22,7 +23,7 @@ if not host.missing():
     from mergekit_pave.plugin.tune import Tuner
 
 rows_option = click.option(
-    "--rows", type=click.IntRange(min=1), default=32, show_default=True, help="Held-out rows of each model."
+    "--rows", type=click.IntRange(min=2), default=32, show_default=True, help="Held-out rows of each model."
 )
 base_option = click.option("--base", metavar="MODEL", help="The model that counts as 0 %. Default: the config's base_model.")
 
@@ -73,3 +74,5 @@ def score(
         write_scores(folder, of_merge)
         if card:
             add_to_card(folder, of_merge)
+        written = f"{SCORES_NAME}{f' and {CARD}' if card else ''}"
+        click.echo(f"written to {written} in {folder}; as a page: mergekit-pave report {folder}", err=True)

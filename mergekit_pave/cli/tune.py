@@ -118,6 +118,8 @@ def tune(
     if output:
         _write_new(output, rewrite(text, best.content, table))
         click.echo(f"written to {output}", err=True)
+    elif result["best"] > 0:
+        click.echo("To have it as a config, repeat this with -o best.yml: nothing is merged again.", err=True)
     if failed:
         raise PaveError(f"{len(failed)} of {len(failed) + len(tried)} settings failed; see above")
 

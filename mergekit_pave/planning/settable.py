@@ -8,7 +8,7 @@ from typing import Any, get_args, get_origin
 from mergekit.config import MergeConfiguration
 from pydantic import BaseModel
 
-from mergekit_pave.config import PaveModel
+from mergekit_pave.config import PaveConfig, PaveModel
 from mergekit_pave.errors import PaveError, unknown
 
 
@@ -45,6 +45,10 @@ def check_key(key: str, content: dict[str, Any], parameters: set[str]) -> None:
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             if part not in kind.model_fields:
                 place = f" in {'.'.join(parts[:depth])}" if depth else ""
+                if not depth and (
+                    owner := "parameters" if part in parameters else "pave" if part in PaveConfig.model_fields else ""
+                ):
+                    raise PaveError(f"--set {key}: {part} stands under {owner}: write {owner}.{key}")
                 raise PaveError(f"--set {key}: {unknown('key', part, kind.model_fields)}{place}")
             if kind is MergeConfiguration and part == "pave":
                 return _check_block_key(key, content)

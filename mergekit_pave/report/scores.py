@@ -46,7 +46,8 @@ def columns(scores: Sequence[Score]) -> list[Column]:
         Column(
             "kept",
             "share kept",
-            f"100 % is the expert, 0 % the base model: {ratio} on {rows} rows a model that calibration did not use; "
+            f"100 % is the expert, 0 % the base model, below 0 further away than that: {ratio} on {rows} rows a model that "
+            "calibration did not use; "
             "± is one standard error",
         ),
         Column("agreement", "top-1 agreement", f"{places} where the expert's first choice is the merge's, too"),
