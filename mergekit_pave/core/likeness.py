@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 _LEAST = 1e-12  # mass of the rest, below which float32 knows nothing
-_TINY = torch.finfo(torch.float32).tiny
 
 
 class Sketch(NamedTuple):
@@ -38,9 +37,10 @@ def sketch(logs: Tensor, count: int, drawn: int, seed: int) -> Sketch:
     found = logs.topk(classes if classes <= count else count - drawn, dim=1)
     others = torch.zeros(len(logs), 0, dtype=torch.int64, device=logs.device)
     if classes > count:
-        generator = torch.Generator(logs.device).manual_seed(seed)
-        chances = logs.float().exp().scatter(1, found.indices, 0.0).clamp(min=_TINY)
-        others = torch.multinomial(chances, drawn, replacement=True, generator=generator)
+        # By numbers that are drawn on the CPU, so that every device draws the same, also one without a generator.
+        reached = logs.float().exp().scatter(1, found.indices, 0.0).cumsum(dim=1)
+        numbers = torch.rand(len(logs), drawn, generator=torch.Generator().manual_seed(seed)).to(logs.device)
+        others = torch.searchsorted(reached, numbers * reached[:, -1:], right=True).clamp(max=classes - 1)
     return Sketch(found.indices.int(), found.values.float(), others.int(), logs.gather(1, others).float())
 
 
