@@ -3,8 +3,8 @@
 Everything is made here: the texts come from Python and the installed packages, the models from the texts. The merges
 are what a user would run, such as `mergekit-yaml plain.yml ./plain` and `mergekit-yaml refined.yml ./refined`: task
 arithmetic, the same with purification, `regmean`, and the same refined. What each keeps of its models is told by
-`mergekit-pave score`, and their scores on held-out text are printed, good or bad. Run it with `make demo`, which takes about
-four minutes; the configs, texts, models and caches stay in `demo-out/`,
+`mergekit-pave score`, and their scores on held-out text are printed, good or bad. Run it with `make demo`, which takes five
+to ten minutes; the configs, texts, models and caches stay in `demo-out/`,
 where you can run them again.
 """
 
