@@ -77,7 +77,10 @@ def test_the_whole_one_is_shown(tmp_path):
     assert all((tmp_path / "page" / f"{name}.png").is_file() for name in ("kept-rank", "errors"))
 
 
-@pytest.mark.parametrize("key", whole())
+SLOW = ("models", "settings")  # they have the most values
+
+
+@pytest.mark.parametrize("key", [pytest.param(key, marks=pytest.mark.slow) if key in SLOW else key for key in whole()])
 def test_any_value_of_another_shape(tmp_path, monkeypatch, key):
     """Also deep inside. Plots are not drawn here, as they take numbers that the check has passed."""
     monkeypatch.setattr(sections, "_purified", lambda _: [])
