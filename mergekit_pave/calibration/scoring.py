@@ -69,7 +69,11 @@ def _run(loads: Loads, name: str, work: list[tuple[Rows, Take]], one_by_one: boo
             batches.append(batch)
             places[id(batch)] = start, take
     unpadded = all(len(batch.origins) == 1 for batch in batches)
-    current: list[Batch] = []
+    current: Batch | None = None
+
+    def begin(batch: Batch) -> None:
+        nonlocal current
+        current = batch
 
     def give(batch: Batch, values: Tensor) -> None:
         # NaN is the largest of all. Of log-probabilities some may be -inf: classes that cannot be.
@@ -83,7 +87,7 @@ def _run(loads: Loads, name: str, work: list[tuple[Rows, Take]], one_by_one: boo
         places[id(batch)] = start + len(values), take
 
     def see_head(head: nn.Module, args: tuple) -> None:
-        batch, x = current[0], args[0]
+        batch, x = current, args[0]
         counted = counted_rows(batch, form.head, x, unpadded)
         flat = x.reshape(-1, x.shape[-1])
         for part in (flat if counted is None else flat[counted]).split(_AT_ONCE):
@@ -98,7 +102,7 @@ def _run(loads: Loads, name: str, work: list[tuple[Rows, Take]], one_by_one: boo
             give(batch, part.float().log_softmax(dim=1))
 
     hook = model.get_submodule(form.head).register_forward_pre_hook(see_head) if form.head else None
-    run = runner(model, unpadded, form.places is not Places.NOWHERE, (lambda *_: None) if form.head else take_output)
+    run = runner(model, unpadded, form.places is not Places.NOWHERE, take_output)  # with a hook there is no output
     blocks = len(find_blocks(model))
     try:
         with (
@@ -107,7 +111,7 @@ def _run(loads: Loads, name: str, work: list[tuple[Rows, Take]], one_by_one: boo
             packed_masks(),
             bar(blocks, f"Running {name}", "blocks", runtime.quiet, delay=1) as progress,
         ):
-            for stop in run_in_lockstep(loads, batches, run, lambda batch: current.__setitem__(slice(None), [batch])):
+            for stop in run_in_lockstep(loads, batches, run, begin):
                 progress.update(stop.path is not None)
     finally:
         if hook:

@@ -26,6 +26,7 @@ rows_option = click.option(
     "--rows", type=click.IntRange(min=2), default=32, show_default=True, help="Held-out rows of each model."
 )
 base_option = click.option("--base", metavar="MODEL", help="The model that counts as 0 %. Default: the config's base_model.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Everything, with the distances of each row, for scripts.")
 
 
 @click.command(cls=PrettyPrintHelp)
@@ -34,7 +35,7 @@ base_option = click.option("--base", metavar="MODEL", help="The model that count
 @rows_option
 @base_option
 @click.option("--card", is_flag=True, help="Add the scores to the model card of each of MERGED.")
-@click.option("--json", "as_json", is_flag=True, help="Everything, with the distances of each row, for scripts.")
+@json_option
 @add_merge_options
 def score(
     config_file: str,

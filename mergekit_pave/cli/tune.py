@@ -11,7 +11,7 @@ import yaml
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 from mergekit_pave.cli.config import read_config
-from mergekit_pave.cli.score import base_option, rows_option
+from mergekit_pave.cli.score import base_option, json_option, rows_option
 from mergekit_pave.errors import PaveError
 from mergekit_pave.hook import host
 from mergekit_pave.report.page.labels import label_settings
@@ -56,7 +56,7 @@ if not host.missing():
 )
 @rows_option
 @base_option
-@click.option("--json", "as_json", is_flag=True, help="Everything, with the distances of each row, for scripts.")
+@json_option
 @add_merge_options
 def tune(
     config_file: Path,

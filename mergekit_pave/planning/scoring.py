@@ -23,7 +23,7 @@ from mergekit_pave.errors import PaveError
 from mergekit_pave.planning.merge import Reading
 from mergekit_pave.planning.samples import as_reported, read_held_out, read_samples
 from mergekit_pave.planning.source import Source, open_model, open_source, weights_identity
-from mergekit_pave.planning.tokenizers import find_conflict, load_tokenizer, token_ids
+from mergekit_pave.planning.tokenizers import check_token_ids, find_conflict, load_tokenizer, token_ids
 from mergekit_pave.report.stored import read_report
 from mergekit_pave.tasks.scoring import Expert, Model, Scoring
 
@@ -50,13 +50,12 @@ def plan_scoring(config: PaveConfig, base: ModelReference, reading: Reading, row
             raise PaveError(f"pave.models[{entry.model}]: a score needs `data`, of which rows are held out; give it some")
     if not entries:
         raise PaveError(f"pave.models: no model but {base}, which counts as 0 %; name another one with --base")
-    sources = [open_source(config, entry.model, reading) for entry in entries]
-    used: set[int] = set()  # also by the base model, which may be merged itself
-    for entry in config.models:
-        source = next((source for source in sources if source.model == entry.model), None)
-        if entry.data:
-            read = read_samples(config, source or open_source(config, entry.model, reading), reading)
-            used |= {sample.content for sample in read.samples if sample.problem is None}
+    with_data = [entry.model for entry in config.models if entry.data]  # also the base model, which may be merged itself
+    every = {model: open_source(config, model, reading) for model in with_data}
+    sources = [every[entry.model] for entry in entries]
+    used: set[int] = set()
+    for source in every.values():
+        used |= {sample.content for sample in read_samples(config, source, reading).samples if sample.problem is None}
     opened = open_model(base, reading)
     # Each row is held out for one expert only, or the errors of experts with the same data would not be independent.
     experts = [_expert(config, source, reading, rows, used, (base, opened[2])) for source in sources]
@@ -109,7 +108,7 @@ def _expert(
     if len(encoded) < rows:
         LOG.warning("%s: only %d held-out rows, not %d", name, len(encoded), rows)
     tokenizer = getattr(processor, "tokenizer", processor)
-    _check_ids(name, encoded, architecture, tokenizer, source.model, reading)
+    check_token_ids(source, encoded)
     _check_ids(name, encoded, base[1], tokenizer, base[0], reading)
     lengths = [_bytes_of(sample, tokenizer) if form.is_generative else 0 for sample in encoded]
     dtype = str(inference_dtype(source.config, reading.runtime.device))
@@ -119,6 +118,7 @@ def _expert(
         folder=source.checkpoint.folder,
         config=source.config,
         architecture=architecture,
+        tokenizer=tokenizer,
         rows=rows_of(
             encoded,
             lengths,
@@ -184,9 +184,7 @@ def open_merged(scoring: Scoring, folder: Path, reading: Reading) -> Model:
     if first.rows.form.is_language_model:
         _check_class(str(folder), architecture.cls, scoring.experts)
     for expert in scoring.experts:
-        tokenizer = _tokenizer_of(ModelReference.parse(expert.name), reading)
-        if tokenizer is not None:
-            _check_ids(expert.name, expert.rows.encoded, architecture, tokenizer, reference, reading)
+        _check_ids(expert.name, expert.rows.encoded, architecture, expert.tokenizer, reference, reading)
     return Model(str(folder), architecture.cls, config, Stored(checkpoint.folder), weights_identity(checkpoint))
 
 

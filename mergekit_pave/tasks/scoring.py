@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +22,6 @@ from mergekit_pave.calibration.scoring import run_over
 from mergekit_pave.calibration.subjects import Stored, Subject, Weights, WithHead
 from mergekit_pave.core.score import Distances
 from mergekit_pave.report.score import Scored, summarise
-
-LOG = logging.getLogger(__name__)
 
 _FILE = "recorded.safetensors"
 
@@ -52,6 +49,7 @@ class Expert:
     Attributes:
         name: the model's name.
         folder: of its checkpoint.
+        tokenizer: that the rows were made with, or an image processor.
         key: of what it gives on the rows, in the cache.
         drawn: how the rows of its covariances are drawn, as reports have it: `data`, `samples` and `seed`.
     """
@@ -60,6 +58,7 @@ class Expert:
     folder: str
     config: transformers.PretrainedConfig
     architecture: Architecture
+    tokenizer: Any
     rows: Rows
     key: str
     drawn: dict[str, Any]

@@ -9,10 +9,22 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter
 
 from mergekit_pave.report.closed_form import CLOSED_FORM
-from mergekit_pave.report.page.drawing import COLOURS, INK, MUTED, STYLE, WIDTH, Plot, colours, legend, panels_of, stack_plot
+from mergekit_pave.report.page.drawing import (
+    COLOURS,
+    INK,
+    MUTED,
+    STYLE,
+    WIDTH,
+    Plot,
+    colours,
+    label_layers,
+    legend,
+    panels_of,
+    stack_plot,
+)
 from mergekit_pave.report.places import place, short, short_models
 
 # By stack, projection and model: the alignments of each layer; of experts there are several.
@@ -48,15 +60,8 @@ def _of_stack(stack: str, panels: _Panels, models: list[str], several_stacks: bo
                 lowest = min(lowest, *means)
                 panel.plot(layers, means, color=palette[model], label=names[model], marker="o", markersize=3)
             panel.set_title(labels[projection])
-            panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        for panel in axes.flat[len(panels) :]:
-            panel.axis("off")
         axes[0, 0].set_ylim(lowest - 0.02 * (lowest < 0), 1.02)
-        for panel in axes[:, 0]:
-            panel.set_ylabel("cosine")
-        for panel in axes.flat[max(0, len(panels) - across) : len(panels)]:
-            panel.set_xlabel("layer")
-            panel.tick_params(labelbottom=True)
+        label_layers(axes, len(panels), "cosine")
         legend(figure)
     caption = (
         "The cosine between the change of the merge, W - W_base, and that of each model, Wᵢ - W_base: 1 where the merge goes "

@@ -19,6 +19,7 @@ import matplotlib
 import numpy as np
 from matplotlib import font_manager
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 INK, MUTED, LINE = "#1b1f24", "#69707a", "#dfe3e8"
 THEMED = {INK: "currentColor", MUTED: "var(--muted)", LINE: "var(--line)"}
@@ -131,6 +132,26 @@ def panels_of(columns: int, rows: int, height: float, **more: Any) -> tuple[Figu
     """A figure with panels, each `height` inches high."""
     figure = Figure(figsize=(WIDTH, rows * height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **more)
+
+
+def label_layers(axes: np.ndarray, count: int, quantity: str) -> None:
+    """Label panels whose curves go over the layers, and hide those that are left over.
+
+    Args:
+        axes: of the panels.
+        count: how many have curves.
+        quantity: what the curves are of.
+    """
+    across = axes.shape[1]
+    for panel in axes.flat[count:]:
+        panel.axis("off")
+    for panel in axes[:, 0]:
+        panel.set_ylabel(quantity)
+    for panel in axes.flat[:count]:
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    for panel in axes.flat[max(0, count - across) : count]:
+        panel.set_xlabel("layer")
+        panel.tick_params(labelbottom=True)
 
 
 def legend(figure: Figure) -> None:

@@ -6,9 +6,8 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.ticker import MaxNLocator
 
-from mergekit_pave.report.page.drawing import COLOURS, MUTED, STYLE, Plot, legend, panels_of, stack_plot
+from mergekit_pave.report.page.drawing import COLOURS, MUTED, STYLE, Plot, label_layers, legend, panels_of, stack_plot
 from mergekit_pave.report.places import Place, place, short
 
 
@@ -37,15 +36,8 @@ def _errors_of_stack(stack: str, panels: dict[str, list[tuple[Place, dict[str, A
                 errors = np.array([row[key] for _, row in members], dtype=float)
                 panel.plot(layers, errors, style, color=colour, label=label, marker="o", markersize=3)
             panel.set_title(labels[projection])
-            panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        for panel in axes.flat[len(panels) :]:
-            panel.axis("off")
         axes[0, 0].set_ylim(bottom=0)  # of all panels, once all of them have their curves
-        for panel in axes[:, 0]:
-            panel.set_ylabel("relative error")
-        for panel in axes.flat[max(0, len(panels) - across) : len(panels)]:
-            panel.set_xlabel("layer")
-            panel.tick_params(labelbottom=True)
+        label_layers(axes, len(panels), "relative error")
         legend(figure)
     caption = (
         "‖W X - Wᵢ Xᵢ‖ / ‖Wᵢ Xᵢ‖ of each layer, over all models: how far its outputs are from those of model i, on samples of "
