@@ -46,13 +46,15 @@ def fill(config: str, out: str) -> None:
     run_yaml.main([config, out], standalone_mode=False)
 
 
-def make_models(place: Path, count: int, hidden: int, feed_forward: int, layers: int) -> float:
+def make_models(
+    place: Path, count: int, hidden: int, feed_forward: int, layers: int, dtype: torch.dtype = torch.bfloat16
+) -> float:
     """A base and `count` fine-tunes under a folder, each with tokenizer and data. Returns the GB of one."""
     size = 0.0
     for name in ["base", *(f"tuned{i}" for i in range(count))]:
         folder = place / name
         folder.mkdir()
-        size = write_checkpoint(folder, hidden, feed_forward, layers, torch.bfloat16) / 1e9
+        size = write_checkpoint(folder, hidden, feed_forward, layers, dtype) / 1e9
         for shard in folder.glob("*.safetensors") if name != "base" else ():
             tensors = {
                 key: tensor + 0.01 * torch.randn_like(tensor) for key, tensor in safetensors.torch.load_file(shard).items()
