@@ -87,6 +87,68 @@ def test_why_it_is_float64():
     assert distance(left * torch.cat([s[:32] for _, s, _ in parts]) @ right.T, exact) > 1e-5
 
 
+@pytest.fixture
+def decompositions(monkeypatch):
+    """The shapes of what is decomposed by SVD, each time."""
+    shapes, svd = [], torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "svd", lambda a, **given: (shapes.append(tuple(a.shape)), svd(a, **given))[1])
+    return shapes
+
+
+def with_values(values, d_out, d_in, seed):
+    """A matrix with these singular values."""
+    left, right = (torch.linalg.qr(draw(size, len(values), seed=seed + i)).Q for i, size in enumerate((d_out, d_in)))
+    return left * values @ right.mT
+
+
+@pytest.mark.parametrize("shape", [(150, 150), (120, 300), (300, 120)])
+@pytest.mark.parametrize("models", [2, 3, 8])
+def test_no_svd_is_needed(decompositions, shape, models):
+    """Changes as fine-tuning makes them: a few large values, and noise. Others that are anything but well-conditioned."""
+    noisy = [draw(*shape, seed=i) + draw(shape[0], 9, seed=20 + i) @ draw(9, shape[1], seed=40 + i) for i in range(models)]
+    decaying = [with_values(torch.logspace(0, -7, min(shape), dtype=torch.float64), *shape, seed=2 * i) for i in range(models)]
+    for changes in (noisy, decaying):
+        merged = tsv.merge_changes(changes, models)
+        assert not decompositions
+        assert distance(merged, by_definition(changes)) < 1e-8
+
+
+def test_a_low_rank_change_that_has_been_rounded(decompositions):
+    """A LoRA adapter that was merged into float32 weights: the cut lies in noise a millionth as large as the change."""
+    changes = [draw(96, 8, seed=i) @ draw(8, 160, seed=10 + i) + 1e-6 * draw(96, 160, seed=20 + i) for i in range(2)]
+    assert distance(tsv.merge_changes(changes, 2), by_definition(changes)) < 1e-6
+    assert (96, 160) not in decompositions
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (64, 96), (96, 64)])
+@pytest.mark.parametrize("apart", [1e-3, 1e-5])
+def test_tasks_that_are_nearly_the_same(decompositions, shape, apart):
+    """Then the Gram matrix of their vectors is too ill-conditioned, and the vectors themselves are decomposed."""
+    first = draw(*shape, seed=1)
+    changes = [first, first + apart * draw(*shape, seed=2)]
+    assert distance(tsv.merge_changes(changes, 2), by_definition(changes)) < 1e-6
+    assert 1 <= len(decompositions) <= 2
+
+
+def test_values_that_coincide():
+    """Where all values are equal any half of the vectors is a leading one. What is merged has no other values."""
+    changes = [with_values(torch.ones(40, dtype=torch.float64), 40, 60, seed=2 * i) for i in range(2)]
+    values = torch.linalg.svdvals(tsv.merge_changes(changes, 2))
+    assert torch.allclose(values, values.round(), atol=1e-9) and 20 <= values.round().sum() <= 40
+
+
+@pytest.mark.parametrize("scale", [1e-140, 1e-30, 1e30, 1e140])
+def test_values_of_any_size(scale):
+    changes = [draw(24, 40, seed=i) for i in range(2)]
+    merged = tsv.merge_changes([scale * change for change in changes], 2)
+    assert distance(merged / scale, by_definition(changes)) < 1e-9
+
+
+def test_the_merged_change_of_one_model_is_its_own():
+    change = draw(24, 5) @ draw(5, 40)
+    assert torch.equal(tsv.merge_changes([change], 1), change)
+
+
 def test_changes_are_taken_one_at_a_time():
     taken = []
 

@@ -57,15 +57,18 @@ def test_every_way_to_use_it(llama, tmp_path, cache, on_cpu, use):
 
 @pytest.mark.parametrize("method", [*METHODS, "regmean", "tsv"])
 def test_methods(llama, tmp_path, measured, method):
-    """With the same decompositions every method gives the same numbers, bit for bit."""
+    """With the same decompositions every method gives the same numbers, bit for bit, but for those that decompose themselves."""
     if method in METHODS:
         config = method_config(llama, method, measured)
     else:
         config = config_for(llama, measured, models=3, merge_method=method)
     on_device = merge(config, tmp_path / "device", device="npu", random_seed=1)
     assert memory.allocations
-    for name, tensor in merge(config, tmp_path / "cpu", device="cpu", random_seed=1).items():
-        assert torch.equal(tensor, on_device[name]), name
+    on_cpu = merge(config, tmp_path / "cpu", device="cpu", random_seed=1)
+    if method == "tsv":
+        assert_close(on_device, on_cpu, len(on_cpu))
+        return
+    assert all(torch.equal(tensor, on_device[name]) for name, tensor in on_cpu.items())
 
 
 @pytest.mark.parametrize("options", [{}, {"low_cpu_memory": True, "read_to_gpu": True}, {"multi_gpu": True}], ids=str)
