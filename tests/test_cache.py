@@ -1,5 +1,6 @@
 """The primitives of the cache: keys, atomic writes, and artefacts that are never trusted when they do not match."""
 
+import hashlib
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from click.testing import CliRunner
 from commands import python
 
 from mergekit_pave import cache
+from mergekit_pave.cache import artefact as artefact_module
 from mergekit_pave.cache import MANIFEST, Artefact, DamagedError, cache_root, digest, weights_identity
 from mergekit_pave.calibration.stored import StoredCovariances
 from mergekit_pave.cli import main
@@ -180,6 +182,12 @@ def artefact(tmp_path):
     return artefact
 
 
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -209,7 +217,7 @@ class TestArtefact:
     def test_a_truncated_file(self, artefact):
         path = artefact.folder / "one.safetensors"
         path.write_bytes(path.read_bytes()[:-1])
-        assert not artefact.is_intact()
+        assert not artefact.is_intact() and not artefact.is_complete()
 
     @pytest.mark.parametrize("name", ["one.safetensors", "two.safetensors"])
     @pytest.mark.parametrize("place", [0, -1])
@@ -219,22 +227,58 @@ class TestArtefact:
         data[place] ^= 1
         path.write_bytes(data)
         assert not artefact.is_intact()
+        assert artefact.is_complete(), "this is asked often, so it costs no reading"
+        with pytest.raises(DamagedError, match=rf"{name} is damaged: it is not the file that its manifest\.json describes"):
+            artefact.read(name)
+        assert len(artefact.read({"one.safetensors": "two.safetensors"}.get(name, "one.safetensors"))) == 1
+
+    def test_a_file_is_hashed_once_unless_it_changes(self, artefact):
+        hashed = artefact_module._hash_of.cache_info().misses
+        for _ in range(3):
+            artefact.read("one.safetensors")
+        assert artefact_module._hash_of.cache_info().misses == hashed + 1
+        flip(artefact.folder / "one.safetensors")
+        with pytest.raises(DamagedError):
+            artefact.read("one.safetensors")
 
     def test_a_missing_file(self, artefact):
         (artefact.folder / "two.safetensors").unlink()
-        assert not artefact.is_intact()
-        with pytest.raises(PaveError, match=r"two\.safetensors cannot be read .*; remove its folder and run again"):
+        assert not artefact.is_intact() and not artefact.is_complete()
+        with pytest.raises(DamagedError, match=r"two\.safetensors"):
             artefact.read("two.safetensors")
+        with pytest.raises(DamagedError, match=r"three\.safetensors"):
+            artefact.read("three.safetensors")
 
     def test_a_folder_in_the_place_of_a_file(self, artefact):
         (artefact.folder / "two.safetensors").unlink()
         (artefact.folder / "two.safetensors").mkdir()
-        assert not artefact.is_intact()
+        assert not artefact.is_intact() and not artefact.is_complete()
 
     def test_a_file_that_is_no_safetensors(self, artefact):
-        (artefact.folder / "one.safetensors").write_bytes(b"\0" * 40)
-        with pytest.raises(PaveError, match=r"one\.safetensors cannot be read"):
+        content = b"\0" * 40
+        (artefact.folder / "one.safetensors").write_bytes(content)
+        entry = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        artefact.complete(artefact.manifest() | {"files": {"one.safetensors": entry}})
+        with pytest.raises(DamagedError, match=r"one\.safetensors is damaged: "):
             artefact.read("one.safetensors")
+
+    def test_what_is_damaged_is_removed_and_nothing_else(self, artefact):
+        other = Artefact(artefact.folder.parent / "other")
+        other.complete(artefact.manifest() | {"files": {}})
+        error = artefact.discard_damaged(artefact.manifest(), DamagedError("a file is damaged"))
+        assert str(error) == "a file is damaged. This entry was removed from the cache; run again, and it is made anew"
+        assert not artefact.folder.exists() and other.is_intact()
+
+    def test_what_another_process_has_replaced_is_not_removed(self, artefact):
+        before = artefact.manifest()
+        artefact.complete(before | {"model": "other"})
+        artefact.discard_damaged(before, DamagedError("a file is damaged"))
+        assert artefact.is_intact()
+
+    def test_what_another_process_is_at_work_on_is_not_removed(self, artefact):
+        with artefact.lock():
+            error = artefact.discard_damaged(artefact.manifest(), DamagedError("a file is damaged"))
+        assert "Another process is at work" in str(error) and artefact.is_intact()
 
     @pytest.mark.parametrize("content", [b"", b"{", b'{"files": {', b"\xff\xfe"])
     def test_a_torn_manifest(self, artefact, content):
@@ -328,8 +372,12 @@ class TestAttacks:
     @pytest.mark.parametrize("name", ATTACKS["files"])
     def test_a_file_that_is_not_what_the_manifest_says(self, published, tmp_path, name):
         ATTACKS["files"][name](published.folder)
-        assert published.manifest() is not None and not published.has_files(published.manifest())
+        assert published.manifest() is not None
+        assert published.is_complete() == (name == "another hash")  # which only those see who read the file
         self.refused(published, tmp_path)
+        if published.is_complete():
+            with pytest.raises(DamagedError, match=r"00000\.safetensors is damaged"):
+                published.read("00000.safetensors")
 
     def refused(self, published, tmp_path):
         assert not published.is_intact()

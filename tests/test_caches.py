@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -18,6 +19,7 @@ from merging import config_for, entries, invoke, merge, write_config
 from models import make_family, make_rows, read_rows, write_rows
 from reference import weights
 
+from mergekit_pave.errors import PaveError
 from mergekit_pave.plugin.phases import plan_merge
 
 
@@ -188,12 +190,12 @@ def empty(path):
     path.write_bytes(b"")
 
 
-DAMAGE = {"truncated": truncate, "flipped": flip, "empty": empty, "gone": Path.unlink}
+DAMAGE = {"truncated": truncate, "empty": empty, "gone": Path.unlink}
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("kind", ["covariance", "subspace"])
-def test_damaged_tensors_are_made_again(llama, first, watch, cache, kind, damage):
+def test_tensors_that_are_gone_or_cut_are_made_again(llama, first, watch, cache, kind, damage):
     # A new decomposition reads the covariances; without one nobody has to notice.
     if kind == "covariance":
         shutil.rmtree(cache / "subspace")
@@ -204,6 +206,36 @@ def test_damaged_tensors_are_made_again(llama, first, watch, cache, kind, damage
     same(first, second)
     assert tails == 42
     assert covariances == (len(victims) if kind == "covariance" else 0)
+
+
+@pytest.mark.parametrize("kind", ["covariance", "subspace"])
+def test_flipped_bits_are_told_and_the_next_run_makes_the_tensors_again(llama, first, watch, cache, tmp_path, kind):
+    if kind == "covariance":
+        shutil.rmtree(cache / "subspace")
+    victim = sorted((cache / kind).rglob("*.safetensors"))[3]
+    flip(victim)
+    others = artefacts(cache)
+    told = rf"{re.escape(str(victim))} is damaged: .*was removed from the cache; run again"
+    with pytest.raises(PaveError, match=told):
+        watch(config_for(llama, PAVE))
+    assert not victim.parent.exists()
+    kept = {path: at for path, at in others.items() if path.parent != victim.parent}
+    assert kept.items() <= artefacts(cache).items(), "something else was removed"
+    second, covariances, tails = watch(config_for(llama, PAVE))
+    same(first, second)
+    assert covariances == sum(path.parent == victim.parent for path in others) * (kind == "covariance")
+    assert tails == 1 if kind == "subspace" else tails > 0
+
+
+def test_what_is_not_read_is_not_hashed(llama, first, cache, tmp_path, monkeypatch):
+    """A warm merge reads no covariances, and a warm plan reads nothing, so damage there goes unnoticed."""
+    for path in (cache / "covariance").rglob("*.safetensors"):
+        flip(path)
+    same(first, merge(config_for(llama, PAVE), tmp_path / "out"))
+    for path in (cache / "subspace").rglob("*.safetensors"):
+        flip(path)
+    plan = plan_merge(MergeConfiguration.model_validate(config_for(llama, PAVE)), MergeOptions(quiet=True))
+    assert not plan.decompositions and all(task.is_done for task in plan.calibrations)
 
 
 def cut_short(path):

@@ -1,6 +1,7 @@
 """`mergekit-pave cache`, and covariances that travel: exported, published, used in the place of data."""
 
 import re
+import shutil
 import time
 
 import merging
@@ -137,14 +138,31 @@ def test_a_checkpoint_that_changed_is_other_weights(filled, cache, llama, tmp_pa
         merging.merge(config, tmp_path / "refused")
 
 
-def test_damaged_covariances_are_refused(filled, cache, llama, tmp_path):
-    run("cache", "export", key_of(cache, llama.tuned[0]), tmp_path / "published")
-    run("cache", "remove", key_of(cache, llama.tuned[0], "subspace"))
-    path = tmp_path / "published" / "00000.safetensors"
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-8] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path):
     path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(PaveError, match="damaged"):
-        merging.merge(given(llama, tmp_path / "published"), tmp_path / "refused")
+
+
+@pytest.mark.parametrize("damage", [flip, cut])
+@pytest.mark.parametrize("place", ["elsewhere", "in the cache"])
+def test_damaged_covariances_are_refused(filled, cache, llama, tmp_path, damage, place):
+    """What somebody has published is told, and never removed, wherever it is."""
+    published = cache / "covariance" / key_of(cache, llama.tuned[0])
+    if place == "elsewhere":
+        run("cache", "export", published.name, tmp_path / "published")
+        published = tmp_path / "published"
+    shutil.rmtree(cache / "subspace")
+    damage(published / "00000.safetensors")
+    before = sorted(published.iterdir())
+    with pytest.raises(PaveError, match=rf"{re.escape(str(published))}.* damaged: .*; fetch (them|these covariances) again"):
+        merging.merge(given(llama, published), tmp_path / "refused")
     assert not list(tmp_path.glob("refused/*.safetensors"))
+    assert sorted(published.iterdir()) == before
 
 
 def test_attacks_are_refused(filled, cache, llama, tmp_path):

@@ -1,8 +1,11 @@
 """Artefacts on disk: content keys, atomic writes, and manifests that are written last.
 
 An artefact is a folder of safetensors files and a `manifest.json`, which names each file with its size and SHA-256, and ends
-with a hash of itself. The manifest is written last, so if it is there, everything has been written. The hashes show what a power
-cut has damaged since. The folder's name is a key (see `cache.keys`).
+with a hash of itself. The manifest is written last, so if it is there, everything has been written. The folder's name is a key
+(see `cache.keys`).
+
+A power cut or a bad disk may damage a file later. Its hash shows that, to whoever reads the file: what nobody reads nobody
+hashes. Sizes, which cost nothing, are compared wherever it is asked whether an artefact is there.
 """
 
 from __future__ import annotations
@@ -50,7 +53,8 @@ class Artefact:
             DamagedError: the artefact is incomplete or damaged, or its manifest is not sound.
         """
         manifest = self.read_manifest()
-        self._check_files(manifest)
+        for name in manifest["files"]:
+            self._check(name, manifest)
         return manifest
 
     def is_intact(self) -> bool:
@@ -59,6 +63,11 @@ class Artefact:
             self.validate()
             return True
         return False
+
+    def is_complete(self) -> bool:
+        """Whether the artefact is there, as far as the sizes of its files tell; see `read`."""
+        manifest = self.manifest()
+        return manifest is not None and self.has_files(manifest)
 
     def read_manifest(self) -> dict[str, Any]:
         """The manifest. The files may still turn out to be damaged.
@@ -82,29 +91,35 @@ class Artefact:
         return None
 
     def has_files(self, manifest: dict[str, Any]) -> bool:
-        """Whether every file is what a sound manifest says, down to its hash."""
-        with contextlib.suppress(DamagedError):
-            self._check_files(manifest)
-            return True
-        return False
+        """Whether every file is there and has the size that a sound manifest says."""
+        return all(_has_size(self.folder / name, expected["size"]) for name, expected in manifest["files"].items())
 
-    def _check_files(self, manifest: dict[str, Any]) -> None:
-        for name, expected in manifest["files"].items():
-            path = self.folder / name
-            if not path.is_file() or path.stat().st_size != expected["size"] or _sha256(path) != expected["sha256"]:
-                raise DamagedError(f"{path} is damaged: it is not the file that its {MANIFEST} describes")
+    def read(self, name: str, manifest: dict[str, Any] | None = None) -> dict[str, Tensor]:
+        """The tensors of one file, which is compared with its hash first.
 
-    def read(self, name: str) -> dict[str, Tensor]:
-        """The tensors of one file.
+        They are mapped from the disk's cache, where hashing has put them, so the file is neither read nor held twice.
+
+        Args:
+            manifest: the artefact's, if it has been read before.
 
         Raises:
-            DamagedError: the file is gone or cannot be parsed.
+            DamagedError: the file is not what the manifest says, or cannot be parsed.
         """
         path = self.folder / name
+        self._check(name, manifest or self.read_manifest())
         try:
             return safetensors.torch.load_file(path)
         except (OSError, safetensors.SafetensorError) as error:
-            raise DamagedError(f"the cache file {path} cannot be read ({error}); remove its folder and run again") from error
+            raise DamagedError(f"{path} is damaged: {error}") from error
+
+    def _check(self, name: str, manifest: dict[str, Any]) -> None:
+        path, expected = self.folder / name, manifest["files"].get(name)
+        try:
+            is_sound = expected and _has_size(path, expected["size"]) and _sha256(path) == expected["sha256"]
+        except OSError as error:
+            raise DamagedError(f"{path} cannot be read ({error})") from error
+        if not is_sound:
+            raise DamagedError(f"{path} is damaged: it is not the file that its {MANIFEST} describes")
 
     def write(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """Write one file atomically and return its entry for the manifest."""
@@ -148,13 +163,40 @@ class Artefact:
             if self.folder.exists():
                 shutil.rmtree(self.folder)
 
+    def discard_damaged(self, manifest: dict[str, Any], error: DamagedError) -> DamagedError:
+        """Remove an artefact of which a file turned out to be damaged, unless another process replaces it, or has replaced it.
+
+        Args:
+            manifest: what was read of it.
+            error: what is wrong with the file.
+
+        Returns:
+            The error that tells both.
+        """
+        try:
+            with self.lock(timeout=0):
+                if self.manifest() == manifest:
+                    self.discard()
+        except filelock.Timeout:
+            return DamagedError(f"{error}. Another process is at work on this entry of the cache; run again when it is done")
+        except PaveError as reason:
+            return DamagedError(f"{error}. This entry of the cache could not be removed: {reason}")
+        return DamagedError(f"{error}. This entry was removed from the cache; run again, and it is made anew")
+
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Keep other processes from making the same artefact meanwhile."""
+    def lock(self, timeout: float = -1) -> Iterator[None]:
+        """Keep other processes from making the same artefact meanwhile.
+
+        Args:
+            timeout: seconds to wait for another process; for ever if negative.
+
+        Raises:
+            filelock.Timeout: another process still has the lock.
+        """
         with writable(self.folder):
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             lock = filelock.FileLock(self.folder.parent / f".{self.folder.name}.lock")
-            lock.acquire()
+            lock.acquire(timeout)
         try:
             yield
         finally:
@@ -178,6 +220,10 @@ def require_space(folder: Path, size: int, instead: str = "lower pave.calibratio
         )
 
 
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
 def _sha256(path: Path) -> str:
     """A file's hash. It is computed once, unless the file changes."""
     stat = path.stat()
@@ -198,6 +244,8 @@ def writable(path: Path) -> Iterator[None]:
     """Turns failures to write into errors that say what to do."""
     try:
         yield
+    except filelock.Timeout:
+        raise
     except (OSError, safetensors.SafetensorError) as error:
         raise PaveError(
             f"the PAVE cache cannot be written at {path}: {error}. Free some space or choose another place with "

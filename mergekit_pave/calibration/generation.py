@@ -67,8 +67,8 @@ class Generation:
     runtime: Runtime
 
     def missing(self, first: int, count: int) -> list[int]:
-        """The batches of these texts that the cache lacks."""
-        return [number for number in self._batches(first, count) if not self._artefact(number).is_intact()]
+        """The batches of these texts that the cache lacks, or that are damaged there."""
+        return [number for number in self._batches(first, count) if not self._has(number)]
 
     @property
     def memory(self) -> int:
@@ -101,6 +101,13 @@ class Generation:
     def _artefact(self, number: int) -> cache.Artefact:
         return cache.Artefact(self.entry / f"{number:05}")
 
+    def _has(self, number: int) -> bool:
+        try:
+            self._read(number)  # they are few, and are read anyway
+        except cache.DamagedError:
+            return False
+        return True
+
     def _read(self, number: int) -> list[list[int]]:
         tensors = self._artefact(number).read(_FILE)
         return [part.tolist() for part in tensors["tokens"].split(tensors["lengths"].tolist())]
@@ -119,7 +126,7 @@ class Generation:
                 for number in missing:
                     artefact = self._artefact(number)
                     with artefact.lock():
-                        if not artefact.is_intact():  # another process may have made it meanwhile
+                        if not self._has(number):  # another process may have made it meanwhile
                             with artefact.discarded_on_error():
                                 self._store(artefact, self._texts(model, number))
                     progress.update()

@@ -36,14 +36,14 @@ COUNTS, PREDICTED = "counts.safetensors", "predicted.safetensors"
 
 
 def calibrate(job: Job, artefact: cache.Artefact, runtime: Runtime) -> None:
-    """Make sure that the covariances of a model are in the cache, intact.
+    """Make sure that the covariances of a model are in the cache. A file that is damaged, but not cut, is found when it is read.
 
     An interruption leaves nothing behind. Only a kill leaves files, which the next run replaces.
 
     Raises:
         PaveError: an activation is not finite, memory runs out, or the cache cannot be written.
     """
-    if distributed.agree(artefact.is_intact()):  # without a lock, so that it works in a read-only cache
+    if distributed.agree(artefact.is_complete()):  # without a lock, so that it works in a read-only cache
         LOG.info("%s: covariances are in the cache", job.name)
         return
     if distributed.rank() > 0:
@@ -51,7 +51,7 @@ def calibrate(job: Job, artefact: cache.Artefact, runtime: Runtime) -> None:
             pass
         return
     with artefact.lock():
-        if distributed.world_size() == 1 and artefact.is_intact():
+        if distributed.world_size() == 1 and artefact.is_complete():
             return  # another process has made them meanwhile
         if artefact.manifest():
             LOG.warning("%s: the covariances in the cache are damaged; making them anew", job.name)

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from mergekit_pave import cache
 from mergekit_pave.core.covariance import Covariance, Covariances
+
+
+T = TypeVar("T")
+
+_given: set[str] = set()  # folders that are named under `covariance:`
+
+
+def never_remove(folder: str) -> None:
+    """Note that a folder belongs to somebody else: a file of it that turns out to be damaged is told, and nothing is removed."""
+    _given.add(folder)
 
 
 def stored_covariances(folder: str) -> StoredCovariances:
@@ -24,7 +36,7 @@ def _stored_covariances(folder: str, *_: int) -> StoredCovariances:
 
 
 class StoredCovariances(Covariances):
-    """The covariances in an intact artefact."""
+    """The covariances in a complete artefact. Each file is checked when it is read."""
 
     def __init__(self, artefact: cache.Artefact):
         self._artefact = artefact
@@ -43,23 +55,35 @@ class StoredCovariances(Covariances):
         """The mean probability of each token, (tokens,) float64; only if the head was measured.
 
         Raises:
-            DamagedError: it is none.
+            DamagedError: it is none. What is damaged is removed, unless it is given.
         """
-        file = self._manifest["head"]["file"]
-        sums = self._artefact.read(file).get("predicted")
-        if sums is None or sums.dim() != 1 or sums.dtype != torch.float64 or not (sums.isfinite() & (sums >= 0)).all():
-            raise cache.DamagedError(f"{self._artefact.folder / file} is damaged: it has no probabilities")
-        if not sums.sum() > 0:
-            raise cache.DamagedError(f"{self._artefact.folder / file} is damaged: all probabilities are 0")
-        return sums / sums.sum()
+        return self._read(self._manifest["head"]["file"], _probabilities)
 
     def _tokens(self, layer: str) -> int:
         return self._manifest["layers"].get(layer, {"tokens": 0})["tokens"]
 
     def _load(self, layer: str) -> Covariance:
         entry = self._manifest["layers"][layer]
-        tensors = self._artefact.read(entry["file"])
+        return self._read(entry["file"], lambda tensors: Covariance.from_tensors(tensors, entry["tokens"], entry["dim"]))
+
+    def _read(self, file: str, make: Callable[[dict[str, Tensor]], T]) -> T:
+        """What a function makes of a file. It raises a ValueError if the tensors are not what they should be."""
         try:
-            return Covariance.from_tensors(tensors, entry["tokens"], entry["dim"])
-        except ValueError as error:
-            raise cache.DamagedError(f"{self._artefact.folder / entry['file']} is damaged: {error}") from None
+            tensors = self._artefact.read(file, self._manifest)
+            try:
+                return make(tensors)
+            except ValueError as error:
+                raise cache.DamagedError(f"{self._artefact.folder / file} is damaged: {error}") from None
+        except cache.DamagedError as error:
+            if str(self._artefact.folder) in _given:
+                raise cache.DamagedError(f"{error}; fetch these covariances again") from error.__cause__
+            raise self._artefact.discard_damaged(self._manifest, error) from error.__cause__
+
+
+def _probabilities(tensors: dict[str, Tensor]) -> Tensor:
+    sums = tensors.get("predicted")
+    if sums is None or sums.dim() != 1 or sums.dtype != torch.float64 or not (sums.isfinite() & (sums >= 0)).all():
+        raise ValueError("it has no probabilities")
+    if not sums.sum() > 0:
+        raise ValueError("all probabilities are 0")
+    return sums / sums.sum()

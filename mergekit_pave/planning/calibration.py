@@ -15,6 +15,7 @@ from mergekit_pave.calibration.counts import TokenCounts, count_tokens
 from mergekit_pave.calibration.generation import Generation
 from mergekit_pave.calibration.job import Job, Runtime, covariance_key, seen
 from mergekit_pave.calibration.models import inference_dtype
+from mergekit_pave.calibration.stored import never_remove
 from mergekit_pave.config import PaveConfig
 from mergekit_pave.core.linear import Linear
 from mergekit_pave.errors import PaveError, in_a_line
@@ -176,6 +177,7 @@ def _given(config: PaveConfig, source: Source, layers: Iterable[Linear]) -> Plan
     folder = Path(source.entry.covariance).expanduser()
     if not folder.exists():
         folder = _download(source.entry.covariance, yaml_key)
+    never_remove(str(folder))
     try:
         manifest = cache.Artefact(folder).read_manifest()
     except cache.DamagedError as error:
@@ -214,10 +216,8 @@ def _given_counts(folder: Path, manifest: dict[str, Any], source: Source) -> Tok
     name = manifest.get("counts")
     if name is None:
         return None
-    artefact = cache.Artefact(folder)
-    intact = artefact.has_files({"files": {name: manifest["files"][name]}})
     try:
-        counts = TokenCounts.from_tensors(artefact.read(name) if intact else {})
+        counts = TokenCounts.from_tensors(cache.Artefact(folder).read(name, manifest))
     except (ValueError, cache.DamagedError) as error:
         raise PaveError(f"{_yaml_key(source.model)}: {folder / name} is damaged; fetch the covariances again") from error
     if source.architecture.vocabulary and max(map(len, counts.of_use.values())) > source.architecture.vocabulary:

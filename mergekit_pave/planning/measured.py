@@ -172,7 +172,7 @@ def _spectra(plan: Plan) -> list[_MeasureSpectrum]:
                 tail=task.tail,
                 output=weight.output,
                 layer=weight.layer,
-                covariances=weight.covariances if Artefact(Path(weight.covariances)).is_intact() else None,
+                covariances=weight.covariances if Artefact(Path(weight.covariances)).is_complete() else None,
                 regularization=weight.regularization,
             )
         )
@@ -195,7 +195,7 @@ def _inputs(plan: Plan, quiet: bool) -> list[Inputs]:
     for weight in _chosen(plan.weights, COVARIANCES, _cost_of_covariance):
         folder = weight.covariances
         if folder not in stored:
-            if not Artefact(Path(folder)).is_intact():
+            if not Artefact(Path(folder)).is_complete():
                 continue
             stored[folder] = stored_covariances(folder)
         layer = max(weight.layer.layers, key=stored[folder].tokens)

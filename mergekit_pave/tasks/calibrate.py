@@ -58,11 +58,12 @@ class CalibrateModel(_Calibration):
 
 @dataclass(frozen=True)
 class GivenCovariance(_Calibration):
-    """Checks covariances that somebody else has measured."""
+    """Checks covariances that somebody else has measured, as far as that can be done without reading them."""
 
     def execute(self) -> None:
-        if not Artefact(Path(self.folder)).is_intact():
+        if not Artefact(Path(self.folder)).is_complete():
             raise PaveError(
-                f"the covariances at {self.folder} are damaged: a file is not what their manifest says; fetch them again"
+                f"the covariances at {self.folder} are damaged: a file is gone, or has not the size that their manifest says; "
+                "fetch them again"
             )
         self.never_called()

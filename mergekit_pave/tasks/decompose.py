@@ -10,7 +10,7 @@ from mergekit.graph import Task
 from mergekit.io.tasks import LoadTensor
 from torch import Tensor
 
-from mergekit_pave.cache import Artefact
+from mergekit_pave.cache import Artefact, DamagedError
 from mergekit_pave.calibration.stored import stored_covariances
 from mergekit_pave.core.failures import advising
 from mergekit_pave.core.linear import Linear
@@ -49,13 +49,16 @@ class LoadTail(TensorTask):
         return tail
 
     def _read(self) -> Optional[dict[str, Any]]:
-        manifest = _tail_manifest(Path(self.folder), self.count, self.min_tokens)
+        artefact = Artefact(Path(self.folder))
+        manifest = _tail_manifest(artefact.folder, self.count, self.min_tokens)
         if manifest is None:
             return None
         try:
-            tensors = Artefact(Path(self.folder)).read(*manifest["files"])
-        except PaveError:
-            return None
+            tensors = artefact.read(*manifest["files"], manifest)
+        except DamagedError as error:
+            if artefact.manifest() != manifest:
+                return None
+            raise artefact.discard_damaged(manifest, error) from error.__cause__
         tensors["values"] = tensors["values"].numpy()  # see `decompose_weight`
         without_tail = {None if expert == _NO_EXPERT else int(expert): tokens for expert, tokens in manifest["left"].items()}
         return leave_slices(
@@ -111,7 +114,7 @@ class DecomposeWeight(TensorTask):
 
 
 def has_tail(folder: Path, count: int, min_tokens: int) -> bool:
-    """Whether the cache has intact tails of at least `count` components, for every expert that saw `min_tokens` tokens."""
+    """Whether the cache has tails of at least `count` components, for every expert that saw `min_tokens` tokens."""
     return _tail_manifest(folder, count, min_tokens) is not None
 
 

@@ -128,9 +128,8 @@ class Scoring:
     def stored(self, identity: str) -> dict[str, Any] | None:
         """The score of the model with this identity, if the cache has it."""
         artefact = cache.Artefact(self.folder / "score" / self._score_key(identity))
-        if not artefact.is_intact():
-            return None
-        return self._summarise(artefact.read(_FILE), [self._references(expert) for expert in self.experts])
+        tensors = _read(artefact)
+        return tensors and self._summarise(tensors, [self._references(expert) for expert in self.experts])
 
     def _score_key(self, identity: str) -> str:
         return cache.key("score", identity, [(expert.key, self._base_key(expert)) for expert in self.experts])
@@ -166,10 +165,10 @@ class Scoring:
     ) -> dict[str, Tensor]:
         """What the cache has under a key, or what running a model gives, which is then in the cache."""
         artefact = cache.Artefact(self.folder / kind / key)
-        if artefact.is_intact():
-            return artefact.read(_FILE)
+        if (tensors := _read(artefact)) is not None:
+            return tensors
         with artefact.lock():
-            if not artefact.is_intact():  # another process may have made it meanwhile
+            if _read(artefact) is None:  # another process may have made it meanwhile
                 with artefact.discarded_on_error():
                     files = {_FILE: artefact.write(_FILE, run())}
                     about = {
@@ -180,6 +179,14 @@ class Scoring:
                     }
                     artefact.complete({"files": files, **about})
             return artefact.read(_FILE)
+
+
+def _read(artefact: cache.Artefact) -> dict[str, Tensor] | None:
+    """What has been recorded, or None if the cache does not have it, or it is damaged. Then it is made anew."""
+    try:
+        return artefact.read(_FILE)
+    except cache.DamagedError:
+        return None
 
 
 def _scored(rows: Rows, merged: dict[str, Tensor], own: dict[str, Tensor], base: dict[str, Tensor]) -> Scored:

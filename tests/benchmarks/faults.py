@@ -127,7 +127,13 @@ def flipped(bench: Bench) -> str:
     content = bytearray(path.read_bytes())
     content[RNG.randrange(len(content))] ^= 1 << RNG.randrange(8)
     path.write_bytes(content)
-    return "noticed, made anew"
+    process = bench.start()
+    told, _ = process.communicate()
+    if process.returncode == 0:  # it was in a manifest, which is read before anything is planned
+        return "noticed, made anew" if bench.is_expected(bench.out) else "FAILED: another result"
+    if "is damaged" not in told or "run again" not in told or "Traceback" in told or path.parent.exists():
+        return "FAILED: not told"
+    return "FAILED: rubbish" if bench.rubbish() else "told, made anew by the next run"
 
 
 def cut_short(bench: Bench) -> str:
