@@ -18,8 +18,8 @@ from click.testing import CliRunner
 from commands import python
 
 from mergekit_pave import cache
-from mergekit_pave.cache import artefact as artefact_module
 from mergekit_pave.cache import MANIFEST, Artefact, DamagedError, cache_root, digest, weights_identity
+from mergekit_pave.cache import artefact as artefact_module
 from mergekit_pave.calibration.stored import StoredCovariances
 from mergekit_pave.cli import main
 from mergekit_pave.errors import PaveError

@@ -13,7 +13,6 @@ from torch import Tensor
 from mergekit_pave import cache
 from mergekit_pave.core.covariance import Covariance, Covariances
 
-
 T = TypeVar("T")
 
 _given: set[str] = set()  # folders that are named under `covariance:`
