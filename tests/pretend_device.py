@@ -1,8 +1,8 @@
 """Two accelerators that are none: tensors that say they are on `npu:0` or `npu:1` and compute on the CPU.
 
 They refuse what CUDA refuses: tensors of two devices in one operation (but for a CPU scalar, and CPU indices in `x[...]`),
-`.numpy()`, a CPU generator for a tensor of theirs. Their memory is counted, and can run out. Like Apple's and some of Intel's
-they can be without float64.
+`.numpy()`, a CPU generator for a tensor of theirs. Their memory is counted, and can run out. Counted, too, is how often a CPU
+would wait for them. Like Apple's and some of Intel's they can be without float64.
 
 PyTorch knows one device of one's own a process, and from then on takes it for the accelerator. So this is used in a process
 of its own; see `PRETEND_DEVICE` in conftest.py. The name is among the few that safetensors reads to.
@@ -28,6 +28,11 @@ _aten = torch.ops.aten
 # What may take tensors of two devices, into the first one's: copies. And indices may lie on the CPU.
 _COPIES = {_aten.copy_.default, _aten._to_copy.default, _aten.fill_.Tensor}
 _INDEXED = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default}
+# What the CPU waits for, as the result is a number of its own, or has a shape that depends on values.
+_AWAITED = {
+    _aten._local_scalar_dense.default, _aten.equal.default, _aten.nonzero.default, _aten.masked_select.default,
+    _aten.bincount.default, _aten._unique2.default, _aten.repeat_interleave.Tensor,
+}  # fmt: skip
 # The shape of a tensor of ours, without a look at what it holds.
 _set_shape = functools.partial(_aten.as_strided_.default._op_dk, torch._C.DispatchKey.CompositeExplicitAutogradNonFunctional)
 _lock = threading.RLock()  # mergekit has a thread for each device
@@ -42,6 +47,7 @@ class Memory:
         allocations: how often memory was asked for.
         devices: where.
         moved: bytes that came from main memory or went there.
+        waits: how often the CPU waited for a device.
         limit: bytes that there are.
         failing: the allocations that fail, by their number from 0 on.
         has_float64: whether the devices know this type.
@@ -53,7 +59,7 @@ class Memory:
         self.reset()
 
     def reset(self) -> None:
-        self.peak, self.allocations, self.devices, self.moved = self.used, 0, set(), 0
+        self.peak, self.allocations, self.devices, self.moved, self.waits = self.used, 0, set(), 0, 0
         self.limit, self.failing, self.has_float64 = float("inf"), range(0), True
 
     def block(self, raw: torch.Tensor, device: torch.device) -> _Block:
@@ -174,6 +180,8 @@ def _run(op: Any, *args, **kwargs):
 
     if op in _COPIES and {device.type, *(value.device.type for value in tensors)} != {NAME}:
         memory.moved += tensors[-1].nbytes
+    by_mask = op in _INDEXED and any(value.dtype in (torch.bool, torch.uint8) for value in tensors[1:])
+    memory.waits += op in _AWAITED or by_mask or (op in _COPIES and device.type == "cpu")
 
     def closed(raw: Any) -> Any:
         return raw if not isinstance(raw, torch.Tensor) else ours[id(raw)] if id(raw) in ours else DeviceTensor(raw, device)

@@ -22,7 +22,9 @@ from torch.nn.functional import silu
 from mergekit_pave import PaveError
 from mergekit_pave.calibration.architecture import describe
 from mergekit_pave.calibration.batches import Encoded
+from mergekit_pave.calibration.blame import NotFiniteError
 from mergekit_pave.calibration.estimate import estimate
+from mergekit_pave.calibration.experts import projections, run_experts
 
 EXPERTS = 4
 COMMON = {
@@ -385,6 +387,42 @@ def test_experts_block_by_block_are_the_same_as_whole(family_of, kind):
     one, other = by_layer(in_lockstep(job)), by_layer(whole(job))
     assert sum(".experts." in layer for layer in one) >= EXPERTS
     assert_same(one, other, 1e-12)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.0])
+def test_experts_see_their_tokens_in_order(family_of, kind, share):
+    """Bit for bit what a search for each expert's tokens gives, also where some experts get none or none that count."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(family_of(kind).base)
+    experts = model.model.layers[0].mlp.experts
+    generator = torch.Generator().manual_seed(0)
+    hidden, weights = torch.randn(50, 32, generator=generator), torch.rand(50, 2, generator=generator)
+    chosen = torch.stack([torch.randperm(EXPERTS - 1, generator=generator)[:2] for _ in range(50)])
+    counted = torch.rand(50, generator=generator) < share
+    seen = {}
+    with torch.no_grad():
+        found = run_experts(experts, hidden, chosen, weights, counted, lambda *of: seen.update({of[:2]: of[2]}))
+        torch.testing.assert_close(found, experts(hidden, chosen, weights))
+        if share == 1:
+            assert torch.equal(run_experts(experts, hidden, chosen, weights, None, lambda *_: None), found)
+    first, last = projections(experts)
+    assert seen.keys() == {(name, expert) for name in (first, last) for expert in range(EXPERTS - 1)}
+    for expert in range(EXPERTS - 1):
+        tokens = torch.where(chosen == expert)[0]
+        assert torch.equal(seen[first, expert], hidden[tokens[counted[tokens]]])
+        assert len(seen[last, expert]) == counted[tokens].sum()
+
+
+def test_an_expert_that_is_not_finite_is_named(family_of, tmp_path):
+    """By the first of its layers that sees it, though all experts' inputs are looked at together."""
+    family = family_of("mixtral")
+    model = transformers.AutoModelForCausalLM.from_pretrained(family.tuned[0])
+    with torch.no_grad():
+        model.model.layers[1].mlp.experts.gate_up_proj[2, 3] = math.nan
+    folder = save(model, transformers.AutoTokenizer.from_pretrained(family.base), tmp_path / "model")
+    with pytest.raises(NotFiniteError) as caught:
+        list(in_lockstep(job_for(folder, texts())))
+    assert caught.value.layer == "model.layers.1.mlp.experts.down_proj.2"
 
 
 def test_experts_may_be_left_alone(family_of, tmp_path, cache):

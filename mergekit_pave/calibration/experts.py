@@ -8,8 +8,9 @@ the architecture.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -40,33 +41,52 @@ def run_experts(
     hidden: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
-    see: Callable[[str, int, Tensor, Tensor], None],
+    counted: Tensor | None,
+    see: Callable[[str, int, Tensor], None],
 ) -> Tensor:
     """The output of a module of experts, computed one expert at a time.
+
+    Which tokens each expert gets is looked up once for all of them: an accelerator has to be waited for at every look.
 
     Args:
         hidden: (tokens, width).
         top_k_index: (tokens, k), the experts that each token is routed to.
         top_k_weights: (tokens, k).
-        see: is called with a projection's name, the expert, its input rows (n, d_in), and the numbers of their tokens (n,).
+        counted: which tokens count, bool (tokens,); None if all do.
+        see: is called with a projection's name, the expert, and those of its input rows (n, d_in) that count. It may keep them.
+            Experts that get no token are left out.
     """
     first, last = projections(experts)
     result = torch.zeros_like(hidden)
-    for expert in range(getattr(experts, first).shape[0]):
-        tokens, choices = torch.where(top_k_index == expert)  # the expert is one of the k choices of these tokens
-        if not len(tokens):
-            continue
+    for expert, tokens, choices, counting in _routed(top_k_index, getattr(experts, first).shape[0], counted):
         rows = hidden[tokens]
-        see(first, expert, rows, tokens)
+        see(first, expert, rows if counting is None else rows[counting])
         rows = _project(experts, first, expert, rows)
         rows = experts._apply_gate(rows) if experts.has_gate else experts.act_fn(rows)
-        see(last, expert, rows, tokens)
+        see(last, expert, rows if counting is None else rows[counting])
         rows = _project(experts, last, expert, rows)
         if getattr(experts, "has_post_expert_norm", False):
             rows = experts.post_expert_norm(rows)
         rows = rows * top_k_weights[tokens, choices, None]
         result.index_add_(0, tokens, rows.to(result.dtype))
     return result
+
+
+def _routed(top_k_index: Tensor, count: int, counted: Tensor | None) -> Iterator[tuple[int, Tensor, Tensor, Tensor | None]]:
+    """Each expert that gets a token; the numbers of its tokens, ascending; which of a token's k choices it is; and which of these
+    tokens count, None if all do.
+    """
+    numbers, order = top_k_index.flatten().sort(stable=True)
+    tokens, choices = order // top_k_index.shape[1], order % top_k_index.shape[1]
+    counted = torch.ones_like(tokens, dtype=torch.bool) if counted is None else counted[tokens]
+    counted_before = nn.functional.pad(counted.cumsum(0), (1, 0))
+    counted_first = (~counted).to(torch.uint8).argsort(stable=True)
+    starts = torch.searchsorted(numbers, torch.arange(count + 1, dtype=numbers.dtype, device=numbers.device))
+    starts, counted_starts = torch.stack((starts, counted_before[starts])).tolist()
+    for expert, ((start, stop), (first, last)) in enumerate(zip(pairwise(starts), pairwise(counted_starts))):
+        if start < stop:
+            rows = None if last - first == stop - start else counted_first[first:last] - start
+            yield expert, tokens[start:stop], choices[start:stop], rows
 
 
 def _project(experts: nn.Module, name: str, expert: int, rows: Tensor) -> Tensor:

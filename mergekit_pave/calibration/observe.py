@@ -16,7 +16,7 @@ from mergekit_pave.calibration.blame import NotFiniteError
 from mergekit_pave.calibration.experts import find_experts, run_experts
 from mergekit_pave.calibration.forward import HeadReachedError, counted_rows, version
 from mergekit_pave.calibration.predictions import Predictions
-from mergekit_pave.core.covariance import Covariance, Measurement, SecondMoment
+from mergekit_pave.core.covariance import Covariance, Measurement, SecondMoment, magnitudes
 from mergekit_pave.errors import PaveError
 
 
@@ -201,15 +201,19 @@ class Observer:
             raise ReenteredError(path)
         counted = counted_rows(self._batch, path, hidden_states, self._unpadded)
 
-        def see(projection: str, expert: int, rows: Tensor, tokens: Tensor) -> None:
+        seen: list[tuple[_Group, str, Tensor]] = []
+
+        def see(projection: str, expert: int, rows: Tensor) -> None:
             layer = f"{path}.{projection}.{expert}"
             group = self._groups.get(layer)
             if group is None:
                 group = self._groups[layer] = _Group(SecondMoment(rows.shape[-1]), [layer])
-            self._add(group, layer, rows.clone() if counted is None else rows[counted[tokens]], rows)
+            seen.append((group, layer, rows))
 
         experts = self._experts[path]
-        result = run_experts(experts, hidden_states, top_k_index, top_k_weights, see)
+        result = run_experts(experts, hidden_states, top_k_index, top_k_weights, counted, see)
+        for (group, layer, rows), largest in zip(seen, magnitudes([rows for _, _, rows in seen])):
+            self._add(group, layer, rows, rows, largest)
         if path not in self._checked and (counted is None or counted.any()):
             self._checked.add(path)
             original = type(experts).forward(experts, hidden_states, top_k_index, top_k_weights)
@@ -222,13 +226,12 @@ class Observer:
                 )
         return result
 
-    def _add(self, group: _Group, layer: str, rows: Tensor, x: Tensor) -> None:
-        """Add the counted rows of a layer's input x. They must not change afterwards."""
-        if rows.shape[0]:
-            try:
-                group.moment.add(rows)
-            except ValueError:  # not finite
-                self._note_failure(group, layer, x)
+    def _add(self, group: _Group, layer: str, rows: Tensor, x: Tensor, largest: float | None = None) -> None:
+        """Add the counted rows of a layer's input x. They must not change afterwards. For `largest` see `SecondMoment.add`."""
+        try:
+            group.moment.add(rows, largest)
+        except ValueError:  # not finite
+            self._note_failure(group, layer, x)
 
     def _note_failure(self, group: _Group, layer: str, x: Tensor) -> None:
         """Remember the failure. Whether it is one of all samples shows only when the others have gone the same way."""

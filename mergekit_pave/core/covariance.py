@@ -134,17 +134,21 @@ class SecondMoment:
     CHUNK = 1024  # rows in one product: fewer would spend their time on reading the sum, more would lose precision
     EXACT = 2048  # rows that are multiplied in float64
     _RANGE = 1e-12, 1e15  # of the largest magnitude in a product in float32, so that squares of much smaller values are in range
+    _SQUARABLE = 1e145  # magnitudes up to this have squares whose sums are within float64
 
     def __init__(self, dim: int):
         self.tokens = 0
         self._dim = dim
         self._rows: list[Tensor] = []
         self._pending = 0  # rows that are not in the sum
-        self._largest = 0.0  # magnitude among the pending rows
+        self._largest = self._ever_largest = 0.0  # magnitudes, among the pending rows and among all
         self._gram: Tensor | None = None
 
-    def add(self, rows: Tensor) -> None:
+    def add(self, rows: Tensor, largest: float | None = None) -> None:
         """Add the rows of one (n, d) batch, which must not change afterwards.
+
+        Args:
+            largest: the largest magnitude among them, if it is known: see `magnitudes`.
 
         Raises:
             ValueError: a value is not finite.
@@ -152,10 +156,11 @@ class SecondMoment:
         if not len(rows):
             return
         rows = rows.to(float64_device(rows.device))
-        largest = max(abs(extreme.item()) for extreme in rows.aminmax())
+        if largest is None:
+            (largest,) = magnitudes([rows])
         if not math.isfinite(largest):
             raise ValueError("rows have values that are not finite")
-        self._largest = max(self._largest, largest)
+        self._largest, self._ever_largest = max(self._largest, largest), max(self._ever_largest, largest)
         self.tokens += rows.shape[0]
         self._rows.append(rows)
         self._pending += rows.shape[0]
@@ -173,6 +178,7 @@ class SecondMoment:
         if self._gram is None:
             self._gram = torch.zeros_like(other.gram)
         self._gram += other.gram
+        self._ever_largest = math.inf  # it is not known
         self.tokens += other.tokens
 
     def _sum_pending(self) -> None:
@@ -201,10 +207,20 @@ class SecondMoment:
             if self._pending:
                 self._sum_pending()
             result = Covariance(self.tokens, gram=mirror_upper(self._gram))
-        # Squares of all other types are well within float64. No element of C is larger than the largest on its diagonal.
-        if (self._gram is not None or result.rows.dtype == torch.float64) and not math.isfinite(result.mean_diagonal()):
+        # No element of C is larger than the largest on its diagonal. To look at that an accelerator would have to be waited for.
+        if self._ever_largest > self._SQUARABLE and not math.isfinite(result.mean_diagonal()):
             raise ValueError("rows have values that are too large: their second moment is not finite")
         return result
+
+
+def magnitudes(tensors: Sequence[Tensor]) -> list[float]:
+    """The largest magnitude in each of several float tensors of one device, NaN if one is in it, and 0 in an empty one.
+
+    An accelerator has to be waited for only once for all of them.
+    """
+    filled = [torch.stack(tensor.aminmax()) for tensor in tensors if tensor.numel()]
+    found = iter(torch.stack(filled).abs().amax(dim=1).tolist() if filled else [])
+    return [next(found) if tensor.numel() else 0.0 for tensor in tensors]
 
 
 class Measurement(NamedTuple):

@@ -98,6 +98,36 @@ def test_what_is_moved_is_counted():
     assert (a + 1).sum().item() == 10 and memory.moved == 60
 
 
+@pytest.mark.parametrize(
+    "waits",
+    [
+        lambda a: a.sum().item(),
+        lambda a: bool(a.any()),
+        lambda a: a.tolist(),
+        lambda a: a.cpu(),
+        lambda a: torch.zeros(2, 3).copy_(a),
+        lambda a: a.nonzero(),
+        lambda a: torch.where(a > 0),
+        lambda a: a[a > 0],
+        lambda a: a.masked_select(a > 0),
+        lambda a: torch.equal(a, a),
+        lambda a: a.unique(),
+    ],
+)
+def test_waiting_is_counted(waits):
+    a, before = torch.ones(2, 3).to(FIRST), memory.waits
+    waits(a)
+    assert memory.waits == before + 1
+
+
+def test_what_needs_no_waiting():
+    a, before = torch.ones(2, 3).to(FIRST), memory.waits
+    at = torch.tensor([1]).to(FIRST)
+    (a[at] @ a.mT).add_(1).sort(stable=True)
+    torch.where(a > 0, a, 0.0).index_add_(0, at, a[at])
+    assert memory.waits == before
+
+
 def test_memory_runs_out():
     memory.limit = memory.used + 1000
     a = torch.zeros(100, device=FIRST)
