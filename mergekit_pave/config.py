@@ -79,6 +79,7 @@ class PaveModel(Block):
         "cache_dir": "holds for all models: put it directly under `pave`",
         "vocabulary": "holds for all models: put it directly under `pave`",
         "refine": "is about the merged model: put it directly under `pave`",
+        "keep_covariances": "holds for all models: put it directly under `pave`",
     }
 
     model: ModelReference
@@ -144,6 +145,7 @@ class PaveConfig(Block):
     purify: bool = True
     refine: OptionalRefine = False
     cache_dir: str | None = None
+    keep_covariances: Literal["auto", True, False] = "auto"
     calibration: Calibration = Calibration()
     models: list[PaveModel] = Field(default=[])
 

@@ -21,10 +21,10 @@ from mergekit_pave.calibration.observe import DivergedError
 from mergekit_pave.calibration.run import measure_model
 from mergekit_pave.config import PaveConfig
 from mergekit_pave.core.allocation import fair_share
-from mergekit_pave.core.covariance import Covariance, Covariances, Measurement
 from mergekit_pave.core.equality import equal_matrices
 from mergekit_pave.core.failures import advising
 from mergekit_pave.core.linear import Linear
+from mergekit_pave.core.measured import MeasuredCovariances
 from mergekit_pave.core.purification import decompose_weight, leave_slices, missed_layers, purify_weight
 from mergekit_pave.core.reasons import NEVER_CALLED, UNCHANGED
 from mergekit_pave.report.summary import left_experts, left_weights, summary, warnings
@@ -225,22 +225,9 @@ def _regularization(given: float | Mapping[str, float] | None) -> Any:
         raise ValueError(f"regularization: {error.errors()[0]['msg']} (got {given!r})") from None
 
 
-class _MeasuredCovariances(Covariances):
-    """Covariances in memory."""
-
-    def __init__(self, measurements: list[Measurement]):
-        self._by_layer = {layer: covariance for layers, covariance in measurements for layer in layers}
-
-    def _tokens(self, layer: str) -> int:
-        return self._by_layer[layer].tokens if layer in self._by_layer else 0
-
-    def _load(self, layer: str) -> Covariance:
-        return self._by_layer[layer]
-
-
 def _measure(
     model: transformers.PreTrainedModel, layers: list[str], batches: list[Batch], name: str, quiet: bool
-) -> _MeasuredCovariances:
+) -> MeasuredCovariances:
     apart: frozenset[str] = frozenset()
     unpadded = False
     remedy = "Give smaller batches, or fewer or shorter samples; or leave large models to a merge with a `pave:` block"
@@ -248,7 +235,8 @@ def _measure(
         while True:
             try:
                 device = str(model.device)
-                return _MeasuredCovariances(measure_model(model, layers, name, batches, apart, unpadded, device, quiet))
+                measured = measure_model(model, layers, name, batches, apart, unpadded, device, quiet)
+                return MeasuredCovariances({layer: covariance for names, covariance in measured for layer in names})
             except DivergedError as error:
                 apart |= {error.role}
             except NotFiniteError as error:

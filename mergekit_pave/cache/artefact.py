@@ -29,6 +29,7 @@ from mergekit_pave.errors import PaveError
 from mergekit_pave.files import readable, replacing
 
 MANIFEST = "manifest.json"
+_PREPARED = "prepared.json"  # a manifest that does not count yet
 
 
 def cache_root(configured: str | None) -> Path:
@@ -130,13 +131,36 @@ class Artefact:
             entry = {"size": temporary.stat().st_size, "sha256": _sha256(temporary)}
         return entry
 
+    def prepare(self, manifest: dict[str, Any]) -> None:
+        """Write a manifest that does not count before `publish`."""
+        with _replacing(self.folder / _PREPARED) as temporary:
+            temporary.write_text(sealed(manifest))
+
+    def prepared(self) -> dict[str, Any] | None:
+        """The manifest that waits for `publish`, if it is sound and its files are there."""
+        with contextlib.suppress(OSError, ValueError):
+            manifest = parse((self.folder / _PREPARED).read_bytes())
+            return manifest if self.has_files(manifest) else None
+        return None
+
+    def publish(self) -> None:
+        """Let the manifest that was prepared count, in the place of one that is there."""
+        with writable(self.folder):
+            os.replace(self.folder / _PREPARED, self.folder / MANIFEST)
+
+    def withdraw(self) -> None:
+        """Forget a manifest that was prepared, and its files."""
+        with writable(self.folder):
+            (self.folder / _PREPARED).unlink(missing_ok=True)
+            self.remove_others()
+
     def remove(self, name: str) -> None:
         """Remove one file that no manifest names yet."""
         (self.folder / name).unlink()
 
     def remove_others(self) -> None:
-        """Remove the tensor files that the manifest does not name."""
-        files = self.read_manifest()["files"]
+        """Remove the tensor files that no manifest names."""
+        files = {name for manifest in (self.manifest(), self.prepared()) if manifest for name in manifest["files"]}
         for path in self.folder.glob("*.safetensors"):
             if path.name not in files:
                 path.unlink(missing_ok=True)

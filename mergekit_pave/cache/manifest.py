@@ -42,7 +42,7 @@ class _Manifest(_Checked):
 
 
 class _Layer(_Checked):
-    file: str
+    file: str | None  # None where the covariance was not kept
     tokens: _Positive
     dim: _Positive
 
@@ -62,11 +62,12 @@ class _Covariances(_Manifest):
 
     @model_validator(mode="after")
     def _layers_have_files(self) -> _Covariances:
-        if others := sorted({layer.file for layer in self.layers.values()}.difference(self.files)):
+        if others := sorted({layer.file for layer in self.layers.values() if layer.file}.difference(self.files)):
             raise ValueError(f"layers are in {others[0]!r}, which is not among the files")
         if self.counts is not None and self.counts not in self.files:
             raise ValueError(f"counts are in {self.counts!r}, which is not among the files")
-        if self.head is not None and (self.head.file not in self.files or self.head.layer not in self.layers):
+        measured = {name for name, layer in self.layers.items() if layer.file}
+        if self.head is not None and (self.head.file not in self.files or self.head.layer not in measured):
             raise ValueError(f"the head {self.head.layer!r} is not among the layers, or {self.head.file!r} not among the files")
         return self
 

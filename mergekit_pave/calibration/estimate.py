@@ -25,6 +25,7 @@ class Estimate:
         hidden: the embeddings and hidden states of all samples between two blocks.
         batch: activations of the largest batch within a block, with its attention mask or with the memory for adding to a sum.
         operations: of the forward pass and of the sums.
+        decomposition: decomposing the largest weight while the covariances of its block are in memory.
     """
 
     cache: int
@@ -34,21 +35,30 @@ class Estimate:
     hidden: int
     batch: int
     operations: int
+    decomposition: int = 0
 
     @property
     def peak(self) -> int:
         """Peak memory, beyond that of Python and its libraries."""
-        return max(self.embeddings + self.hidden // 2, self.weights + self.covariances + self.hidden + self.batch)
+        at_work = max(self.weights + self.batch, self.decomposition)
+        return max(self.embeddings + self.hidden // 2, self.covariances + self.hidden + at_work)
 
 
 def estimate(
-    architecture: Architecture, encoded: list[Encoded], batch_size: int, itemsize: int, *, only_head: bool = False
+    architecture: Architecture,
+    encoded: list[Encoded],
+    batch_size: int,
+    itemsize: int,
+    *,
+    only_head: bool = False,
+    keep: bool = True,
 ) -> Estimate:
     """Estimate a calibration of one model.
 
     Args:
         itemsize: bytes of one number in the precision that the model runs in.
         only_head: only the head is measured.
+        keep: the covariances are stored.
     """
     tokens = sum(sample.tokens for sample in encoded)
     # Only the model knows how many rows a vision tower makes of an image. There may be so many that they are summed.
@@ -66,7 +76,8 @@ def estimate(
     cache, operations = 0, pass_operations(architecture, encoded) + 2 * math.prod(head) * tokens
     for linear in (*measured, *heads):
         triangle, meets = _triangle(linear), _meets(architecture, linear)
-        cache += min(rows_of(linear), len(linear.layers) * triangle)
+        if keep or linear in heads:
+            cache += min(rows_of(linear), len(linear.layers) * triangle)
         # Of a symmetric sum half is computed.
         operations += tokens * meets * linear.shape[1] ** 2 if rows_of(linear) > triangle else 0
     sums: dict[str, int] = defaultdict(int)

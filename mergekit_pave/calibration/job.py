@@ -29,6 +29,7 @@ class Job:
         about: the part of the manifest that describes model and data, JSON-serialisable.
         counts: of the samples' tokens, to be kept with the covariances.
         only_head: nothing but the head of a language model is measured.
+        keep: the covariances are stored, and not only used while they are in memory.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Job:
     about: dict[str, Any]
     counts: TokenCounts | None = None
     only_head: bool = False
+    keep: bool = True
 
     @property
     def layers(self) -> list[str]:
@@ -51,7 +53,7 @@ class Job:
     def estimate(self, device: str) -> Estimate:
         """The cost of the calibration on a device."""
         itemsize = inference_dtype(self.config, device).itemsize
-        return estimate(self.architecture, self.encoded, self.batch_size, itemsize, only_head=self.only_head)
+        return estimate(self.architecture, self.encoded, self.batch_size, itemsize, only_head=self.only_head, keep=self.keep)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from mergekit_pave.calibration.masks import packed_masks
 from mergekit_pave.calibration.models import find_blocks, inference_dtype, load_model
 from mergekit_pave.calibration.observe import DivergedError, Observer, ReenteredError
 from mergekit_pave.calibration.predictions import Predictions
+from mergekit_pave.calibration.use import NoUse, Use
 from mergekit_pave.calibration.weights import Checkpoint, StreamedModel, UnknownWeightError, stored_weights
 from mergekit_pave.core.covariance import Measurement
 from mergekit_pave.core.failures import is_out_of_memory
@@ -35,43 +36,73 @@ LOG = logging.getLogger(__name__)
 COUNTS, PREDICTED = "counts.safetensors", "predicted.safetensors"
 
 
-def calibrate(job: Job, artefact: cache.Artefact, runtime: Runtime) -> None:
-    """Make sure that the covariances of a model are in the cache. A file that is damaged, but not cut, is found when it is read.
+def has_covariances(artefact: cache.Artefact, *, kept: bool) -> bool:
+    """Whether the cache has what was measured; a file may still turn out to be damaged when it is read.
 
-    An interruption leaves nothing behind. Only a kill leaves files, which the next run replaces.
+    Args:
+        kept: with the covariances themselves.
+    """
+    manifest = artefact.manifest()
+    if manifest is None or not artefact.has_files(manifest):
+        return False
+    return not kept or all(layer["file"] for layer in manifest["layers"].values())
+
+
+def calibrate(job: Job, artefact: cache.Artefact, runtime: Runtime, use: Use | None = None) -> None:
+    """Make sure that what a model shows on its samples is in the cache, and what `use` makes of it.
+
+    An interruption leaves nothing behind but what `use` has made so far. Only a kill leaves files, which the next run replaces.
+
+    Args:
+        use: what is made of the covariances while they are in memory. Where the cache has them, or several processes measure
+            together, they are kept, and it is left to the caller to make it of these.
 
     Raises:
         PaveError: an activation is not finite, memory runs out, or the cache cannot be written.
     """
-    if distributed.agree(artefact.is_complete()):  # without a lock, so that it works in a read-only cache
-        LOG.info("%s: covariances are in the cache", job.name)
+    together = distributed.world_size() > 1
+    use = NoUse() if use is None or together else use
+
+    def is_done() -> bool:
+        return has_covariances(artefact, kept=job.keep or together or not use.is_complete)
+
+    if distributed.agree(is_done()):  # without a lock, so that it works in a read-only cache
+        LOG.info("%s: what it shows on its samples is in the cache", job.name)
         return
     if distributed.rank() > 0:
-        for _ in _measure(job, runtime, _predictions(job)):
+        for _ in _measure(job, runtime, _predictions(job), use):
             pass
         return
     with artefact.lock():
-        if distributed.world_size() == 1 and artefact.is_complete():
-            return  # another process has made them meanwhile
-        if artefact.manifest():
-            LOG.warning("%s: the covariances in the cache are damaged; making them anew", job.name)
+        if not together and is_done():
+            return  # another process has made it meanwhile
+        if artefact.manifest() and not has_covariances(artefact, kept=False):
+            LOG.warning("%s: what is in the cache is damaged; measuring anew", job.name)
         try:
             with artefact.discarded_on_error():
-                artefact.complete(_measure_and_store(job, artefact, runtime))
+                manifest = _measure_and_store(job, artefact, runtime, use, keep=job.keep or together)
+                use.finish()
+                artefact.complete(manifest)
         except Exception as error:
             if is_out_of_memory(error):
                 raise PaveError(_out_of_memory(job, runtime.device)) from error
             raise
 
 
-def _measure_and_store(job: Job, artefact: cache.Artefact, runtime: Runtime) -> dict[str, Any]:
+def _measure_and_store(job: Job, artefact: cache.Artefact, runtime: Runtime, use: Use, keep: bool) -> dict[str, Any]:
     files, layers = {}, {}
     head = _predictions(job)
-    for layers_that_share, covariance in _measure(job, runtime, head):
-        name = f"{len(files):05}.safetensors"
-        files[name] = artefact.write(name, covariance.to_tensors())
-        for layer in layers_that_share:
-            layers[layer] = {"file": name, "tokens": covariance.tokens, "dim": covariance.dim}
+    for block, measurements in _measure(job, runtime, head, use):
+        covariance = None
+        for layers_that_share, covariance in measurements:
+            name = None
+            if keep or (head and head.path in layers_that_share):  # that of a head is small
+                name = f"{len(files):05}.safetensors"
+                files[name] = artefact.write(name, covariance.to_tensors())
+            for layer in layers_that_share:
+                layers[layer] = {"file": name, "tokens": covariance.tokens, "dim": covariance.dim}
+        use.take(block, measurements)
+        del measurements, covariance  # or they would be in memory while the next block runs
     used = {entry["file"] for entry in layers.values()}
     for name in files.keys() - used:
         del files[name]
@@ -104,11 +135,15 @@ def _out_of_memory(job: Job, device: str) -> str:
     )
 
 
-def _measure(job: Job, runtime: Runtime, head: Predictions | None = None) -> Iterator[Measurement]:
+Measured = tuple[str | None, list[Measurement]]  # of a block; or of all layers that remain
+
+
+def _measure(job: Job, runtime: Runtime, head: Predictions | None, use: Use) -> Iterator[Measured]:
     """Covariances of all layers, block by block and in batches if possible. Later ones replace earlier ones of the same layer.
 
     Args:
         head: gets the model's predictions, and has its head measured, too.
+        use: is told when measuring starts again.
     """
     measure, batch_size, apart = measure_in_lockstep, job.batch_size, frozenset()
     if any(sample.is_pictured for sample in job.encoded):
@@ -135,11 +170,12 @@ def _measure(job: Job, runtime: Runtime, head: Predictions | None = None) -> Ite
         except UnalignedInputError as error:
             LOG.info("%s: running samples one by one, because padding cannot be told from tokens in %s", job.name, error)
             batch_size = 1
+        use.start_again()
 
 
 def measure_in_lockstep(
     job: Job, runtime: Runtime, batch_size: int, apart: frozenset[str] = frozenset(), head: Predictions | None = None
-) -> Iterator[Measurement]:
+) -> Iterator[Measured]:
     """The covariances of all layers, block by block.
 
     Args:
@@ -169,16 +205,16 @@ def measure_in_lockstep(
         start = time.monotonic()
         for block, _ in run_in_lockstep(streamed, batches, run, begin):
             if block is not None:
-                yield from distributed.add_up(distributed.together(lambda path=block: observer.take(path)))
+                yield block, distributed.add_up(distributed.together(lambda path=block: observer.take(path)))
                 speed = tokens * (progress.n + 1) / blocks / (time.monotonic() - start)
                 progress.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
                 progress.update()
-    yield from distributed.add_up(distributed.together(observer.take))
+    yield None, distributed.add_up(distributed.together(observer.take))
 
 
 def measure_whole(
     job: Job, runtime: Runtime, batch_size: int, apart: frozenset[str] = frozenset(), head: Predictions | None = None
-) -> Iterator[Measurement]:
+) -> Iterator[Measured]:
     """The same, with the whole model and all of its covariances in memory.
 
     Raises:
@@ -189,7 +225,7 @@ def measure_whole(
     batches = distributed.share(job.encoded, batch_size)
     unpadded = batch_size == 1
     measure = functools.partial(measure_model, model, job.layers, job.name, batches, apart, unpadded)
-    yield from distributed.add_up(distributed.together(lambda: measure(runtime.device, runtime.quiet, head)))
+    yield None, distributed.add_up(distributed.together(lambda: measure(runtime.device, runtime.quiet, head)))
 
 
 def measure_model(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mergekit_pave import cache
 from mergekit_pave.core.covariance import Covariance, Covariances
+from mergekit_pave.errors import PaveError
 
 T = TypeVar("T")
 
@@ -45,6 +46,10 @@ class StoredCovariances(Covariances):
         """The files of layers that share a weight. Layers with the same input have the same files."""
         return tuple(self._manifest["layers"][layer]["file"] for layer in layers if self._tokens(layer))
 
+    def has(self, layers: Sequence[str]) -> bool:
+        """Whether the covariances of layers were kept; those of layers that saw no token are not needed."""
+        return all(self._manifest["layers"][layer]["file"] for layer in layers if self._tokens(layer))
+
     @property
     def head(self) -> str | None:
         """The path of the model's head, if it was measured."""
@@ -63,6 +68,8 @@ class StoredCovariances(Covariances):
 
     def _load(self, layer: str) -> Covariance:
         entry = self._manifest["layers"][layer]
+        if entry["file"] is None:
+            raise PaveError(f"the covariance of {layer} was not kept in {self._artefact.folder}; run again to measure it anew")
         return self._read(entry["file"], lambda tensors: Covariance.from_tensors(tensors, entry["tokens"], entry["dim"]))
 
     def _read(self, file: str, make: Callable[[dict[str, Tensor]], T]) -> T:

@@ -15,7 +15,8 @@ from mergekit_pave.calibration.counts import TokenCounts, count_tokens
 from mergekit_pave.calibration.generation import Generation
 from mergekit_pave.calibration.job import Job, Runtime, covariance_key, seen
 from mergekit_pave.calibration.models import inference_dtype
-from mergekit_pave.calibration.stored import never_remove
+from mergekit_pave.calibration.run import has_covariances
+from mergekit_pave.calibration.stored import StoredCovariances, never_remove
 from mergekit_pave.config import PaveConfig
 from mergekit_pave.core.linear import Linear
 from mergekit_pave.errors import PaveError, in_a_line
@@ -79,16 +80,27 @@ class PlannedCalibration:
         return CalibrateModel(**common, job=self.job, runtime=runtime) if self.job else GivenCovariance(**common)
 
 
-def plan_calibration(config: PaveConfig, source: Source, layers: Iterable[Linear], merge: Merge) -> PlannedCalibration:
+def plan_calibration(
+    config: PaveConfig, source: Source, purified: list[Linear], merged: list[Linear], merge: Merge
+) -> PlannedCalibration:
     """Read and tokenise the samples of one model, which checks all of its `data` entry, or check the covariances it is given.
 
     Args:
-        layers: the layers whose covariances may be needed.
+        purified: the layers that may be purified.
+        merged: the layers that `regmean` merges with their covariances, which therefore have to be stored.
 
     Raises:
-        PaveError: the samples cannot be read, or do not fit the model; or the covariances are not those of its weights.
+        PaveError: the samples cannot be read, or do not fit the model; the covariances are not those of its weights; or they
+            are needed and must not be kept.
     """
-    return _given(config, source, layers) if source.entry.covariance else _of_data(config, source, merge, bool(list(layers)))
+    if source.entry.covariance:
+        return _given(config, source, [*purified, *merged])
+    if merged and config.keep_covariances is False:
+        raise PaveError(
+            f"pave.keep_covariances: false, but {merge.method} merges with the covariances of {source.model}; remove this key"
+        )
+    keep = bool(merged) if config.keep_covariances == "auto" else config.keep_covariances
+    return _of_data(config, source, merge, bool(purified or merged), keep)
 
 
 def check_given(config: PaveConfig) -> None:
@@ -102,10 +114,11 @@ def check_given(config: PaveConfig) -> None:
             raise PaveError(f"{_yaml_key(entry.model)}: there is no folder {entry.covariance} (looked in {Path.cwd()})")
 
 
-def _of_data(config: PaveConfig, source: Source, merge: Merge, measures_layers: bool) -> PlannedCalibration:
+def _of_data(config: PaveConfig, source: Source, merge: Merge, measures_layers: bool, keep: bool) -> PlannedCalibration:
     """
     Args:
         measures_layers: otherwise the model's head is all that may be needed.
+        keep: the covariances are stored.
     """
     model, architecture, checkpoint = source.model, source.architecture, source.checkpoint
     settings = config.calibration_of(model)
@@ -133,7 +146,7 @@ def _of_data(config: PaveConfig, source: Source, merge: Merge, measures_layers: 
     counts = count_tokens(encoded, getattr(processor, "tokenizer", processor))
     if cache.Artefact(entries / key).manifest() is None:
         folders = {other: entries / key_for(other, watched) for other in others if other != dtype}
-        elsewhere = {other: folder for other, folder in folders.items() if cache.Artefact(folder).manifest()}
+        elsewhere = {other: folder for other, folder in folders.items() if has_covariances(cache.Artefact(folder), kept=True)}
     about = {
         "key": key,
         "format": cache.FORMATS["covariance"],
@@ -164,6 +177,7 @@ def _of_data(config: PaveConfig, source: Source, merge: Merge, measures_layers: 
             about=about,
             counts=counts,
             only_head=watched == heads,
+            keep=keep,
         ),
         counts=counts,
         contents=frozenset(sample.content for sample in samples if sample.problem is None and not read.to_write),
@@ -198,6 +212,12 @@ def _given(config: PaveConfig, source: Source, layers: Iterable[Linear]) -> Plan
         version = manifest["versions"].get("transformers", "of another version")
         raise PaveError(
             f"{yaml_key}: these were measured with transformers {version}, which has no layer {missing[0]}; use `data`"
+        )
+    stored = StoredCovariances(cache.Artefact(folder))
+    if lacking := sorted({linear.module for linear in layers if not stored.has([n for names in linear.layers for n in names])}):
+        raise PaveError(
+            f"{yaml_key}: the covariance of {lacking[0]} was not kept when this was measured; measure again with "
+            "`pave.keep_covariances: true`, or use `data` instead"
         )
     return PlannedCalibration(
         source=source,

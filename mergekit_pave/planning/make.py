@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from mergekit.common import ModelReference
@@ -23,6 +24,7 @@ from mergekit_pave.planning.unchanged import leave_never_called, leave_unchanged
 from mergekit_pave.planning.vocabulary import models_to_count, plan_vocabulary
 from mergekit_pave.planning.warnings import base_is_merged, idle_block, precision_warnings, sample_warnings, unchanged_warnings
 from mergekit_pave.tasks.calibrate import CalibrateModel, GivenCovariance
+from mergekit_pave.tasks.decompose import DecomposeWeight
 
 
 def make_plan(config: PaveConfig, merge: Merge) -> Plan:
@@ -43,9 +45,9 @@ def make_plan(config: PaveConfig, merge: Merge) -> Plan:
     selected, reasons = select(config, merge, {model: sources[model] for model in to_purify})
     regmean = find_layers(merge, sources)
     calibrations = {
-        model: plan_calibration(config, source, layers, merge)
+        model: plan_calibration(config, source, layers, regmean.measured_of(model), merge)
         for model, source in sources.items()
-        if (layers := _layers_of(model, selected) + regmean.measured_of(model)) or model in counted or model in to_refine
+        if (layers := _layers_of(model, selected)) or regmean.measured_of(model) or model in counted or model in to_refine
     }
     vocabulary = plan_vocabulary(config, merge, sources, calibrations)
     refinement, unrefined = plan_refinement(config, merge, calibrations)
@@ -91,7 +93,7 @@ def make_plan(config: PaveConfig, merge: Merge) -> Plan:
     return Plan(
         weights=[weight for chain in chains.values() for weight in chain.weights],
         gathers={number: chain.gather for number, chain in chains.items()},
-        calibrations=_once_a_folder(tasks[model] for model in needed),
+        calibrations=_with_decompositions(_once_a_folder(tasks[model] for model in needed), decompositions),
         decompositions=decompositions,
         stats=[task for chain in chains.values() for task in chain.stats],
         header=header,
@@ -125,6 +127,19 @@ def _once_a_folder(tasks: Iterable[CalibrateModel | GivenCovariance]) -> list[Ca
     for task in tasks:  # given covariances are checked for each of their models
         folders.setdefault(task.folder if isinstance(task, CalibrateModel) else task, task)
     return list(folders.values())
+
+
+def _with_decompositions(
+    tasks: list[CalibrateModel | GivenCovariance], decompositions: list[DecomposeWeight]
+) -> list[CalibrateModel | GivenCovariance]:
+    """The calibrations, each with the weights that are to be decomposed while it runs."""
+    by_folder: dict[str, list[DecomposeWeight]] = {}
+    for task in decompositions:
+        by_folder.setdefault(task.covariances, []).append(task)
+    return [
+        replace(task, decompositions=tuple(by_folder.get(task.folder, ()))) if isinstance(task, CalibrateModel) else task
+        for task in tasks
+    ]
 
 
 def _joined(*parts: Reasons) -> Reasons:

@@ -16,6 +16,7 @@ from mergekit.options import MergeOptions
 from torch import Tensor
 
 from mergekit_pave.cache import Artefact
+from mergekit_pave.calibration.run import has_covariances
 from mergekit_pave.calibration.stored import StoredCovariances, stored_covariances
 from mergekit_pave.core.linear import Linear
 from mergekit_pave.core.projection import matrices
@@ -172,7 +173,7 @@ def _spectra(plan: Plan) -> list[_MeasureSpectrum]:
                 tail=task.tail,
                 output=weight.output,
                 layer=weight.layer,
-                covariances=weight.covariances if Artefact(Path(weight.covariances)).is_complete() else None,
+                covariances=weight.covariances if has_covariances(Artefact(Path(weight.covariances)), kept=True) else None,
                 regularization=weight.regularization,
             )
         )
@@ -195,7 +196,7 @@ def _inputs(plan: Plan, quiet: bool) -> list[Inputs]:
     for weight in _chosen(plan.weights, COVARIANCES, _cost_of_covariance):
         folder = weight.covariances
         if folder not in stored:
-            if not Artefact(Path(folder)).is_complete():
+            if not has_covariances(Artefact(Path(folder)), kept=True):
                 continue
             stored[folder] = stored_covariances(folder)
         layer = max(weight.layer.layers, key=stored[folder].tokens)

@@ -102,7 +102,7 @@ class Plan:
     @property
     def missing(self) -> int:
         """Bytes that the cache will have more, at most."""
-        covariances = sum(task.job.estimate(task.runtime.device).cache for task in self.to_calibrate)
+        covariances = sum(task.estimate().cache for task in self.to_calibrate)
         return covariances + sum(task.cache for task in self.decompositions)
 
 
@@ -117,10 +117,11 @@ def announce(plan: Plan) -> None:
     if plan.stats:
         LOG.info("PAVE: %d of %d weights are in the cache", plan.decomposed - len(plan.decompositions), plan.decomposed)
     for task in plan.to_calibrate:
-        cost = task.job.estimate(task.runtime.device)
+        cost = task.estimate()
         LOG.info(
-            "%s: to be calibrated with %d tokens in %s; takes at most %s of cache and about %s of memory",
+            "%s: to be calibrated%s with %d tokens in %s; takes at most %s of cache and about %s of memory",
             task.job.name,
+            " again, because its covariances were not kept (pave.keep_covariances)," if task.is_again else "",
             task.job.about["tokens"],
             task.job.about["dtype"],
             readable(cost.cache),

@@ -16,6 +16,7 @@ from mergekit_pave.files import readable
 from mergekit_pave.planning.plan import Plan
 from mergekit_pave.report.summary import by_model, kind, reasons_in_a_line, vocabulary_lines, warnings
 from mergekit_pave.report.tables import written
+from mergekit_pave.tasks.calibrate import CalibrateModel
 
 
 def preview(plan: Plan, device: str, samples: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -28,13 +29,13 @@ def preview(plan: Plan, device: str, samples: dict[str, list[dict[str, Any]]]) -
     high: layers that share an input share a sum, too, but which ones do shows only when the model runs.
     """
     exact = _speed(torch.float64, float64_device(torch.device(device)))
-    jobs = {task.job.name: task.job for task in plan.to_calibrate}
+    to_do = {task.job.name: task for task in plan.to_calibrate}
     cached = {task.model for task in plan.calibrations if task.is_done}
     models = {}
     for model, source in plan.header["models"].items():
         weights = [weight for weight in plan.weights if str(weight.model) == model]
         missing = [task for task in plan.decompositions if str(task.model) == model]
-        cost = jobs[model].estimate(device) if model in jobs else None
+        cost = to_do[model].estimate() if model in to_do else None
         models[model] = {
             "data": source["data"],
             "samples": source["samples"],
@@ -51,11 +52,11 @@ def preview(plan: Plan, device: str, samples: dict[str, list[dict[str, Any]]]) -
                 for weight in weights
             ],
             "left_as_they_are": source["left_as_they_are"],
-            "covariances": "to do" if model in jobs else "there already" if model in cached else "not needed",
+            "covariances": _state(to_do.get(model), model in cached),
             **({"generation": _generation(plan.to_write[model], source, device)} if model in plan.to_write else {}),
             "calibration": cost
             and {
-                "seconds": cost.operations / _speed(inference_dtype(jobs[model].config, device), device),
+                "seconds": cost.operations / _speed(inference_dtype(to_do[model].job.config, device), device),
                 "memory": cost.peak,
                 "cache": cost.cache,
             },
@@ -83,6 +84,13 @@ def preview(plan: Plan, device: str, samples: dict[str, list[dict[str, Any]]]) -
         **({"refined": refined} if refined else {}),
         "warnings": plan.warnings + of_samples,
     }
+
+
+def _state(to_do: CalibrateModel | None, is_cached: bool) -> str:
+    """Of the covariances of a model."""
+    if to_do is None:
+        return "there already" if is_cached else "not needed"
+    return "to do again, as they were not kept" if to_do.is_again else "to do"
 
 
 def _generation(generation: Generation, source: dict[str, Any], device: str) -> dict[str, Any]:
@@ -188,8 +196,8 @@ def as_text(preview: dict[str, Any]) -> str:
         calibration = model["covariances"]
         if cost:
             calibration = (
-                f"to do: about {_duration(cost['seconds'])} on {preview['device']}, {readable(cost['memory'])} of memory, "
-                f"at most {readable(cost['cache'])} of cache"
+                f"{calibration}: about {_duration(cost['seconds'])} on {preview['device']}, "
+                f"{readable(cost['memory'])} of memory, at most {readable(cost['cache'])} of cache"
             )
         lines.append(f"  calibration    {calibration}")
         missing = model["decomposition"]["weights"]

@@ -93,7 +93,7 @@ def leave_never_called(
     weights: list[PlannedWeight], calibrations: dict[ModelReference, CalibrateModel | GivenCovariance]
 ) -> tuple[list[PlannedWeight], Reasons]:
     """Leave out the weights of layers that calibration does not reach. That is known once the covariances are in the cache."""
-    missed = {model: set(task.never_called()) for model, task in calibrations.items() if task.is_done}
+    missed = {model: set(task.never_called()) for model, task in calibrations.items() if task.is_measured}
     reasons: Reasons = {}
     for weight in weights:
         if weight.layer in missed.get(weight.model, ()):

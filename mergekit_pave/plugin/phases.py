@@ -130,6 +130,8 @@ def calibrate_all(plan: Plan, options: MergeOptions) -> None:
 
 
 def decompose_all(tasks: list[DecomposeWeight], options: MergeOptions) -> None:
+    """Decompose the weights that calibration has not decomposed on the way, because their covariances were there already."""
+    tasks = [task for task in tasks if not task.is_done]
     if not tasks:
         return
     storage = options.device if options.low_cpu_memory else "cpu"

@@ -1,23 +1,25 @@
-"""How one model's covariances get into the cache, before any graph is run."""
+"""How one model is measured, before any graph is run."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mergekit_pave.cache import Artefact
 from mergekit_pave.calibration import distributed
+from mergekit_pave.calibration.estimate import Estimate
 from mergekit_pave.calibration.job import Job, Runtime
-from mergekit_pave.calibration.run import calibrate
+from mergekit_pave.calibration.run import calibrate, has_covariances
 from mergekit_pave.calibration.stored import stored_covariances
 from mergekit_pave.core.linear import Linear
 from mergekit_pave.core.purification import missed_layers
 from mergekit_pave.errors import PaveError
+from mergekit_pave.tasks.decompose import DecomposeOnTheWay, DecomposeWeight
 
 
 @dataclass(frozen=True)
 class _Calibration:
-    """Makes sure that one model's covariances are in the cache. It runs before any graph, so it is not a task of one.
+    """Makes sure that what a model shows on its samples is there. It runs before any graph, so it is not a task of one.
 
     Attributes:
         folder: of the covariances.
@@ -32,9 +34,14 @@ class _Calibration:
     num_weights: int
 
     @property
-    def is_done(self) -> bool:
-        """Whether the cache has the covariances; they may still turn out to be damaged."""
+    def is_measured(self) -> bool:
+        """Whether it is known how many tokens each layer sees."""
         return Artefact(Path(self.folder)).manifest() is not None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the cache has all that is needed; it may still turn out to be damaged."""
+        return self.is_measured
 
     def never_called(self) -> list[Linear]:
         """See `missed_layers`. Layers that are measured for `regmean` alone do not count: it falls back, and reports that."""
@@ -45,13 +52,34 @@ class _Calibration:
 
 @dataclass(frozen=True)
 class CalibrateModel(_Calibration):
-    """Measures the covariances, unless the cache has them."""
+    """Measures the covariances, unless the cache has them, and decomposes weights while they are in memory.
+
+    Attributes:
+        decompositions: of weights whose tails the cache lacks. If it has the covariances, they are left to the caller.
+    """
 
     job: Job
     runtime: Runtime
+    decompositions: tuple[DecomposeWeight, ...] = ()
+
+    @property
+    def is_done(self) -> bool:
+        needed = self.job.keep or not DecomposeOnTheWay(self.decompositions, self.runtime.device).is_complete
+        return has_covariances(Artefact(Path(self.folder)), kept=needed)
+
+    @property
+    def is_again(self) -> bool:
+        """Whether the model has been measured before, but the covariances were not kept."""
+        return self.is_measured and not self.is_done
+
+    def estimate(self) -> Estimate:
+        """What it needs."""
+        at_work = max((task.memory for task in self.decompositions), default=0)
+        return replace(self.job.estimate(self.runtime.device), decomposition=at_work)
 
     def execute(self) -> None:
-        calibrate(self.job, Artefact(Path(self.folder)), self.runtime)
+        use = DecomposeOnTheWay(self.decompositions, self.runtime.device)
+        calibrate(self.job, Artefact(Path(self.folder)), self.runtime, use)
         if distributed.rank() == 0:  # the others need not wait until it has written everything
             self.never_called()
 
