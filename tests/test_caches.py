@@ -65,7 +65,7 @@ def watch(cache, tmp_path):
     return Watch(cache, tmp_path)
 
 
-PAVE = {"regularization": 0.1}
+PAVE = {"regularization": 0.1, "keep_covariances": True}
 
 
 @pytest.fixture(scope="module")

@@ -68,7 +68,8 @@ def _content(kind: str, manifests: list[dict[str, Any]]) -> str:
         return f"{sum(map(bool, manifest['equal'].values()))} equal weights"
     if "places" in manifest:
         return f"{manifest['rows']} rows, {manifest['places']} places, {manifest['dtype']}"
-    return f"{len(manifest['layers'])} layers, {manifest['tokens']} tokens, {manifest.get('dtype', 'format 1')}"
+    kept = "" if all(layer["file"] for layer in manifest["layers"].values()) else ", not kept"
+    return f"{len(manifest['layers'])} layers, {manifest['tokens']} tokens, {manifest.get('dtype', 'format 1')}{kept}"
 
 
 @cache.command()
@@ -110,6 +111,12 @@ def export(key: str, folder: Path, cache_dir: str | None) -> None:
     entry = _find(key, cache_dir)
     if entry.kind != "covariance":
         raise PaveError(f"{entry.key[:12]} is of the kind {entry.kind}, which belongs to one machine; export covariances")
+    manifest = caches.Artefact(entry.folder).validate()
+    if not all(layer["file"] for layer in manifest["layers"].values()):
+        raise PaveError(
+            f"{entry.key[:12]}: the covariances were not kept when the model was measured, as the merge did not need them; set "
+            "pave.keep_covariances: true in its config, run `mergekit-pave calibrate` with it, and export then"
+        )
     caches.copy(entry.folder, folder)
     click.echo(f"exported to {folder}")
 

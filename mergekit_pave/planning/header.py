@@ -15,7 +15,7 @@ from mergekit_pave.planning.merge import Merge
 from mergekit_pave.planning.plan import Reasons
 from mergekit_pave.report.stored import FORMAT
 
-_NOT_OF_ALL = {"models", "data", "cache_dir", "calibration", "vocabulary", "purify", "refine"}
+_NOT_OF_ALL = {"models", "data", "cache_dir", "keep_covariances", "calibration", "vocabulary", "purify", "refine"}
 _NOT_CALIBRATED = {"data": [], "covariance": None, "calibration": None, "samples": 0, "tokens": 0}
 
 

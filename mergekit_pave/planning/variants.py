@@ -253,4 +253,4 @@ def _meaning(config: MergeConfiguration) -> tuple[dict[str, Any], dict[str, Any]
     defaults = {p.name: p.default for p in _spec(config.merge_method).parameters if not p.required}
     merge["parameters"] = defaults | (merge["parameters"] or {})
     block = config.pave.model_copy(update={"refine": config.pave.refinement or False}) if config.pave else None
-    return merge, block.model_dump(mode="json", exclude={"cache_dir"}) if block else {}
+    return merge, block.model_dump(mode="json", exclude={"cache_dir", "keep_covariances"}) if block else {}

@@ -143,8 +143,11 @@ class Tuner:
                 if id(variant) not in self._complete:
                     if self._filled:
                         log.setLevel(logging.ERROR)
+                    config = variant.config.model_copy(deep=True)
+                    if config.pave and config.pave.keep_covariances == "auto":  # the next variant may need them
+                        config.pave = config.pave.model_copy(update={"keep_covariances": True})
                     try:
-                        fill_caches(variant.config.model_copy(deep=True), self._options)
+                        fill_caches(config, self._options)
                     except Exception as error:
                         self.fail(variant, error)
                         continue
