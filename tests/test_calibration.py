@@ -27,6 +27,7 @@ from mergekit_pave.calibration.models import inference_dtype
 from mergekit_pave.calibration.observe import DivergedError, Observer
 from mergekit_pave.calibration.run import calibrate, measure_in_lockstep, measure_whole
 from mergekit_pave.calibration.stored import StoredCovariances
+from mergekit_pave.calibration.use import NoUse
 from mergekit_pave.calibration.weights import Checkpoint, StreamedModel, UnknownWeightError
 from mergekit_pave.errors import PaveError
 from mergekit_pave.settings import DEFAULT_CALIBRATION, Data
@@ -35,14 +36,20 @@ CPU = Runtime("cpu", False, True)
 
 
 def in_lockstep(job: Job):
-    return measure_in_lockstep(job, CPU, job.batch_size)
+    return measurements(measure_in_lockstep(job, CPU, job.batch_size))
+
+
+def measurements(measured):
+    """Those of all blocks."""
+    for _, of_block in measured:
+        yield from of_block
 
 
 ABOUT = {"model": "model", "tokens": 0}  # what its manifest needs
 
 
 def whole(job: Job):
-    return measure_whole(job, CPU, job.batch_size)
+    return measurements(measure_whole(job, CPU, job.batch_size))
 
 
 def job_for(folder: Path, samples: list[str], batch_size: int = 4, max_tokens: int = 65536) -> Job:
@@ -117,7 +124,7 @@ def test_a_weight_that_another_module_uses_is_never_missed(llama, monkeypatch):
     job = job_for(llama.tuned[0], texts())
     with pytest.raises(UnknownWeightError, match=r"layers\.1\.self_attn\.q_proj\.weight is used by another module"):
         list(in_lockstep(job))
-    assert_same(by_layer(run._measure(job, CPU)), by_layer(whole(job)), 1e-12)
+    assert_same(by_layer(measurements(run._measure(job, CPU, None, NoUse()))), by_layer(whole(job)), 1e-12)
 
 
 def test_a_weight_that_a_module_keeps_elsewhere_is_never_missed(llama, monkeypatch):
@@ -133,7 +140,7 @@ def test_a_weight_that_a_module_keeps_elsewhere_is_never_missed(llama, monkeypat
     job = job_for(llama.tuned[0], texts())
     with pytest.raises(UnknownWeightError, match="LlamaModel keeps weights, or values made of them, in a place of its own"):
         list(in_lockstep(job))
-    assert_same(by_layer(run._measure(job, CPU)), by_layer(whole(job)), 1e-12)
+    assert_same(by_layer(measurements(run._measure(job, CPU, None, NoUse()))), by_layer(whole(job)), 1e-12)
 
 
 def test_a_weight_without_values_gives_none(llama):
@@ -351,7 +358,7 @@ runpy.run_module("mergekit_pave", run_name="__main__")
 
 def test_a_full_disk_is_told_and_leaves_nothing_half_written(llama, tmp_path, cache):
     """A limit on file size stands for the full disk: a write fails midway."""
-    path = merging.write_config(merging.config_for(llama, {}), tmp_path / "config.yml")
+    path = merging.write_config(merging.config_for(llama, {"keep_covariances": True}), tmp_path / "config.yml")
     for data in llama.data[:2]:  # so that the library's own cache of them is written already
         load_samples([Data(path=str(data))], DEFAULT_CALIBRATION, "data")
     result = command("python", "-c", _LIMITED, "9000", "calibrate", path)

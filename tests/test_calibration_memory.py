@@ -90,8 +90,8 @@ class Tracking(TorchDispatchMode):
 
 def peak_of(job: Job) -> int:
     with Tracking() as tracking:
-        for _ in measure_in_lockstep(job, CPU, job.batch_size):
-            pass
+        for measured in measure_in_lockstep(job, CPU, job.batch_size):
+            del measured
     return tracking.peak
 
 
@@ -119,7 +119,12 @@ def test_packing_changes_no_bit(tmp_path, cls):
     job = job_for(cls, tmp_path / "model", lengths(6, 150, 300), batch_size=3)
     apart = frozenset()
     packed, whole = (
-        {layer: covariance.matrix() for members, covariance in measure(job, CPU, 3, apart) for layer in members}
+        {
+            layer: covariance.matrix()
+            for _, of_block in measure(job, CPU, 3, apart)
+            for members, covariance in of_block
+            for layer in members
+        }
         for measure in (measure_in_lockstep, measure_whole)
     )
     assert packed.keys() == whole.keys() and packed

@@ -370,7 +370,7 @@ def test_the_estimate_bounds_the_cache(family_of, tmp_path, cache, tokens):
     family = family_of("mixtral")
     config = transformers.AutoConfig.from_pretrained(family.base)
     architecture = describe(config, str(family.base), False)
-    pave = {"models": entries(family, 1), "calibration": {"max_tokens": tokens}}
+    pave = {"models": entries(family, 1), "calibration": {"max_tokens": tokens}, "keep_covariances": True}
     merge(config_for(family, pave, models=1), tmp_path / "out")
     files = list((cache / "covariance").rglob("*.safetensors"))
     stored = sum(math.prod(t.shape) * t.element_size() for file in files for t in reference.load_file(file).values())

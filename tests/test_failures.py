@@ -69,7 +69,7 @@ def test_a_decomposition_that_runs_out_of_memory(llama, tmp_path, cache, monkeyp
     assert "model.layers." in result.output
     assert "decomposing" in result.output
     assert "ran out of memory on cpu. Free memory, or use a machine that has more" in " ".join(result.output.split())
-    assert len(list(cache.glob("subspace/*/*/manifest.json"))) == 4
+    assert len(list(cache.glob("subspace/*/*/prepared.json"))) == 4
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
     monkeypatch.setenv("MERGEKIT_PAVE_CACHE", str(cache))

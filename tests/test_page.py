@@ -33,7 +33,7 @@ def merged(families, tmp_path_factory):
     models = entries(family, 3)
     models[1] |= {"exclude": ["k_proj"], "target": "task_vector"}
     models[2] = {"model": str(family.tuned[2]), "purify": False}
-    config = config_for(family, {"models": models, "regularization": 0.1, "rank_ratio": 0.9}, models=3)
+    config = config_for(family, {"models": models, "regularization": 0.1, "rank_ratio": 0.9, "keep_covariances": True}, models=3)
     folder = tmp_path_factory.mktemp("page")
     config["pave"]["cache_dir"] = str(folder / "cache")
     merge(config, folder / "out")
@@ -132,7 +132,7 @@ def test_spectra_and_covariances_agree_with_the_reference(seen, llama):
 def test_spectra_of_transposed_weights_and_of_experts(families, family_of, tmp_path, cache, kind):  # noqa: F811
     """The energy below the cut, by a full decomposition here, is what the merge has told by the tail alone."""
     family = families[kind] if kind in families else family_of(kind)
-    config = config_for(family, {"rank_ratio": 0.8})
+    config = config_for(family, {"rank_ratio": 0.8, "keep_covariances": True})
     merge(config, tmp_path / "out")
     report, found = measured(config)
     rows = {(row["model"], row["output"], row.get("expert")): row for row in report["purified"]}

@@ -630,7 +630,7 @@ def test_a_step_of_several(llama, tmp_path, cache):
 
 def test_what_was_measured_is_not_measured_again(llama, tmp_path, cache):
     """Purified or not, with another share and another lambda."""
-    merge(config_for(llama, {}), tmp_path / "purified")
+    merge(config_for(llama, {"keep_covariances": True}), tmp_path / "purified")
     times = {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")}
     assert times
     merge(regmean_config(llama, {}, parameters={"covariance": 0.3, "lambda": 2}), tmp_path / "both")

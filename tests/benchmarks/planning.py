@@ -20,7 +20,6 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -80,14 +79,6 @@ def write_models(config: transformers.PretrainedConfig, place: Path, method: str
     return place / "config.yml"
 
 
-def show(command: Callable, config: Path, *more: str) -> str:
-    """What `plan` prints."""
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        command(["plan", str(config), *more], standalone_mode=False)
-    return printed.getvalue()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, action="append", help="only this one")
@@ -95,7 +86,11 @@ def main() -> None:
     parser.add_argument("--show", action="store_true", help="what `mergekit-pave plan` prints, too")
     options = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    from mergekit.config import MergeConfiguration
+    from mergekit.options import MergeOptions
+
     from mergekit_pave.cli import main as command
+    from mergekit_pave.plugin.phases import plan_merge
 
     for name in options.model or MODELS:
         with tempfile.TemporaryDirectory() as place:
@@ -103,19 +98,23 @@ def main() -> None:
             stored = len(json.loads(Path(place, "base", "model.safetensors.index.json").read_text())["weight_map"])
             size = sum(file.stat().st_size for file in Path(place, "base").glob("*.safetensors"))
             start = time.process_time()
-            printed = show(command, config)
+            printed = io.StringIO()
+            with contextlib.redirect_stdout(printed):
+                command(["plan", str(config)], standalone_mode=False)
             seconds = time.process_time() - start
-            model = next(iter(json.loads(show(command, config, "--json"))["models"].values()))
+            plan = plan_merge(
+                MergeConfiguration.model_validate(yaml.safe_load(config.read_text())), MergeOptions(), compares=False
+            )
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         print(f"{name}: {stored} tensors a model, planned in {seconds:.1f} s of CPU time; peak of memory so far {peak:.2f} GB")
-        parts = model["calibration"]["cache"] / 1e9, model["decomposition"]["cache"] / 1e9
-        share = sum(parts) * 1e9 / size
+        measured = plan.to_calibrate[0].job.estimate("cuda").cache  # in the model's own precision
+        tails = sum(task.cache for task in plan.decompositions) / 2
+        share = (measured + tails) / size
         print(
-            f"  {size / 1e9:.1f} GB; cache {parts[0]:.2f} + {parts[1]:.2f} GB, measured and decomposed = {share:.2f} of it",
-            flush=True,
+            f"  {size / 1e9:.1f} GB; cache {measured / 1e9:.2f} GB measured, {tails / 1e9:.2f} GB decomposed: {share:.2f} of it"
         )
         if options.show:
-            print(printed)
+            print(printed.getvalue())
 
 
 if __name__ == "__main__":

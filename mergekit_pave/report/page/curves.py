@@ -82,7 +82,7 @@ def _spectra_of_layer(
         "over the models decides where that is."
     )
     if not complete:
-        caption += " Only the cached tail is shown if the covariance is no longer in the cache."
+        caption += " Only the cached tail is shown if the covariance was not kept, or is no longer in the cache."
     title = f"Spectra, layer {layer}" if stack else "Spectra"
     return stack_plot(f"spectra-{layer}", title, stack, several_stacks, caption, figure)
 
