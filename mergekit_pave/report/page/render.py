@@ -108,8 +108,8 @@ def _missing(measured: Measurements | None) -> list[str]:
     ]
     if not measured.inputs and all(what != "Covariances" for what, _ in measured.left_out):
         notes.append(
-            "Covariances are not shown: they were not kept (pave.keep_covariances), or are no longer in the cache. Of spectra only the "
-            "cached tails are shown, too."
+            "Covariances are not shown: they were not kept (pave.keep_covariances), or are no longer in the cache. "
+            "Of spectra only the cached tails are shown, too."
         )
     return notes
 
