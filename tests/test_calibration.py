@@ -407,7 +407,8 @@ def test_what_fails_in_one_process_fails_in_all(tmp_path):
 
 
 def test_two_processes_give_the_numbers_of_one(llama, tmp_path, cache):
-    path = merging.write_config(merging.config_for(llama, {"cache_dir": str(tmp_path / "one")}), tmp_path / "one.yml")
+    kept = {"cache_dir": str(tmp_path / "one"), "keep_covariances": True}  # as several processes always do
+    path = merging.write_config(merging.config_for(llama, kept), tmp_path / "one.yml")
     assert command("mergekit-pave", "calibrate", path).returncode == 0
     path = merging.write_config(merging.config_for(llama, {"cache_dir": str(tmp_path / "two")}), tmp_path / "two.yml")
     result = finish(fresh("torchrun", "--nproc_per_node", "2", "-m", "mergekit_pave", "calibrate", path))

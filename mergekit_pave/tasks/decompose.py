@@ -117,16 +117,19 @@ class DecomposeWeight(TensorTask):
             artefact.publish()
             artefact.remove_others()
 
+    @property
+    def is_prepared(self) -> bool:
+        """Whether a run has prepared the tails, and was stopped before it published them."""
+        return _is_enough(Artefact(Path(self.folder)).prepared(), self.tail.count, self.tail.min_tokens)
+
     def prepare(self, weight: Tensor, covariances: Covariances) -> None:
-        """Put the tails into the cache, where they do not count before `publish`, unless a stopped run has done so.
+        """Put the tails into the cache, where they do not count before `publish`.
 
         Args:
             covariances: of the layer, in memory.
         """
         artefact = Artefact(Path(self.folder))
         with artefact.lock():
-            if self._is_enough(artefact.prepared()):
-                return
             self._prepare(artefact, weight, covariances)
 
     def publish(self) -> None:
@@ -159,9 +162,6 @@ class DecomposeWeight(TensorTask):
         left = {_NO_EXPERT if expert is None else str(expert): tokens for expert, tokens in tail["without_tail"].items()}
         artefact.prepare({"files": {name: entry}, "slices": tail["slices"], "left": left, **about})
 
-    def _is_enough(self, manifest: Optional[dict[str, Any]]) -> bool:
-        return _is_enough(manifest, self.tail.count, self.tail.min_tokens)
-
 
 class DecomposeOnTheWay(Use):
     """Decomposes the weights of a model while calibration has the covariances of their layers in memory.
@@ -193,11 +193,11 @@ class DecomposeOnTheWay(Use):
             self._measured.update(dict.fromkeys(wanted.intersection(layers), covariance))
         covariances, waiting = MeasuredCovariances(self._measured), []
         for task in self._waiting:
-            if all(name.startswith(tuple(self._finished)) for name in _names(task)):
+            if not all(name.startswith(tuple(self._finished)) for name in _names(task)):
+                waiting.append(task)
+            elif not task.is_prepared:
                 task.prepare(task.weight.execute().to(self._device), covariances)
                 LoaderCache().get(task.weight.model).flush()  # open files are mapped to memory, which counts as ours
-            else:
-                waiting.append(task)
         self._waiting = waiting
         wanted = {layer for task in waiting for layer in _names(task)}
         self._measured = {layer: self._measured[layer] for layer in wanted.intersection(self._measured)}
