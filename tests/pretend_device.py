@@ -143,6 +143,15 @@ class DeviceTensor(torch.Tensor):
     def data_ptr(self) -> int:
         return self.raw.data_ptr()
 
+    @property
+    def data(self) -> DeviceTensor:
+        return DeviceTensor(self.raw.data, self.device)
+
+    @data.setter
+    def data(self, value: DeviceTensor) -> None:
+        torch.Tensor.data.__set__(self, value)
+        self.raw, self.block = value.raw, value.block
+
     def untyped_storage(self) -> _Block:
         return self.block
 
@@ -249,6 +258,16 @@ class _Module:
     @staticmethod
     def get_amp_supported_dtype() -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]
+
+    @staticmethod
+    def mem_get_info(device: Any = None) -> tuple[float, float]:
+        return memory.limit - memory.used, memory.limit
+
+    @staticmethod
+    def memory_reserved(device: Any = None) -> int:
+        return memory.used
+
+    memory_allocated = memory_reserved
 
     @staticmethod
     def synchronize(device: Any = None) -> None:

@@ -22,7 +22,7 @@ class Estimate:
         embeddings: weights that are in no block.
         weights: weights of the largest block.
         covariances: sums and rows of the block that has most of them.
-        hidden: the embeddings and hidden states of all samples between two blocks.
+        hidden: the embeddings and hidden states of all samples between two blocks; on a device, of those that wait there.
         batch: activations of the largest batch within a block, with its attention mask or with the memory for adding to a sum.
         operations: of the forward pass and of the sums.
         decomposition: decomposing the largest weight while the covariances of its block are in memory.

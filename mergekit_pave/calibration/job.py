@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import transformers
@@ -13,6 +13,7 @@ from mergekit_pave.calibration.batches import Encoded
 from mergekit_pave.calibration.counts import TokenCounts
 from mergekit_pave.calibration.estimate import Estimate, estimate
 from mergekit_pave.calibration.models import inference_dtype
+from mergekit_pave.calibration.parking import room_on
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class Job:
     def estimate(self, device: str) -> Estimate:
         """The cost of the calibration on a device."""
         itemsize = inference_dtype(self.config, device).itemsize
-        return estimate(self.architecture, self.encoded, self.batch_size, itemsize, only_head=self.only_head, keep=self.keep)
+        cost = estimate(self.architecture, self.encoded, self.batch_size, itemsize, only_head=self.only_head, keep=self.keep)
+        return replace(cost, hidden=int(min(cost.hidden, room_on(device))))
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@
 A caller that changes weights on the way has the batches stop before linear layers, too: see `Stop`.
 
 Nothing here depends on the architecture, and a batch computes what it would compute alone. In memory are one block's weights and
-covariances, and the hidden states of all samples, whatever the depth. The suspended passes keep attention masks, too: callers
-have them packed, see `masks.packed_masks`.
+covariances, and the hidden states of all samples, whatever the depth; those that would fill a device wait in main memory, see
+`parking`. The suspended passes keep attention masks, too: callers have them packed, see `masks.packed_masks`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from mergekit_pave.calibration import distributed
 from mergekit_pave.calibration.batches import Batch
 from mergekit_pave.calibration.masks import pack
 from mergekit_pave.calibration.models import find_blocks
+from mergekit_pave.calibration.parking import Parking
 
 
 class Loads(Protocol):
@@ -96,11 +97,16 @@ def run_in_lockstep(
     blocks = find_blocks(streamed.model)
     order = {block: i for i, block in enumerate(blocks)}
     paths = {streamed.model.get_submodule(path): path for path in layers}
+    # Who has batches stop before layers, too, looks at all of them there.
+    parking = None if paths else Parking(streamed.model)
     block_of = {module: block for block in blocks for module in block.modules() if module in paths or module is block}
 
     def pause(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if getcurrent() is not scheduler:
-            scheduler.switch(module, next(iter((*args, *kwargs.values())), None))
+            x = next(iter((*args, *kwargs.values())), None)
+            go_on = parking.leave(x) if parking else lambda: None
+            scheduler.switch(module, x)
+            go_on()
 
     # Modules outside the blocks load their weights when they run: embeddings before the first block, norms after the last.
     in_blocks = {module for block in blocks for module in block.modules()}
