@@ -5,6 +5,7 @@ import torch
 import transformers
 from models import make_model, save
 from pretend_device import NAME, memory
+from test_calibration import measurements
 from test_experts import COMMON
 
 from mergekit_pave.calibration.architecture import describe
@@ -24,7 +25,7 @@ def job_for(folder, experts: int, batches: int) -> Job:
 
 
 def measured(job: Job, device: str) -> dict:
-    found = measure_in_lockstep(job, Runtime(device, False, True), job.batch_size)
+    found = measurements(measure_in_lockstep(job, Runtime(device, False, True), job.batch_size))
     return {layer: covariance.to(torch.device("cpu")) for layers, covariance in found for layer in layers}
 
 

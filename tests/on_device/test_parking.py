@@ -25,9 +25,10 @@ def measured(job: Job) -> tuple[dict[str, torch.Tensor], int, int]:
     """The second moments, the device's peak, and what was moved."""
     memory.reset()
     before, found = memory.used, {}
-    for layers, covariance in measure_in_lockstep(job, Runtime(NAME, False, True), job.batch_size):
-        found |= dict.fromkeys(layers, covariance.to(torch.device("cpu")).matrix())
-        del covariance
+    for _, of_block in measure_in_lockstep(job, Runtime(NAME, False, True), job.batch_size):
+        for layers, covariance in of_block:
+            found |= dict.fromkeys(layers, covariance.to(torch.device("cpu")).matrix())
+        of_block = covariance = None  # or they would be in memory while the next block runs
     return found, memory.peak - before, memory.moved
 
 
