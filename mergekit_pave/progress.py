@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
-import datasets
 import huggingface_hub.utils
 import tqdm.auto
-import tqdm.notebook
 import transformers
 
 _SECONDS = 30  # between two lines
+_show_again: list[Callable[[], None]] | None = None  # while bars of others are hidden: what shows them again
 
 
 def bar(total: int, description: str, unit: str, hidden: bool, delay: float = 0) -> tqdm.tqdm:
@@ -22,7 +22,7 @@ def bar(total: int, description: str, unit: str, hidden: bool, delay: float = 0)
         delay: seconds before it appears. What takes less time shows no bar.
     """
     options = {"total": total, "desc": description, "unit": unit, "disable": hidden, "delay": delay}
-    if sys.stderr.isatty() or issubclass(tqdm.auto.tqdm, tqdm.notebook.tqdm_notebook):
+    if sys.stderr.isatty() or any(cls.__module__ == "tqdm.notebook" for cls in tqdm.auto.tqdm.__mro__):
         return tqdm.auto.tqdm(**options)
     line = "{desc}: {n_fmt} of {total_fmt} {unit} after {elapsed}, {remaining} left{postfix}"
     return tqdm.tqdm(**options, file=_Lines(), bar_format=line, mininterval=_SECONDS, maxinterval=_SECONDS, miniters=1)
@@ -42,16 +42,34 @@ class _Lines:
 @contextlib.contextmanager
 def no_bars_of_others(hidden: bool) -> Iterator[None]:
     """Hide the bars of datasets, of transformers and of the client of the Hub, too."""
-    switches = []
-    if hidden and transformers.utils.logging.is_progress_bar_enabled():
-        switches.append((transformers.utils.logging.disable_progress_bar, transformers.utils.logging.enable_progress_bar))
-    for library in (datasets, huggingface_hub.utils) if hidden else ():
-        if not library.are_progress_bars_disabled():
-            switches.append((library.disable_progress_bars, library.enable_progress_bars))
-    for disable, _ in switches:
-        disable()
+    global _show_again
+    if not hidden or _show_again is not None:
+        yield
+        return
+    _show_again = []
     try:
+        if transformers.utils.logging.is_progress_bar_enabled():
+            _show_again.append(transformers.utils.logging.enable_progress_bar)
+            transformers.utils.logging.disable_progress_bar()
+        for library in filter(None, (huggingface_hub.utils, sys.modules.get("datasets"))):
+            _hide_bars(library)
         yield
     finally:
-        for _, enable in switches:
-            enable()
+        for show in _show_again:
+            show()
+        _show_again = None
+
+
+def _hide_bars(library: Any) -> None:
+    if not library.are_progress_bars_disabled():
+        _show_again.append(library.enable_progress_bars)
+        library.disable_progress_bars()
+
+
+def datasets_library() -> Any:
+    """The library `datasets`. Importing it takes a second, so that is left to who reads rows."""
+    import datasets
+
+    if _show_again is not None:
+        _hide_bars(datasets)
+    return datasets

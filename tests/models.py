@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 import re
 from dataclasses import dataclass
@@ -73,8 +74,17 @@ def make_family(kind: str, folder: Path, **settings) -> Family:
 
 def save_family(kind: str, base: transformers.PreTrainedModel, processor, data: tuple[Path, ...], folder: Path) -> Family:
     """A base model with a fine-tune for each data set, all with the same tokenizer or image processor."""
-    tuned = (save(perturbed(base, seed=i + 1), processor, folder / f"tuned{i}") for i in range(len(data)))
-    return Family(kind, save(base, processor, folder / "base"), tuple(tuned), data)
+    tuned = tuple(save(perturbed(base, seed=i + 1), processor, folder / f"tuned{i}") for i in range(len(data)))
+    family = Family(kind, save(base, processor, folder / "base"), tuned, data)
+    age(folder)
+    return family
+
+
+def age(folder: Path) -> None:
+    """Make files old: what has just been written may change again, so samples from it are not remembered."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            os.utime(path, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns - 10**12))
 
 
 def write_texts(folder: Path) -> tuple[Path, ...]:

@@ -40,7 +40,7 @@ def test_list_tells_models_and_sizes(llama, filled, cache):
     result = run("cache", "list")
     assert result.exit_code == 0
     for model in llama.tuned[:2]:
-        assert result.output.count(str(model)) == 2
+        assert result.output.count(str(model)) == 3  # covariances, subspaces, samples
     assert "22 layers" in result.output and "21 weights" in result.output
     assert result.output.split()[:6] == ["key", "kind", "size", "date", "content", "model"]
     assert result.output.count(time.strftime("%Y-%m-%d")) >= 4 and "incomplete" not in result.output
@@ -59,20 +59,20 @@ def test_list_says_what_incomplete_means_and_how_to_remove_it(llama, filled, cac
 
 def test_verify_finds_a_flipped_bit(filled, cache, llama):
     intact = run("cache", "verify")
-    assert intact.exit_code == 0 and re.fullmatch(r"4 entries checked \([\d.]+ [KM]B\): all are intact.\n", intact.output)
+    assert intact.exit_code == 0 and re.fullmatch(r"6 entries checked \([\d.]+ [KM]B\): all are intact.\n", intact.output)
     damaged = cache / "covariance" / key_of(cache, llama.tuned[0]) / "00003.safetensors"
     data = bytearray(damaged.read_bytes())
     data[-5] ^= 1
     damaged.write_bytes(data)
     result = run("cache", "verify")
     assert result.exit_code == 1 and "DAMAGED" in result.output and str(damaged.parent) in result.output
-    assert "4 entries checked" in result.output and "1 artefacts are not intact" in result.output
+    assert "6 entries checked" in result.output and "1 artefacts are not intact" in result.output
 
 
 def test_remove_takes_one_entry(filled, cache, llama):
     key = key_of(cache, llama.tuned[0])
     assert run("cache", "remove", key[:10]).exit_code == 0
-    assert key not in {entry.key for entry in entries(cache)} and len(entries(cache)) == 3
+    assert key not in {entry.key for entry in entries(cache)} and len(entries(cache)) == 5
     result = run("cache", "remove", key[:10])
     assert result.exit_code == 1 and "no entry" in result.output
 

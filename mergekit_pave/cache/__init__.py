@@ -2,7 +2,7 @@
 
 from mergekit_pave.cache.artefact import MANIFEST, Artefact, cache_root, require_space, writable
 from mergekit_pave.cache.entries import Entry, copy, entries
-from mergekit_pave.cache.identity import weights_fingerprint, weights_identity
+from mergekit_pave.cache.identity import files_identity, weights_fingerprint, weights_identity
 from mergekit_pave.cache.keys import FORMATS, digest, key
 from mergekit_pave.cache.manifest import DamagedError
 
@@ -16,6 +16,7 @@ __all__ = [
     "copy",
     "digest",
     "entries",
+    "files_identity",
     "key",
     "require_space",
     "weights_fingerprint",

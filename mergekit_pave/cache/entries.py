@@ -9,7 +9,7 @@ from pathlib import Path
 from mergekit_pave.cache.artefact import Artefact, writable
 from mergekit_pave.errors import PaveError
 
-KINDS = ("covariance", "subspace", "comparison", "predictions", "score", "generated")
+KINDS = ("covariance", "subspace", "comparison", "predictions", "score", "generated", "samples")
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,8 @@ class Entry:
     """One cache entry.
 
     It has the covariances of a model, the subspaces of its weights, or which of its weights equal a base model's; what a model
-    gives on held-out rows, or how what a merge gives compares with that; or what a model has written to be calibrated with.
+    gives on held-out rows, or how what a merge gives compares with that; what a model has written to be calibrated with; or the
+    samples of a model as it takes them.
 
     Attributes:
         kind: one of `KINDS`.

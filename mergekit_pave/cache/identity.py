@@ -1,8 +1,10 @@
-"""Keys of the weights of a checkpoint, without reading all of them."""
+"""Keys of the weights of a checkpoint, and of other files, without reading all of them."""
 
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,4 +47,28 @@ def weights_identity(folder: str, shards: list[str]) -> str:
         path = Path(folder, shard)
         blob = path.resolve().name
         parts.append(blob if path.is_symlink() and len(blob) == 64 else path.stat().st_mtime_ns)
+    return digest(*parts)
+
+
+_YOUNG = 2.0  # seconds: a file may change again within the time that its file system tells apart
+_MANY = 10_000  # files, more than anybody wants to be looked at
+
+
+def files_identity(paths: Sequence[Path]) -> str | None:
+    """A key of files, and of all files in folders: where they are, their sizes, and the times of their last changes.
+
+    None where these do not tell whether a file has changed: one is gone, has just been written, or is behind a link to a folder.
+    """
+    parts: list[Any] = []
+    try:
+        for path in paths:
+            found = sorted(path.rglob("*")) if path.is_dir() else [path]
+            if any(inner.is_symlink() and inner.is_dir() for inner in found) or len(parts) + len(found) > _MANY:
+                return None
+            stats = [(str(inner.resolve()), inner.stat()) for inner in found if not inner.is_dir()]
+            parts += [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+    except OSError:
+        return None
+    if any(abs(time.time() - changed / 1e9) < _YOUNG for *_, changed in parts):
+        return None
     return digest(*parts)

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 # Part of every key of a kind: raise it when the same inputs would lead to other numbers or other files.
-FORMATS = {"covariance": 3, "subspace": 1, "comparison": 1, "predictions": 1, "score": 1, "generated": 1}
+FORMATS = {"covariance": 3, "subspace": 1, "comparison": 1, "predictions": 1, "score": 1, "generated": 1, "samples": 1}
 
 
 def digest(*parts: Any) -> str:

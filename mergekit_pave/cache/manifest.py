@@ -118,6 +118,15 @@ class _Texts(_Manifest):
     tokens: _Natural
 
 
+class _Samples(_Manifest):
+    """The samples of a model as it takes them."""
+
+    origins: list[str]
+    inputs: list[str]
+    tokens: _Natural
+    skipped: str
+
+
 def parse(content: bytes) -> dict[str, Any]:
     """A manifest of any kind of artefact, without its digest.
 
@@ -152,4 +161,6 @@ def _form(manifest: dict[str, Any]) -> type[_Manifest]:
         return _Recorded
     if "generated" in manifest:
         return _Texts
+    if "origins" in manifest:
+        return _Samples
     return _Tail if "slices" in manifest else _Comparison

@@ -71,6 +71,7 @@ def encode(
     positions: int | None,
     where: str,
     shift: Callable[[list[int]], list[int]] | None = None,
+    tell: Callable[[str], None] = LOG.warning,
 ) -> list[Encoded]:
     """Tokenise samples and draw the token positions that count. Rows that cannot be used are skipped, with a warning.
 
@@ -79,6 +80,7 @@ def encode(
         positions: the longest sequence that the model can take, or None; of images the number of patches.
         where: the key of the data in the YAML, for messages.
         shift: gives a decoder's inputs for the token ids of its target. If it is given, samples have a target.
+        tell: gets the warning.
 
     Raises:
         PaveError: most rows cannot be used, or the tokenizer lacks a chat template that is needed.
@@ -120,7 +122,7 @@ def encode(
                 f"{where}: {problems.total()} of {len(samples)} rows cannot be used: {counts}. Texts go under `text`, "
                 "chats under `messages`, images under `image`"
             )
-        LOG.warning("%s: skipped %d of %d rows: %s", where, problems.total(), len(samples), counts)
+        tell(f"{where}: skipped {problems.total()} of {len(samples)} rows: {counts}")
     if "input_ids" not in encoded[0][1]:
         return [Encoded(origin, inputs, list(range(positions or 1))) for origin, inputs in encoded]
 

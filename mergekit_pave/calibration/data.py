@@ -7,17 +7,20 @@ import json
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
-import pyarrow.compute
 
+from mergekit_pave.cache import digest
 from mergekit_pave.calibration.chats import read_chat, read_tools, says_something
 from mergekit_pave.calibration.sources import load_rows
 from mergekit_pave.calibration.templates import Template, no_column, read_template
 from mergekit_pave.errors import PaveError
+from mergekit_pave.progress import datasets_library
 from mergekit_pave.settings import Calibration, Data
+
+if TYPE_CHECKING:  # see `datasets_library`
+    import datasets
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Sample:
     def content(self) -> int:
         """A hash of the content, whichever row it comes from."""
         shown = (self.text, self.text_pair, self.target, self.messages, self.tools, self.tokens)
-        return hash((json.dumps(shown, default=str), self.image and self.image.tobytes()))
+        return int(digest(json.dumps(shown, default=str), self.image.tobytes() if self.image else b"")[:15], 16)
 
 
 def load_samples(sources: list[Data], calibration: Calibration, where: str) -> list[Sample]:
@@ -122,12 +125,12 @@ class _Rows:
         # A blank line of a text file is not a row.
         lines = rows.info.builder_name == "text" and "text" in (rows.column_names or ["text"])
         ahead: Iterator[dict[str, Any]] = iter(())
-        if isinstance(rows, datasets.IterableDataset):
+        if isinstance(rows, datasets_library().IterableDataset):
             shuffled = rows.shuffle(seed=calibration.seed, buffer_size=max(1000, 4 * calibration.samples))
             ahead = (row for row in shuffled if not lines or row["text"].strip())
             rows = list(islice(ahead, calibration.samples))
         self._rows: datasets.Dataset | list[dict[str, Any]] = rows
-        numbers = _lines_with_text(rows) if lines and isinstance(rows, datasets.Dataset) else np.arange(len(rows))
+        numbers = np.arange(len(rows)) if isinstance(rows, list) or not lines else _lines_with_text(rows)
         if not len(numbers):
             raise PaveError(f"{where}: {data.path} (split {data.split!r}) has no rows")
         columns = list(rows[0]) if isinstance(rows, list) else rows.column_names
@@ -179,6 +182,8 @@ def _most(count: int) -> int:
 
 def _lines_with_text(rows: datasets.Dataset) -> np.ndarray:
     """The numbers of the lines of a text file that are not blank."""
+    import pyarrow.compute
+
     column = rows.with_format("arrow")[:]["text"]
     return np.flatnonzero(pyarrow.compute.not_equal(pyarrow.compute.utf8_trim_whitespace(column), "").to_numpy())
 

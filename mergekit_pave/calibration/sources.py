@@ -5,13 +5,15 @@ from __future__ import annotations
 import glob
 import os
 from pathlib import Path
-from typing import Any
-
-import datasets
+from typing import TYPE_CHECKING, Any
 
 from mergekit_pave.errors import PaveError, in_a_line
 from mergekit_pave.files import looks_local
+from mergekit_pave.progress import datasets_library
 from mergekit_pave.settings import Data
+
+if TYPE_CHECKING:  # see `datasets_library`
+    import datasets
 
 _LOADERS: dict[str, tuple[str, dict[str, str]]] = {
     ".jsonl": ("json", {}),
@@ -61,9 +63,9 @@ def load_rows(data: Data, where: str) -> datasets.Dataset | datasets.IterableDat
         if loader:
             kind, more = loader
             files = glob.escape(str(path)) if here else data.path if remote else str(path)
-            return datasets.load_dataset(kind, data_files=files, **options, **more)
+            return datasets_library().load_dataset(kind, data_files=files, **options, **more)
         options |= {"name": data.name, "revision": data.revision, "data_files": data.data_files}
-        return datasets.load_dataset(str(path) if here else data.path, **options)
+        return datasets_library().load_dataset(str(path) if here else data.path, **options)
     except Exception as error:  # the library raises many kinds of errors, all of which are about this entry
         cause = error.__cause__ or error
         reason = in_a_line(cause)
@@ -105,6 +107,7 @@ def _is_saved(folder: Path) -> bool:
 
 def _saved(folder: Path, split: str) -> datasets.Dataset:
     """The rows that `save_to_disk` wrote, of a data set or of one with several splits. A single one counts as `train`."""
+    datasets = datasets_library()
     saved = datasets.load_from_disk(str(folder))
     splits = saved if isinstance(saved, dict) else {"train": saved, str(saved.split or "train"): saved}
     ranges = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in splits.items()})

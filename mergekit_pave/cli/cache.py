@@ -17,7 +17,7 @@ from mergekit_pave.files import readable
 
 @click.group()
 def cache() -> None:
-    """Look after the cache: covariances, subspaces, which weights equal a base model's, predictions, scores, texts."""
+    """Look after the cache: covariances, subspaces, which weights equal a base model's, predictions, scores, texts, samples."""
 
 
 _cache_dir = click.option("--cache-dir", help="The cache, where a config sets pave.cache_dir.")
@@ -64,6 +64,8 @@ def _content(kind: str, manifests: list[dict[str, Any]]) -> str:
         rows, tokens = (sum(manifest[name] for manifest in manifests) for name in ("rows", "tokens"))
         return f"{rows} texts, {tokens} tokens"
     (manifest,) = manifests
+    if kind == "samples":
+        return f"{len(manifest['origins'])} samples, {manifest['tokens']} tokens"
     if kind == "comparison":
         return f"{sum(map(bool, manifest['equal'].values()))} equal weights"
     if "places" in manifest:

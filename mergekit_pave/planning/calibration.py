@@ -10,8 +10,7 @@ from typing import Any
 import huggingface_hub
 
 from mergekit_pave import cache, versions
-from mergekit_pave.calibration.batches import encode
-from mergekit_pave.calibration.counts import TokenCounts, count_tokens
+from mergekit_pave.calibration.counts import TokenCounts
 from mergekit_pave.calibration.generation import Generation
 from mergekit_pave.calibration.job import Job, Runtime, covariance_key, seen
 from mergekit_pave.calibration.models import inference_dtype
@@ -22,9 +21,9 @@ from mergekit_pave.core.linear import Linear
 from mergekit_pave.errors import PaveError, in_a_line
 from mergekit_pave.files import looks_local
 from mergekit_pave.planning.merge import Merge
-from mergekit_pave.planning.samples import read_samples
+from mergekit_pave.planning.samples import tokenised_samples
 from mergekit_pave.planning.source import Source
-from mergekit_pave.planning.tokenizers import check_meanings, check_token_ids
+from mergekit_pave.planning.tokenizers import check_meanings, check_token_ids, load_processor
 from mergekit_pave.settings import Data, RelativeRegularization, Written
 from mergekit_pave.tasks.calibrate import CalibrateModel, GivenCovariance
 
@@ -122,12 +121,11 @@ def _of_data(config: PaveConfig, source: Source, merge: Merge, measures_layers: 
     """
     model, architecture, checkpoint = source.model, source.architecture, source.checkpoint
     settings = config.calibration_of(model)
-    read = read_samples(config, source, merge)
-    samples, processor = read.samples, read.processor
-    encoded = encode(samples, processor, settings, architecture.positions, source.data_key, architecture.shift)
+    read = tokenised_samples(config, source, merge)
+    encoded, counts = read.what.encoded, read.what.counts
     check_token_ids(source, encoded)
     if config.refinement:
-        check_meanings(source, processor, encoded, merge)
+        check_meanings(source, read.processor or load_processor(source, [], merge), encoded, merge)
     layers = sorted(linear.module for linear in architecture.linears.values())
     heads = [architecture.head] if architecture.head else []
     dtype, *others = (_precision(source, device) for device in (merge.runtime.device, "cpu", "cuda"))
@@ -143,7 +141,6 @@ def _of_data(config: PaveConfig, source: Source, merge: Merge, measures_layers: 
         watched = heads
         key = key_for(dtype, watched)
     elsewhere = {}
-    counts = count_tokens(encoded, getattr(processor, "tokenizer", processor))
     if cache.Artefact(entries / key).manifest() is None:
         folders = {other: entries / key_for(other, watched) for other in others if other != dtype}
         elsewhere = {other: folder for other, folder in folders.items() if has_covariances(cache.Artefact(folder), kept=True)}
@@ -180,7 +177,7 @@ def _of_data(config: PaveConfig, source: Source, merge: Merge, measures_layers: 
             keep=keep,
         ),
         counts=counts,
-        contents=frozenset(sample.content for sample in samples if sample.problem is None and not read.to_write),
+        contents=read.what.contents,
         elsewhere=elsewhere,
         to_write=read.to_write,
     )

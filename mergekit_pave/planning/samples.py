@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
+import logging
+import re
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import transformers
 from mergekit.common import ModelReference
 
-from mergekit_pave import cache
-from mergekit_pave.calibration.batches import longest_sample
+from mergekit_pave import cache, versions
+from mergekit_pave.calibration.batches import encode, longest_sample
+from mergekit_pave.calibration.counts import count_tokens
 from mergekit_pave.calibration.data import Sample, load_held_out, load_samples
 from mergekit_pave.calibration.generation import Generation
 from mergekit_pave.calibration.models import inference_dtype
+from mergekit_pave.calibration.remembered import Remembered, recall, remember
 from mergekit_pave.calibration.starts import find_start
 from mergekit_pave.config import PaveConfig
 from mergekit_pave.errors import PaveError
@@ -22,6 +28,8 @@ from mergekit_pave.planning.merge import Reading
 from mergekit_pave.planning.source import Source
 from mergekit_pave.planning.tokenizers import load_processor
 from mergekit_pave.settings import Calibration, Data
+
+LOG = logging.getLogger(__name__)
 
 _kept: dict[tuple[str, ...], list[Sample]] | None = None  # see `each_read_once`
 
@@ -81,6 +89,90 @@ def read_samples(config: PaveConfig, source: Source, reading: Reading) -> Sample
         longest = Sample("a text that is still to be written", tokens=[token] * generation.longest)
         return Samples([longest] * settings.samples, tokenizer, about, generation)
     return Samples(generation.samples(0, settings.samples), tokenizer, about)
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """What a model is calibrated with, as it takes it.
+
+    Attributes:
+        what: the samples.
+        about, to_write: see `Samples`.
+        processor: what makes model inputs of samples; None where it has not been loaded.
+    """
+
+    what: Remembered
+    about: list[dict[str, Any]]
+    to_write: Generation | None
+    processor: Any
+
+
+def tokenised_samples(config: PaveConfig, source: Source, reading: Reading) -> Tokenised:
+    """The samples that a model is calibrated with, from the cache if it remembers them.
+
+    Raises:
+        PaveError: they cannot be read or written, or do not fit the model.
+    """
+    key = _memory_key(config, source, reading)
+    artefact = cache.Artefact(cache.cache_root(config.cache_dir) / "samples" / key) if key else None
+    if artefact and (what := recall(artefact)):
+        if what.skipped:
+            LOG.warning(what.skipped)
+        return Tokenised(what, as_reported(source.entry.sources), None, None)
+    read, skipped = read_samples(config, source, reading), []
+    settings, architecture = config.calibration_of(source.model), source.architecture
+    positions, shift, where = architecture.positions, architecture.shift, source.data_key
+    encoded = encode(read.samples, read.processor, settings, positions, where, shift, tell=skipped.append)
+    for warning in skipped:
+        LOG.warning(warning)
+    what = Remembered(
+        encoded=encoded,
+        counts=count_tokens(encoded, getattr(read.processor, "tokenizer", read.processor)),
+        contents=frozenset(sample.content for sample in read.samples if sample.problem is None and not read.to_write),
+        skipped="".join(skipped),
+    )
+    # A file may have changed meanwhile. And a command that only plans leaves nothing in the cache.
+    if artefact and reading.generates and _memory_key(config, source, reading) == key:
+        try:
+            remember(artefact, str(source.model), what)
+        except PaveError as error:  # a read-only cache is good for everything else
+            LOG.info("the samples of %s are not remembered: %s", source.model, error)
+    return Tokenised(what, read.about, read.to_write, read.processor)
+
+
+def _memory_key(config: PaveConfig, source: Source, reading: Reading) -> str | None:
+    """Key of everything that determines the samples of a model; None where nobody can tell whether that has changed.
+
+    That is so of data sets from elsewhere without a commit, of folders that may name files elsewhere, and of code that comes
+    with a model.
+    """
+    model, sources = source.model, source.entry.sources
+    if source.entry.is_generated or reading.runtime.trust_remote_code:
+        return None
+    here: list[Path] = []
+    for data in sources:
+        path = Path(data.path).expanduser()
+        if data.data_files is not None or "://" in data.path:
+            return None
+        if path.exists():
+            if path.is_dir() and any(inner.suffix in (".md", ".yaml", ".py") for inner in path.iterdir()):
+                return None
+            here.append(path)
+        elif not re.fullmatch("[0-9a-f]{40}", data.revision or ""):
+            return None
+    # An adapter may bring a tokenizer of its own.
+    folders = [Path(part.path) for part in (model.lora, model.model)] if model.lora else [Path(source.checkpoint.folder)]
+    if not all(folder.is_dir() for folder in folders) or not (files := cache.files_identity([*here, *folders])):
+        return None
+    return cache.key(
+        "samples",
+        files,
+        source.identity,  # and with it config.json
+        source.architecture.computation,
+        source.data_key,
+        [block.model_dump(mode="json") for block in (*sources, config.calibration_of(model))],
+        versions.installed() | {package: importlib.metadata.version(package) for package in ("tokenizers", "jinja2")},
+    )
 
 
 def as_reported(sources: list[Data]) -> list[dict[str, Any]]:
