@@ -37,12 +37,15 @@ def weights_fingerprint(folder: str, shards: list[str]) -> str:
     return digest(*parts)
 
 
-def weights_identity(folder: str, shards: list[str]) -> str:
+def weights_identity(folder: str, shards: list[str], fingerprint: str | None = None) -> str:
     """Key that also differs for checkpoints with the same samples: of the fingerprint, the configuration, and each file.
 
     A file in the Hub's cache stands in the key by its name, which is a hash, and any other by the time of its last change.
+
+    Args:
+        fingerprint: see `weights_fingerprint`, if it is known.
     """
-    parts: list[Any] = [weights_fingerprint(folder, shards), Path(folder, "config.json").read_bytes()]
+    parts: list[Any] = [fingerprint or weights_fingerprint(folder, shards), Path(folder, "config.json").read_bytes()]
     for shard in sorted(set(shards)):
         path = Path(folder, shard)
         blob = path.resolve().name

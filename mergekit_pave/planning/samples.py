@@ -234,7 +234,7 @@ def _generation(config: PaveConfig, source: Source, tokenizer: Any, reading: Rea
         batch_size=settings.batch_size,
         entry=cache.cache_root(config.cache_dir) / "generated" / key,
         # Unlike the key it does not depend on when the files were written here.
-        seed=cache.digest(cache.weights_fingerprint(checkpoint.folder, list(checkpoint.files.values())), sizes),
+        seed=cache.digest(source.fingerprint, sizes),
         num_weights=sum(architecture.blocks.values()) + architecture.vocabulary * architecture.hidden_size,
         kept=2 * (len(architecture.blocks) - 1) * architecture.hidden_size * heads // all_heads,
         runtime=reading.runtime,

@@ -22,7 +22,7 @@ from mergekit_pave.config import PaveConfig
 from mergekit_pave.errors import PaveError
 from mergekit_pave.planning.merge import Reading
 from mergekit_pave.planning.samples import as_reported, read_held_out, read_samples
-from mergekit_pave.planning.source import Source, open_model, open_source, weights_identity
+from mergekit_pave.planning.source import Source, open_model, open_sources, weights_identity
 from mergekit_pave.planning.tokenizers import check_token_ids, find_conflict, load_tokenizer, token_ids
 from mergekit_pave.report.stored import read_report
 from mergekit_pave.tasks.scoring import Expert, Model, Scoring
@@ -51,7 +51,7 @@ def plan_scoring(config: PaveConfig, base: ModelReference, reading: Reading, row
     if not entries:
         raise PaveError(f"pave.models: no model but {base}, which counts as 0 %; name another one with --base")
     with_data = [entry.model for entry in config.models if entry.data]  # also the base model, which may be merged itself
-    every = {model: open_source(config, model, reading) for model in with_data}
+    every = open_sources(config, with_data, reading)
     sources = [every[entry.model] for entry in entries]
     used: set[int] = set()
     for source in every.values():

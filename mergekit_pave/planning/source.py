@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import transformers
@@ -41,29 +43,43 @@ class Source:
         return sum(linear.num_weights for linear in self.architecture.linears.values())
 
     @functools.cached_property
+    def fingerprint(self) -> str:
+        """A key of the weights, wherever they are."""
+        return cache.weights_fingerprint(self.checkpoint.folder, list(self.checkpoint.files.values()))
+
+    @functools.cached_property
     def identity(self) -> str:
         """A key that differs between checkpoints."""
-        return weights_identity(self.checkpoint)
+        return cache.weights_identity(self.checkpoint.folder, list(self.checkpoint.files.values()), self.fingerprint)
 
 
 def weights_identity(checkpoint: Checkpoint) -> str:
     return cache.weights_identity(checkpoint.folder, list(checkpoint.files.values()))
 
 
-def open_source(config: PaveConfig, model: ModelReference, reading: Reading) -> Source:
-    """Look at one model, and at whether its `data` suits it.
+def open_sources(config: PaveConfig, models: Iterable[ModelReference], reading: Reading) -> dict[ModelReference, Source]:
+    """Look at models, and at whether the `data` of each suits it.
 
     Raises:
-        PaveError: the model is quantised, or the samples are not of the kind that it reads.
+        PaveError: a model is quantised, or the samples are not of the kind that it reads.
     """
-    checkpoint, model_config, architecture = open_model(model, reading)
-    source = Source(model, config.listed(model), checkpoint, model_config, architecture, config.data_key(model))
-    _check_kind_of_samples(source)
-    return source
+    described: dict[str, Architecture] = {}
+    sources = {}
+    for model in models:
+        checkpoint, model_config, architecture = open_model(model, reading, described)
+        source = Source(model, config.listed(model), checkpoint, model_config, architecture, config.data_key(model))
+        _check_kind_of_samples(source)
+        sources[model] = source
+    return sources
 
 
-def open_model(model: ModelReference, reading: Reading) -> tuple[Checkpoint, transformers.PretrainedConfig, Architecture]:
+def open_model(
+    model: ModelReference, reading: Reading, described: dict[str, Architecture] | None = None
+) -> tuple[Checkpoint, transformers.PretrainedConfig, Architecture]:
     """A model's files, its configuration as of a model that is not quantised, and its architecture.
+
+    Args:
+        described: gets the architecture. It is looked up there first, as most models of a merge have the same configuration.
 
     Raises:
         PaveError: the model is quantised.
@@ -73,10 +89,20 @@ def open_model(model: ModelReference, reading: Reading) -> tuple[Checkpoint, tra
     parts = (model_config, model_config.get_text_config(decoder=True))
     # With this entry transformers would quantise the model as it loads it.
     quantised = [part for part in parts if part.__dict__.pop("quantization_config", None)]
-    architecture = describe(model_config, model.model.path, trust, model.model.revision)
+    described, key = {} if described is None else described, _settings(model_config, model)
+    if key not in described:
+        described[key] = describe(model_config, model.model.path, trust, model.model.revision)
+    architecture = described[key]
     if quantised:
         check_unquantised(model, checkpoint, architecture)
     return checkpoint, model_config, architecture
+
+
+def _settings(config: transformers.PretrainedConfig, model: ModelReference) -> str:
+    """A configuration as a string, with the model's name only where code may come with the model."""
+    settings = json.loads(config.to_json_string(use_diff=False))
+    settings["_name_or_path"] = str(model) if "auto_map" in settings else ""
+    return json.dumps([type(config).__qualname__, settings], sort_keys=True)
 
 
 def _check_kind_of_samples(source: Source) -> None:
