@@ -148,7 +148,7 @@ def _of_data(config: PaveConfig, source: Source, merge: Merge, measures_layers: 
         "key": key,
         "format": cache.FORMATS["covariance"],
         "model": str(model),
-        "weights": cache.weights_fingerprint(checkpoint.folder, list(checkpoint.files.values())),
+        "weights": source.fingerprint,
         "data": read.about,
         "samples": len(encoded),
         "tokens": sum(sample.tokens for sample in encoded),
@@ -184,7 +184,7 @@ def _of_data(config: PaveConfig, source: Source, merge: Merge, measures_layers: 
 
 
 def _given(config: PaveConfig, source: Source, layers: Iterable[Linear]) -> PlannedCalibration:
-    yaml_key, checkpoint = _yaml_key(source.model), source.checkpoint
+    yaml_key = _yaml_key(source.model)
     folder = Path(source.entry.covariance).expanduser()
     if not folder.exists():
         folder = _download(source.entry.covariance, yaml_key)
@@ -203,7 +203,7 @@ def _given(config: PaveConfig, source: Source, layers: Iterable[Linear]) -> Plan
         is_readable = False
     if not is_readable:
         raise PaveError(f"{yaml_key}: these were measured by another version of mergekit-pave; use `data` instead")
-    if manifest["weights"] != cache.weights_fingerprint(checkpoint.folder, list(checkpoint.files.values())):
+    if manifest["weights"] != source.fingerprint:
         raise PaveError(f"{yaml_key}: these were measured on other weights, those of {manifest['model']}; use `data` instead")
     if missing := sorted({linear.module for linear in layers}.difference(manifest["watched"])):
         version = manifest["versions"].get("transformers", "of another version")

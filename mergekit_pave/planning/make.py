@@ -19,7 +19,7 @@ from mergekit_pave.planning.merge import Merge
 from mergekit_pave.planning.plan import Plan, PlannedWeight, Reasons
 from mergekit_pave.planning.refine import models_to_refine, plan_refinement
 from mergekit_pave.planning.select import models_to_purify, select
-from mergekit_pave.planning.source import open_source
+from mergekit_pave.planning.source import open_sources
 from mergekit_pave.planning.unchanged import leave_never_called, leave_unchanged
 from mergekit_pave.planning.vocabulary import models_to_count, plan_vocabulary
 from mergekit_pave.planning.warnings import base_is_merged, idle_block, precision_warnings, sample_warnings, unchanged_warnings
@@ -37,7 +37,7 @@ def make_plan(config: PaveConfig, merge: Merge) -> Plan:
     to_purify = models_to_purify(config, merge)
     counted, to_refine = models_to_count(config, merge), models_to_refine(config, merge)
     measurable = dict.fromkeys([*to_purify, *models_with_data(config, merge), *counted, *to_refine])
-    sources = {model: open_source(config, model, merge) for model in measurable}
+    sources = open_sources(config, measurable, merge)
     if sources:
         check_sizes(merge)
         check_complete(merge, {model: source.architecture for model, source in sources.items()})
