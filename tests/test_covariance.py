@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from mergekit_pave.core.covariance import Covariance, SecondMoment, mirror_upper, upper_gram
+from mergekit_pave.core.covariance import Covariance, SecondMoment
+from mergekit_pave.core.gram import mirror_upper, upper_gram
 from mergekit_pave.core.purification import purify
 
 

@@ -9,6 +9,7 @@ directions that PAVE drops, which belong to the smallest eigenvalues, about ten 
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -19,11 +20,15 @@ import torch
 from torch import Tensor
 
 from mergekit_pave.core.exact import float32_products, float64_device, in_float64
+from mergekit_pave.core.gram import add_upper_gram, inverse_of_gram, mirror_upper, packed, unpacked, upper_gram
 
 
 @dataclass(frozen=True)
 class Covariance:
     """Uncentred second moment of N inputs of width d. Exactly one of `rows` and `gram` is set.
+
+    Layers that see the same input share one covariance. So what several decompositions need of it is computed once, and kept
+    as long as the covariance.
 
     Attributes:
         tokens: N, the number of rows.
@@ -69,8 +74,10 @@ class Covariance:
         return (self.gram if self.rows is None else self.rows).device
 
     def to(self, device: torch.device) -> Covariance:
-        """The same covariance on another device, or on the CPU where that one has no float64."""
+        """The same covariance on another device, or on the CPU where that one has no float64. There it is itself, not a copy."""
         device = float64_device(device)
+        if device == self.device:
+            return self
         rows, gram = (x if x is None else x.to(device) for x in (self.rows, self.gram))
         return Covariance(self.tokens, rows, gram)
 
@@ -80,17 +87,28 @@ class Covariance:
         return total.item() / (self.tokens * self.dim)
 
     def multiply(self, weight: Tensor, shift: float) -> Tensor:
-        """`weight @ (C + shift * I)` for a (m, d) float64 weight, without forming C from rows."""
-        gram = self.gram
-        if self.rows is not None:
+        """`weight @ (C + shift * I)` in the precision of a (m, d) weight, without forming C from rows where that takes longer."""
+        if self.rows is not None and "_sum" not in self.__dict__:
             rows = self.rows.to(weight.dtype)
             m, (n, d) = weight.shape[0], rows.shape
             if 4 * m * n <= n * d + 2 * m * d:  # the operations of (W X^T) X and of W (X^T X), over d
                 product = (weight @ rows.mT) @ rows
                 return product.div_(self.tokens).add_(weight, alpha=shift)
-            gram = mirror_upper(upper_gram(rows))
-        product = weight @ gram
+        product = weight @ self._sum.to(weight.dtype)
         return product.div_(self.tokens).add_(weight, alpha=shift)
+
+    def inverse(self, shift: float) -> Tensor | None:
+        """shift * (C + shift * I)^-1, (d, d) float32, which must not change; None where rounding makes C indefinite."""
+        if self.__dict__.get("_inverse", (None, None))[0] != shift:
+            shifted = self._sum / self.tokens
+            shifted.diagonal().add_(shift)
+            inverse = inverse_of_gram(shifted)
+            self.__dict__["_inverse"] = shift, None if inverse is None else inverse.mul_(shift).float()
+        return self.__dict__["_inverse"][1]
+
+    @functools.cached_property
+    def _sum(self) -> Tensor:
+        return self.unscaled()
 
     def unscaled(self) -> Tensor:
         """X^T X, (d, d) float64."""
@@ -101,10 +119,10 @@ class Covariance:
         return self.unscaled() / self.tokens
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """What is stored: the rows, or the packed upper triangle of the sum."""
+        """What is stored: the rows, or the upper triangle of the sum; see `gram.packed`."""
         if self.rows is not None:
             return {"rows": self.rows.contiguous()}
-        return {"triangle": torch.cat([self.gram[i, i:] for i in range(self.dim)])}
+        return {"triangle": packed(self.gram)}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], tokens: int, dim: int) -> Covariance:
@@ -118,14 +136,7 @@ class Covariance:
             return cls(tokens, rows=tensors["rows"])
         if shapes != {"triangle": (dim * (dim + 1) // 2,)} or tensors["triangle"].dtype != torch.float64:
             raise ValueError(f"tensors of shapes {shapes} are not the covariance of {tokens} rows of width {dim}")
-        gram = torch.empty(dim, dim, dtype=torch.float64, device=tensors["triangle"].device)
-        start = 0
-        for i in range(dim):
-            row = tensors["triangle"][start : start + dim - i]
-            gram[i, i:] = row
-            gram[i:, i] = row
-            start += dim - i
-        return cls(tokens, gram=gram)
+        return cls(tokens, gram=unpacked(tensors["triangle"], dim))
 
 
 class SecondMoment:
@@ -249,30 +260,3 @@ class Covariances(ABC):
     def load(self, layers: Sequence[str]) -> Covariance:
         """The covariance of the inputs of layers, together. At least one of them has seen tokens."""
         return Covariance.joined([self._load(layer) for layer in layers if self._tokens(layer)])
-
-
-_STRIP = 256  # columns in one product: what lies to the left of the strip mirrors what is above it, so it is not computed
-
-
-def add_upper_gram(gram: Tensor, x: Tensor) -> None:
-    """Add the upper triangle of x^T x, for x (rows, n), to gram (n, n): half of the work of the whole product."""
-    for start in range(0, x.shape[1], _STRIP):
-        stop = start + _STRIP
-        gram[start:stop, start:] += x[:, start:stop].mT @ x[:, start:]
-
-
-def upper_gram(x: Tensor) -> Tensor:
-    """The upper triangle of x^T x for x (rows, n), in an (n, n) tensor. What is below the triangle is of no use."""
-    gram = x.new_zeros(x.shape[1], x.shape[1])
-    add_upper_gram(gram, x)
-    return gram
-
-
-def mirror_upper(gram: Tensor) -> Tensor:
-    """Complete a sum of `add_upper_gram`, in place."""
-    for start in range(0, gram.shape[0], _STRIP):
-        stop = start + _STRIP
-        block = gram[start:stop, start:stop]
-        block.copy_(block.triu() + block.triu(1).mT)
-        gram[stop:, start:stop] = gram[start:stop, stop:].mT
-    return gram

@@ -6,18 +6,22 @@ U_r S_r V_r^T = U_r U_r^T W C_s, the inverse cancels:
 
     W' = U_r U_r^T W = W - U_t U_t^T W,    U_t: the left singular vectors of the dropped tail,
 
-so only the few smallest singular directions are ever computed. Finding them is float64 throughout: the tail lives at the
-far end of a spectrum that covers six decades and more. Taking them out of W is an ordinary product in W's precision.
+so only the few smallest singular directions are ever computed. The tail lives at the far end of a spectrum that covers six
+decades and more. In A A^T (A = W C_s) it would drown in the rounding error of the largest values. In (A A^T)^-1 it comes first
+and is well separated. So that is where it is sought, in one of two ways:
 
-In A A^T (A = W C_s) the tail would drown in the rounding error of the largest values, which can be 1e7 times larger.
-In (A A^T)^-1 it comes first and is well separated. So the work is done on that matrix, in the form of a factorisation of A.
-Block Krylov steps find a few leading eigenvectors, LAPACK finds many. Where A is singular to working precision, as for a weight
-that is rank-deficient, a full SVD takes over. Only a checked result leaves this file.
+- With an inverse that is cheap, as accurate as half precision or so: it suggests directions, and products of these few with A in
+  float64 tell what they lack. This is enough for most weights of a model that drop few of many components.
+- With an inverse from a QR factorisation of A, all in float64: for the others, such as square ones, which are ill-conditioned.
+
+Where A is singular to working precision, as for a weight that is rank-deficient, a full SVD takes over. Only a checked result
+leaves this file. Taking the directions out of W is an ordinary product in W's precision.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,9 +31,11 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from mergekit_pave.core.covariance import Covariance, upper_gram
-from mergekit_pave.core.exact import in_float64
+from mergekit_pave.core.covariance import Covariance
+from mergekit_pave.core.exact import float32_products, in_float64
 from mergekit_pave.core.failures import NOT_CONVERGED
+from mergekit_pave.core.gram import inverse_of_gram, mirror_upper, upper_gram
+from mergekit_pave.core.iteration import Leading, leading, orthonormal, random_rows, smallest, width_of_block
 
 _EPS = torch.finfo(torch.float64).eps
 
@@ -73,16 +79,77 @@ def tail_components(weight: Tensor, covariance: Covariance, shift: float, count:
     d_out, d_in = weight.shape
     # W = Q R with d_out > d_in: the left singular vectors of W C_s are Q times those of R C_s, which is square.
     triangle, times_q = _triangle(weight) if d_out > d_in else (weight, None)
-    activated = covariance.multiply(triangle, shift)  # A, (n, d_in), n = min(d_out, d_in)
-    energy = activated.square().sum().item()
+    tail = _tail_by_correction(triangle, covariance, shift, count) if d_out != d_in else None
+    if tail is None:
+        tail = _tail_of_product(covariance.multiply(triangle, shift), count)
+    return tail if times_q is None else dataclasses.replace(tail, directions=times_q(tail.directions))
+
+
+def _tail_by_correction(weight: Tensor, covariance: Covariance, shift: float, count: int) -> Tail | None:
+    """The tail of A = W C_s for a well-conditioned W (n, d), n <= d, without A in float64; None if this does not succeed."""
+    if not _is_worth_iterating(len(weight), count):
+        return None
+    scale = weight.abs().max()  # float32 has a narrow range
+    rough = (weight / scale).float()
+    with contextlib.suppress(*NOT_CONVERGED), float32_products(weight.device):
+        product = covariance.multiply(rough, shift)
+        inverse = _inverse_of_square(rough, covariance, shift) if len(weight) == covariance.dim else _inverse_of_gram(product)
+        if inverse is None:
+            return None
+        inverse, factor = inverse
+        if covariance.rows is not None and len(weight) < covariance.dim:
+            covariance = Covariance(covariance.tokens, rows=covariance.rows.double())  # not once for each product
+        forward = lambda x: covariance.multiply(x @ weight, shift)  # noqa: E731
+        pairs = smallest(
+            forward,
+            lambda y: covariance.multiply(y, shift) @ weight.mT,
+            inverse,
+            factor / scale**2,
+            leading(lambda x: x @ inverse, len(inverse), count, inverse, tolerance=1e-4).vectors.double(),
+            count,
+        )
+        if pairs is None:
+            return None
+        top = leading(lambda x: x @ product @ product.mT, len(product), 1, product, tolerance=1e-4)
+        energy = torch.linalg.vector_norm(product, dim=1).double().square().sum()
+        largest, *found = torch.stack([forward(top.vectors[:1].double()).norm(), top.values[0].sqrt(), energy]).tolist()
+        scale = scale.item()
+        # In float32 little is left of a product in which most cancels, or of very small or large values.
+        if top.error < 1e-2 and math.isclose(found[0] * scale, largest, rel_tol=3e-6):
+            return Tail(pairs[0].mT, pairs[1], largest, found[1] * scale**2)
+    return None
+
+
+def _inverse_of_square(weight: Tensor, covariance: Covariance, shift: float) -> tuple[Tensor, float] | None:
+    """(A A^T)^-1, in float32 and but for a factor, and the factor, for A = R C_s with an upper triangle R (n, n) in float32."""
+    inverse = covariance.inverse(shift)
+    if inverse is None:
+        return None
+    root = torch.linalg.solve_triangular(weight, inverse, upper=True, left=False)
+    return mirror_upper(upper_gram(root)), 1 / shift**2
+
+
+def _inverse_of_gram(a: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The same for A (n, d) in float32."""
+    # This squares the condition of A. What float64 leaves of it is enough for an inverse that only suggests directions.
+    inverse = inverse_of_gram(upper_gram(a.mT.double()))
+    if inverse is None:
+        return None
+    scale = inverse.abs().max()
+    return (inverse / scale).float(), scale
+
+
+def _tail_of_product(a: Tensor, count: int) -> Tail:
+    """The tail of A (n, m), n <= m."""
+    energy = a.square().sum().item()
     if not math.isfinite(energy):
         raise OverflowError("the weight or its layer's inputs have values too large to be squared in float64")
     if energy == 0:
-        directions = torch.eye(d_out, count, dtype=torch.float64, device=weight.device)
+        directions = torch.eye(len(a), count, dtype=torch.float64, device=a.device)
         return Tail(directions, directions.new_zeros(count), 0.0, 0.0)
-    largest = _largest(activated)
-    directions, values = _smallest(activated, count, largest)
-    return Tail(directions if times_q is None else times_q(directions), values, largest, energy)
+    largest = _largest(a)
+    vectors, values = _smallest(a, count, largest)
+    return Tail(vectors.mT, values, largest, energy)
 
 
 def _triangle(weight: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -90,7 +157,7 @@ def _triangle(weight: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     # W^T W = R^T R costs a fraction of Householder's QR. It squares the condition of W, but that of C, the larger, is not in it.
     triangle, failed = torch.linalg.cholesky_ex(upper_gram(weight), upper=True)
     if not failed:
-        probes = _random(weight.shape[1], 8, weight)  # (d_in, 8)
+        probes = random_rows(weight.shape[1], 8, weight)  # (d_in, 8)
         condition = triangle.norm() * torch.linalg.solve_triangular(triangle, probes, upper=True).norm()
         if condition < 1e4:
             return triangle, lambda x: torch.linalg.qr(weight @ torch.linalg.solve_triangular(triangle, x, upper=True)).Q
@@ -98,144 +165,61 @@ def _triangle(weight: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     return triangle, lambda x: orthogonal @ x
 
 
-def _smallest(a: Tensor, count: int, largest: float) -> tuple[Tensor, Tensor]:
-    """Left singular vectors (n, count) and values of A (n, m), n <= m, for its `count` smallest values, ascending."""
-    result = None
-    with contextlib.suppress(*NOT_CONVERGED):
-        result = _smallest_by_inverse(a, count, largest)
-    if result:
-        return result
-    left, values, _ = torch.linalg.svd(a, full_matrices=False)
-    return left[:, -count:].flip(1), values[-count:].flip(0)
-
-
-def _smallest_by_inverse(a: Tensor, count: int, largest: float) -> tuple[Tensor, Tensor] | None:
-    """The same, or None where rounding may have spoilt it."""
-    n = a.shape[0]
-    root = _inverse_root(a)
-    if root:
-        inverse = lambda x: root[1](root[0](x))  # noqa: E731
-        pairs = _leading(inverse, n, count, a) or _leading_dense(root[0](torch.eye(n, dtype=a.dtype, device=a.device)), count)
-        values, vectors = pairs[0].rsqrt(), pairs[1]  # values of A, ascending
-        # Rounding moves the cut by about eps * (cut / smallest)^2, and below eps * largest everything is rounding.
-        if values[0] > 10 * n * _EPS * largest and n * _EPS * (values[-1] / values[0]) ** 2 < 1e-7:
-            # One more step takes out the rest of the largest directions, which weigh most in A.
-            vectors = _orthonormal(inverse(vectors))
-            # Within their span, the singular vectors themselves: U_t^T A = P S_t V_t^T.
-            rotation, exact, _ = torch.linalg.svd(vectors @ a, full_matrices=False)
-            if (exact.flip(0) - values).norm() < 1e-6 * values[-1]:
-                return vectors.mT @ rotation.flip(1), exact.flip(0)
-    return None
+def _is_worth_iterating(n: int, count: int) -> bool:
+    """Whether the iteration takes less time than LAPACK on the whole of a symmetric matrix (n, n)."""
+    return n >= 256 and width_of_block(count) <= n // 8
 
 
 def _largest(a: Tensor) -> float:
     """The largest singular value of A (n, m)."""
-    pairs = None
+    if len(a) >= 64:
+        with contextlib.suppress(*NOT_CONVERGED):
+            top = leading(lambda x: x @ a @ a.mT, len(a), 1, a, tolerance=1e-4)
+            if top.error < 1e-2:  # the error of a value is the square of its vector's error
+                return top.values[0].sqrt().item()
+    return torch.linalg.matrix_norm(a, ord=2).item()
+
+
+# From here on, vectors are rows.
+
+
+def _smallest(a: Tensor, count: int, largest: float) -> tuple[Tensor, Tensor]:
+    """Left singular vectors (count, n) and values of A (n, m), n <= m, for its smallest values, ascending."""
+    triangle = a.mT
     with contextlib.suppress(*NOT_CONVERGED):
-        # The error of a value is the square of its vector's error, so this may stop early.
-        pairs = _leading(lambda x: x @ a @ a.mT, a.shape[0], 1, a, tolerance=1e-5)
-    return (pairs[0].max().sqrt() if pairs else torch.linalg.matrix_norm(a, ord=2)).item()
+        triangle = torch.linalg.qr(a.mT, mode="r").R  # A A^T = R^T R
+        if triangle.diagonal().abs().min() > 0 and (pairs := _smallest_of_triangle(triangle, a, count, largest)):
+            return pairs
+    left, values, _ = torch.linalg.svd(triangle.mT, full_matrices=False)
+    return left[:, -count:].flip(1).mT, values[-count:].flip(0)
 
 
-# From here on, vectors are rows, (vectors, n): thin products are up to twice as fast that way.
-
-
-def _inverse_root(a: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None:
-    """The maps x -> H x^T and y -> y^T H with H^T H = (A A^T)^-1 for A (n, m), n <= m; None if A does not have full rank."""
-    n, m = a.shape
-    # A^T = P L U with pivoting, so A A^T = U^T (L^T L) U. L is well-conditioned: its Gram matrix can be trusted, A's not.
-    factors = torch.linalg.lu_factor_ex(a.mT).LU
-    upper = factors[:n].mT.contiguous().mT  # the layout that LAPACK takes without a copy
-    if not upper.diagonal().abs().min() > 0:
-        return None
-    square = n == m
-    if square:
-        middle = upper.mT  # L^T, which is unit upper triangular
-    else:
-        factors = factors.tril(-1)
-        factors.diagonal().fill_(1)
-        middle, failed = torch.linalg.cholesky_ex(upper_gram(factors), upper=True)
-        middle = middle.contiguous().mT  # lower triangular, with middle middle^T = L^T L
-        if failed:
-            return None
-
-    def forward(x: Tensor) -> Tensor:
-        y = torch.linalg.solve_triangular(upper.mT, x.mT, upper=False)
-        return torch.linalg.solve_triangular(middle, y, upper=square, unitriangular=square)
-
-    def backward(y: Tensor) -> Tensor:
-        y = torch.linalg.solve_triangular(middle.mT, y, upper=not square, unitriangular=square)
-        return torch.linalg.solve_triangular(upper, y, upper=True).mT
-
-    return forward, backward
-
-
-def _leading(
-    apply: Callable[[Tensor], Tensor], n: int, count: int, like: Tensor, tolerance: float | None = None
-) -> tuple[Tensor, Tensor] | None:
-    """Leading eigenpairs of a positive semidefinite (n, n) operator by block Krylov steps with full orthogonalisation.
-
-    Returns:
-        `count` eigenvalues, descending, and their vectors (count, n). None if LAPACK on the whole matrix would be no slower, or
-        if the eigenvalues lie so close together that the residual does not become small in time.
-    """
-    width = 16 if count > 8 else 8
-    limit = n // 3
-    if count > limit // 4 or 2 * width > limit:
-        return None
-    basis, images, rank = like.new_empty(limit, n), like.new_empty(limit, n), 0  # of both, `rank` rows are filled
-    block = _orthonormal(_random(width, n, like))
-    next_check, settled, before = max(count + 1, 2 * width), None, None
-    while rank + len(block) <= limit:
-        image = apply(block)
-        if not image.isfinite().all():
-            return None
-        basis[rank : rank + len(block)], images[rank : rank + len(block)] = block, image
-        rank += len(block)
-        block = _orthonormal(_remove(image, basis[:rank]))
-        if rank < next_check:
-            continue
-        next_check = 1.25 * rank
-        projected = images[:rank] @ basis[:rank].mT
-        values, vectors = torch.linalg.eigh((projected + projected.mT) / 2)
-        values, vectors = values.flip(0), vectors.flip(1)[:, :count].mT  # (m,), (count, m)
-        # || v M - value v || of the Ritz vectors v. Divided by the gap this is the angle of their error at the cut.
-        ritz = vectors @ basis[:rank]
-        residual = (vectors @ images[:rank] - values[:count, None] * ritz).norm()
-        allowed = (
-            tolerance * values[0]
-            if tolerance
-            else torch.maximum(1e-5 * (values[count - 1] - values[count]), 1e-9 * values[count - 1])
-        )
-        if residual <= allowed:
-            if count < width or (settled is not None and torch.allclose(values[:count], settled, rtol=1e-6)):
-                return values[:count], ritz
-            # A block finds an eigenvalue at most as often as it has rows. Other vectors look for further equal eigenvalues.
-            settled = values[:count]
-            block = _orthonormal(torch.cat([block, _remove(_random(width, n, like, seed=rank), basis[:rank])]))
-            next_check = rank + 3 * len(block)
-        elif settled is None:
-            # Residuals fall faster and faster. If twice the present pace would not be enough, this will not end in time.
-            rank_before, log_before = before or (rank, 0.0)
-            before = rank, (residual / allowed).log().item()
-            if log_before and rank + (rank - rank_before) / 2 * before[1] / max(log_before - before[1], 1e-3) > limit:
-                return None
+def _smallest_of_triangle(triangle: Tensor, a: Tensor, count: int, largest: float) -> tuple[Tensor, Tensor] | None:
+    """The same for A = R^T Q^T with an upper triangle R (n, n), or None where rounding may have spoilt it."""
+    n = len(triangle)
+    inverse = torch.cholesky_inverse(triangle, upper=True)
+    found = None
+    if _is_worth_iterating(n, count):
+        found = leading(lambda x: x @ inverse, n, count, inverse)
+    found = found if found and found.error < 1e-5 else _leading_dense(inverse, count)
+    values, vectors = found.values[:count].rsqrt(), found.vectors[:count]  # values of A, ascending
+    # Rounding moves the cut by about eps * (cut / smallest)^2, and below eps * largest everything is rounding.
+    if values[0] > 10 * n * _EPS * largest and n * _EPS * (values[-1] / values[0]) ** 2 < 1e-7:
+        # One more step takes out the rest of the largest directions, which weigh most in A. The inverse itself is too rough.
+        vectors = torch.linalg.solve_triangular(triangle, vectors, upper=True, left=False)
+        vectors = orthonormal(torch.linalg.solve_triangular(triangle.mT, vectors, upper=False, left=False))
+        # Within their span, the singular vectors themselves: U_t^T A = P S_t V_t^T.
+        rotation, exact, _ = torch.linalg.svd(vectors @ a, full_matrices=False)
+        if (exact.flip(0) - values).norm() < 1e-6 * values[-1]:
+            return rotation.flip(1).mT @ vectors, exact.flip(0)
     return None
 
 
-def _remove(x: Tensor, basis: Tensor) -> Tensor:
-    """The rows of x without their part in the span of an orthonormal basis. It is removed twice, against rounding."""
-    for _ in range(2):
-        x = x - x @ basis.mT @ basis
-    return x
-
-
-def _leading_dense(root: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Leading eigenpairs of H^T H, as `_leading` returns them, for an explicit H (n, n)."""
-    n = root.shape[0]
-    gram = upper_gram(root)
+def _leading_dense(gram: Tensor, count: int) -> Leading:
+    """Leading eigenpairs of a symmetric matrix (n, n), which is lost."""
+    n = len(gram)
     if not gram.isfinite().all():
-        return gram.new_full((count,), torch.inf), gram[:count]
+        return Leading(gram.new_full((count,), torch.inf), gram[:count], torch.inf)
     if gram.device.type == "cpu":
         # LAPACK's driver for a subset takes less than half the time of all n eigenpairs.
         values, vectors = scipy.linalg.eigh(
@@ -247,16 +231,4 @@ def _leading_dense(root: Tensor, count: int) -> tuple[Tensor, Tensor]:
     else:
         values, vectors = torch.linalg.eigh(gram, UPLO="U")
         values, vectors = values[-count:], vectors[:, -count:]
-    return values.flip(0), vectors.flip(1).mT
-
-
-def _orthonormal(x: Tensor) -> Tensor:
-    """Orthonormal rows that span the same space."""
-    return torch.linalg.qr(x.mT).Q.mT.contiguous()
-
-
-def _random(rows: int, columns: int, like: Tensor, seed: int = 0) -> Tensor:
-    """Normal numbers, the same in every run and on every device."""
-    generator = torch.Generator().manual_seed(seed)
-    # mergekit's workers make their GPU the default device, which would refuse this generator.
-    return torch.randn(rows, columns, generator=generator, dtype=like.dtype, device="cpu").to(like.device)
+    return Leading(values.flip(0), vectors.flip(1).mT, 0.0)
