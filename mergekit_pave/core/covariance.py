@@ -81,6 +81,12 @@ class Covariance:
         rows, gram = (x if x is None else x.to(device) for x in (self.rows, self.gram))
         return Covariance(self.tokens, rows, gram)
 
+    def with_exact_rows(self) -> Covariance:
+        """The same with rows in float64, for many products. It is itself if these will not be of rows."""
+        if self.rows is None or "_sum" in self.__dict__:
+            return self
+        return Covariance(self.tokens, rows=in_float64(self.rows))
+
     def mean_diagonal(self) -> float:
         """Mean of C's diagonal, which is the mean square of an input element."""
         total = self.gram.diagonal().sum() if self.rows is None else in_float64(self.rows).square().sum()

@@ -9,7 +9,9 @@ import scipy.linalg.lapack
 import torch
 from torch import Tensor
 
-_STRIP = 256  # rows that are worked on together: what lies to the left of a strip mirrors what is above it
+# Rows that are worked on together: what lies to the left of a strip mirrors what is above it.
+_STRIP = 256
+_PACKED = 64  # the fewer, the less memory it takes to tell the triangles on the diagonal from the rest
 _SYRK = {torch.float64: scipy.linalg.blas.dsyrk, torch.float32: scipy.linalg.blas.ssyrk}
 
 
@@ -54,7 +56,7 @@ def inverse_of_gram(gram: Tensor) -> Tensor | None:
 
 
 def packed(gram: Tensor) -> Tensor:
-    """The upper triangle of gram (n, n) in n (n + 1) / 2 numbers, 256 rows after 256 rows.
+    """The upper triangle of gram (n, n) in n (n + 1) / 2 numbers, 64 rows after 64 rows.
 
     Of each strip first the triangle on gram's diagonal comes, row by row, then what is to its right.
     """
@@ -68,20 +70,21 @@ def unpacked(numbers: Tensor, n: int) -> Tensor:
     """The whole matrix (n, n), from its triangle as `packed` returns it."""
     gram, start = numbers.new_empty(n, n), 0
     for strip, row, column in _triangles(gram):
-        gram[strip, strip][row, column] = numbers[start : start + len(row)]
+        block, right = gram[strip, strip], gram[strip, strip.stop :]
+        block[row, column] = block[column, row] = numbers[start : start + len(row)]
         start += len(row)
-        right = gram[strip, strip.stop :]
         right.copy_(numbers[start : start + right.numel()].view(right.shape))
+        gram[strip.stop :, strip] = right.mT
         start += right.numel()
-    return mirror_upper(gram)
+    return gram
 
 
-def _strips(n: int) -> Iterator[slice]:
-    return (slice(start, min(start + _STRIP, n)) for start in range(0, n, _STRIP))
+def _strips(n: int, height: int = _STRIP) -> Iterator[slice]:
+    return (slice(start, min(start + height, n)) for start in range(0, n, height))
 
 
 def _triangles(gram: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """The strips of a matrix, and the places in its triangle on the diagonal, counted from there."""
-    for strip in _strips(len(gram)):
+    for strip in _strips(len(gram), _PACKED):
         height = strip.stop - strip.start
         yield strip, *torch.triu_indices(height, height, device=gram.device)

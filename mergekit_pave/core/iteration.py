@@ -77,7 +77,7 @@ def _chebyshev(apply: Map, block: Tensor, images: Tensor, edge: float, degree: i
 
 
 def smallest(
-    forward: Map, backward: Map, inverse: Tensor, factor: Tensor, vectors: Tensor, count: int
+    forward: Map, backward: Map, inverse: Tensor, unit: Tensor, vectors: Tensor, count: int
 ) -> tuple[Tensor, Tensor] | None:
     """Left singular vectors of A (n, m) for its smallest values, from vectors that are nearly those (Jacobi-Davidson).
 
@@ -87,8 +87,8 @@ def smallest(
     Args:
         forward: x -> x A.
         backward: y -> y A^T.
-        inverse: S / factor, (n, n) float32, for an S that is about (A A^T)^-1.
-        factor: a float64 number.
+        inverse: about (A A^T / unit^2)^-1, (n, n) float32.
+        unit: a float64 number.
         vectors: more than `count`, (width, n) float64.
 
     Returns:
@@ -103,14 +103,14 @@ def smallest(
         vectors, images = rotation @ vectors, rotation @ images
         squares = values[:count, None].square()
         residuals = backward(images[:count]) / squares - vectors[:count]
-        lacking = _correction(residuals, inverse, squares * factor, vectors)
+        lacking = _correction(residuals, inverse, (values[:count, None] / unit).square(), vectors)
         size, rounding = (torch.stack([lacking.norm(), 1e-6 * residuals.norm()]) / math.sqrt(count)).tolist()
         if size + rounding <= 2e-5:
             return orthonormal(vectors[:count] - lacking), values[:count]
         if not size < before:
             return None
         before = size
-        lacking = orthonormal(_outside(orthonormal(lacking), vectors))
+        lacking = orthonormal(outside(orthonormal(lacking), vectors))
         vectors, images = torch.cat([vectors, lacking]), torch.cat([images, forward(lacking)])
     return None
 
@@ -118,17 +118,18 @@ def smallest(
 def _correction(residuals: Tensor, inverse: Tensor, factors: Tensor, vectors: Tensor) -> Tensor:
     """What singular vectors lack: x outside the span of all `vectors` with A A^T x - value^2 x = value^2 residual.
 
-    With value^2 S = factor inverse this is (1 - value^2 S) x = value^2 S residual. The eigenvalues are from 0 to 1, the more of
-    them near 1 the wider the block is. So a few steps of conjugate gradients in float32 solve it well enough.
+    With S = (A A^T)^-1 this is (1 - value^2 S) x = value^2 S residual. The eigenvalues are from 0 to 1, the farther from 0 the
+    wider the block is. So a few steps of conjugate gradients in float32 solve it well enough.
 
     Args:
-        factors: (count, 1), for each vector.
+        inverse: see `smallest`.
+        factors: (value / unit)^2 of each vector, (count, 1).
     """
     factors, vectors = factors.float(), vectors.float()
-    remaining = _outside(residuals.float() @ inverse * factors, vectors)
+    remaining = outside(residuals.float() @ inverse * factors, vectors)
     result, step, size = torch.zeros_like(remaining), remaining, remaining.square().sum(1, keepdim=True)
     for _ in range(8):
-        image = step - _outside(step @ inverse * factors, vectors)
+        image = step - outside(step @ inverse * factors, vectors)
         length = size / (step * image).sum(1, keepdim=True).clamp_min(1e-30)
         result, remaining = result + length * step, remaining - length * image
         size, before = remaining.square().sum(1, keepdim=True), size
@@ -136,7 +137,7 @@ def _correction(residuals: Tensor, inverse: Tensor, factors: Tensor, vectors: Te
     return result.double()
 
 
-def _outside(x: Tensor, vectors: Tensor) -> Tensor:
+def outside(x: Tensor, vectors: Tensor) -> Tensor:
     """The rows of x without their part in the span of orthonormal vectors. It is removed twice, against rounding."""
     for _ in range(2):
         x = x - x @ vectors.mT @ vectors
@@ -152,8 +153,8 @@ def orthonormal(x: Tensor) -> Tensor:
     return torch.linalg.qr(x.mT).Q.mT.contiguous()
 
 
-def random_rows(rows: int, columns: int, like: Tensor) -> Tensor:
+def random_rows(rows: int, columns: int, like: Tensor, seed: int = 0) -> Tensor:
     """Normal numbers, the same in every run and on every device."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     # mergekit's workers make their GPU the default device, which would refuse this generator.
     return torch.randn(rows, columns, generator=generator, dtype=like.dtype, device="cpu").to(like.device)

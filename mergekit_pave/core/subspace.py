@@ -10,9 +10,9 @@ so only the few smallest singular directions are ever computed. The tail lives a
 decades and more. In A A^T (A = W C_s) it would drown in the rounding error of the largest values. In (A A^T)^-1 it comes first
 and is well separated. So that is where it is sought, in one of two ways:
 
-- With an inverse that is cheap, as accurate as half precision or so: it suggests directions, and products of these few with A in
-  float64 tell what they lack. This is enough for most weights of a model that drop few of many components.
-- With an inverse from a QR factorisation of A, all in float64: for the others, such as square ones, which are ill-conditioned.
+- From an inverse in float32, which is cheap, but so rough that it only suggests directions: products of these few with A in
+  float64 tell what they lack, until that is nothing. Thus for weights that are not square and drop few of many components.
+- From a factorisation of A in float64: for all others. Square weights are too ill-conditioned for the first way.
 
 Where A is singular to working precision, as for a weight that is rank-deficient, a full SVD takes over. Only a checked result
 leaves this file. Taking the directions out of W is an ordinary product in W's precision.
@@ -35,7 +35,8 @@ from mergekit_pave.core.covariance import Covariance
 from mergekit_pave.core.exact import float32_products, in_float64
 from mergekit_pave.core.failures import NOT_CONVERGED
 from mergekit_pave.core.gram import inverse_of_gram, mirror_upper, upper_gram
-from mergekit_pave.core.iteration import Leading, leading, orthonormal, random_rows, smallest, width_of_block
+from mergekit_pave.core.iteration import Map, leading, orthonormal, random_rows, smallest, width_of_block
+from mergekit_pave.core.krylov import leading_by_krylov
 
 _EPS = torch.finfo(torch.float64).eps
 
@@ -96,18 +97,12 @@ def _tail_by_correction(weight: Tensor, covariance: Covariance, shift: float, co
         inverse = _inverse_of_square(rough, covariance, shift) if len(weight) == covariance.dim else _inverse_of_gram(product)
         if inverse is None:
             return None
-        inverse, factor = inverse
-        if covariance.rows is not None and len(weight) < covariance.dim:
-            covariance = Covariance(covariance.tokens, rows=covariance.rows.double())  # not once for each product
+        inverse, unit = inverse
+        covariance = covariance.with_exact_rows()
         forward = lambda x: covariance.multiply(x @ weight, shift)  # noqa: E731
-        pairs = smallest(
-            forward,
-            lambda y: covariance.multiply(y, shift) @ weight.mT,
-            inverse,
-            factor / scale**2,
-            leading(lambda x: x @ inverse, len(inverse), count, inverse, tolerance=1e-4).vectors.double(),
-            count,
-        )
+        backward = lambda y: covariance.multiply(y, shift) @ weight.mT  # noqa: E731
+        vectors = leading(lambda x: x @ inverse, len(inverse), count, inverse, tolerance=1e-4).vectors.double()
+        pairs = smallest(forward, backward, inverse, scale * unit, vectors, count)
         if pairs is None:
             return None
         top = leading(lambda x: x @ product @ product.mT, len(product), 1, product, tolerance=1e-4)
@@ -120,13 +115,13 @@ def _tail_by_correction(weight: Tensor, covariance: Covariance, shift: float, co
     return None
 
 
-def _inverse_of_square(weight: Tensor, covariance: Covariance, shift: float) -> tuple[Tensor, float] | None:
-    """(A A^T)^-1, in float32 and but for a factor, and the factor, for A = R C_s with an upper triangle R (n, n) in float32."""
+def _inverse_of_square(triangle: Tensor, covariance: Covariance, shift: float) -> tuple[Tensor, float] | None:
+    """(A A^T / u^2)^-1 in float32 and the number u, for A = R C_s with an upper triangle R (n, n) in float32."""
     inverse = covariance.inverse(shift)
     if inverse is None:
         return None
-    root = torch.linalg.solve_triangular(weight, inverse, upper=True, left=False)
-    return mirror_upper(upper_gram(root)), 1 / shift**2
+    root = torch.linalg.solve_triangular(triangle, inverse, upper=True, left=False)
+    return mirror_upper(upper_gram(root)), shift
 
 
 def _inverse_of_gram(a: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -135,8 +130,8 @@ def _inverse_of_gram(a: Tensor) -> tuple[Tensor, Tensor] | None:
     inverse = inverse_of_gram(upper_gram(a.mT.double()))
     if inverse is None:
         return None
-    scale = inverse.abs().max()
-    return (inverse / scale).float(), scale
+    largest = inverse.abs().max()
+    return (inverse / largest).float(), largest.rsqrt()
 
 
 def _tail_of_product(a: Tensor, count: int) -> Tail:
@@ -184,30 +179,32 @@ def _largest(a: Tensor) -> float:
 
 
 def _smallest(a: Tensor, count: int, largest: float) -> tuple[Tensor, Tensor]:
-    """Left singular vectors (count, n) and values of A (n, m), n <= m, for its smallest values, ascending."""
-    triangle = a.mT
+    """Left singular vectors (count, n) and values of A (n, m), n <= m, for its `count` smallest values, ascending."""
+    triangle = None
     with contextlib.suppress(*NOT_CONVERGED):
-        triangle = torch.linalg.qr(a.mT, mode="r").R  # A A^T = R^T R
-        if triangle.diagonal().abs().min() > 0 and (pairs := _smallest_of_triangle(triangle, a, count, largest)):
+        if len(a) < a.shape[1]:
+            triangle = torch.linalg.qr(a.mT, mode="r").R  # A A^T = R^T R
+        if pairs := _smallest_by_inverse(a, triangle, count, largest):
             return pairs
-    left, values, _ = torch.linalg.svd(triangle.mT, full_matrices=False)
+    left, values, _ = torch.linalg.svd(a if triangle is None else triangle.mT, full_matrices=False)
     return left[:, -count:].flip(1).mT, values[-count:].flip(0)
 
 
-def _smallest_of_triangle(triangle: Tensor, a: Tensor, count: int, largest: float) -> tuple[Tensor, Tensor] | None:
-    """The same for A = R^T Q^T with an upper triangle R (n, n), or None where rounding may have spoilt it."""
-    n = len(triangle)
-    inverse = torch.cholesky_inverse(triangle, upper=True)
-    found = None
-    if _is_worth_iterating(n, count):
-        found = leading(lambda x: x @ inverse, n, count, inverse)
-    found = found if found and found.error < 1e-5 else _leading_dense(inverse, count)
-    values, vectors = found.values[:count].rsqrt(), found.vectors[:count]  # values of A, ascending
+def _smallest_by_inverse(a: Tensor, triangle: Tensor | None, count: int, largest: float) -> tuple[Tensor, Tensor] | None:
+    """The same, or None where rounding may have spoilt it. With a triangle R A is R^T Q^T, else it is square."""
+    n = len(a)
+    root = _inverse_root(a, triangle)
+    if root is None:
+        return None
+    inverse = lambda x: root[1](root[0](x))  # noqa: E731
+    pairs = leading_by_krylov(inverse, n, count, a) or _leading_dense(
+        root[0](torch.eye(n, dtype=a.dtype, device=a.device)), count
+    )
+    values, vectors = pairs[0].rsqrt(), pairs[1]  # values of A, ascending
     # Rounding moves the cut by about eps * (cut / smallest)^2, and below eps * largest everything is rounding.
     if values[0] > 10 * n * _EPS * largest and n * _EPS * (values[-1] / values[0]) ** 2 < 1e-7:
-        # One more step takes out the rest of the largest directions, which weigh most in A. The inverse itself is too rough.
-        vectors = torch.linalg.solve_triangular(triangle, vectors, upper=True, left=False)
-        vectors = orthonormal(torch.linalg.solve_triangular(triangle.mT, vectors, upper=False, left=False))
+        # One more step takes out the rest of the largest directions, which weigh most in A.
+        vectors = orthonormal(inverse(vectors))
         # Within their span, the singular vectors themselves: U_t^T A = P S_t V_t^T.
         rotation, exact, _ = torch.linalg.svd(vectors @ a, full_matrices=False)
         if (exact.flip(0) - values).norm() < 1e-6 * values[-1]:
@@ -215,11 +212,31 @@ def _smallest_of_triangle(triangle: Tensor, a: Tensor, count: int, largest: floa
     return None
 
 
-def _leading_dense(gram: Tensor, count: int) -> Leading:
-    """Leading eigenpairs of a symmetric matrix (n, n), which is lost."""
-    n = len(gram)
+def _inverse_root(a: Tensor, triangle: Tensor | None) -> tuple[Map, Map] | None:
+    """The maps x -> H x^T and y -> y^T H with H^T H = (A A^T)^-1; None if A does not have full rank."""
+    # A A^T = R^T R. Or A^T = P L U with pivoting, so A A^T = U^T L^T L U.
+    upper = torch.linalg.lu_factor_ex(a.mT).LU if triangle is None else triangle
+    upper = upper.mT.contiguous().mT  # the layout that LAPACK takes without a copy
+    if not upper.diagonal().abs().min() > 0:
+        return None
+
+    def forward(x: Tensor) -> Tensor:
+        y = torch.linalg.solve_triangular(upper.mT, x.mT, upper=False)
+        return torch.linalg.solve_triangular(upper.mT, y, upper=True, unitriangular=True) if triangle is None else y
+
+    def backward(y: Tensor) -> Tensor:
+        y = torch.linalg.solve_triangular(upper, y, upper=False, unitriangular=True) if triangle is None else y
+        return torch.linalg.solve_triangular(upper, y, upper=True).mT
+
+    return forward, backward
+
+
+def _leading_dense(root: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Leading eigenpairs of H^T H, as `leading_by_krylov` returns them, for an explicit H (n, n)."""
+    n = len(root)
+    gram = upper_gram(root)
     if not gram.isfinite().all():
-        return Leading(gram.new_full((count,), torch.inf), gram[:count], torch.inf)
+        return gram.new_full((count,), torch.inf), gram[:count]
     if gram.device.type == "cpu":
         # LAPACK's driver for a subset takes less than half the time of all n eigenpairs.
         values, vectors = scipy.linalg.eigh(
@@ -231,4 +248,4 @@ def _leading_dense(gram: Tensor, count: int) -> Leading:
     else:
         values, vectors = torch.linalg.eigh(gram, UPLO="U")
         values, vectors = values[-count:], vectors[:, -count:]
-    return Leading(values.flip(0), vectors.flip(1).mT, 0.0)
+    return values.flip(0), vectors.flip(1).mT
