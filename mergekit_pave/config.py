@@ -226,7 +226,7 @@ class PaveConfig(Block):
         return self.calibration_of(model).min_tokens if experts else 0
 
     def calibration_of(self, model: ModelReference) -> Calibration:
-        """The calibration settings of one model, every one of them set."""
+        """The calibration settings of one model, every one of them set but for `max_tokens`, which may depend on the model."""
         scopes = (DEFAULT_CALIBRATION, self.calibration, self.listed(model).calibration)
         return Calibration(**{k: v for scope in scopes for k, v in scope.model_dump(exclude_none=True).items()})
 

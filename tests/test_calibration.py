@@ -1,5 +1,6 @@
 """The calibration pass: the same numbers however it is run, whatever the rows look like, and clear words where it cannot."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -19,8 +20,10 @@ from models import make_rows, read_rows, save, write_rows
 from mergekit_pave.cache import Artefact, require_space
 from mergekit_pave.calibration import lockstep, run
 from mergekit_pave.calibration.architecture import describe
-from mergekit_pave.calibration.batches import Batch, Encoded, draw_positions, encode, make_batches
+from mergekit_pave.calibration.batches import Batch, Encoded, encode, make_batches
+from mergekit_pave.calibration.counts import count_tokens
 from mergekit_pave.calibration.data import load_samples, share_evenly
+from mergekit_pave.calibration.drawing import default_tokens, draw_positions, to_run
 from mergekit_pave.calibration.forward import runner
 from mergekit_pave.calibration.job import Job, Runtime
 from mergekit_pave.calibration.models import inference_dtype
@@ -210,6 +213,41 @@ def test_a_model_that_pads_its_inputs_itself_is_refused(tmp_path, families, batc
     folder = save(transformers.LongformerForSequenceClassification(config), tokenizer, tmp_path / "longformer")
     with pytest.raises(PaveError, match=r"LongformerForSequenceClassification pads its inputs by itself.*purify: false"):
         calibrate(job_for(folder, texts(), batch_size), Artefact(tmp_path / "cache"), CPU)
+
+
+def test_a_model_is_run_on_a_few_samples_where_few_tokens_count():
+    lengths = [100] * 50
+    run = to_run(lengths, budget=60, seed=1)
+    assert sum(run) == 3 and run != [True] * 3 + [False] * 47  # four times as many tokens as count, from samples at random
+    assert run == to_run(lengths, 60, seed=1) != to_run(lengths, 60, seed=2)
+    assert all(to_run(lengths, 5000, seed=1)) and all(to_run([3, 2], 60, seed=1))
+
+
+def test_what_is_not_run_is_counted_all_the_same(llama, tmp_path):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama.tuned[0])
+    samples = load_samples([Data(path=str(llama.data[0]))], DEFAULT_CALIBRATION, "data")
+    settings = DEFAULT_CALIBRATION.model_copy(update={"max_tokens": 20})
+    encoded = encode(samples, tokenizer, settings, None, "data")
+    ran = [sample for sample in encoded if sample.tokens]
+    assert 0 < len(ran) < len(encoded) == len(samples)
+    assert sum(sample.tokens for sample in encoded) == 20 and sum(sample.length for sample in ran) >= 80
+    counts = count_tokens(encoded, tokenizer).of_use["input_ids"]
+    assert counts.sum() == sum(sample.length for sample in encoded)
+    job = dataclasses.replace(job_for(llama.tuned[0], texts()), encoded=encoded)
+    assert job.run == ran and {covariance.tokens for _, covariance in in_lockstep(job)} == {20}
+
+
+def test_wide_layers_and_many_experts_get_more_tokens(llama):
+    def tokens_of(config):
+        return default_tokens(describe(config, "", False))
+
+    config = transformers.AutoConfig.from_pretrained(llama.base)
+    assert tokens_of(config) == 2048
+    config.intermediate_size = 8 * 3000
+    assert tokens_of(config) == 3000
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    experts = {"num_local_experts": 64, "num_experts_per_tok": 4, "architectures": ["MixtralForCausalLM"]}
+    assert tokens_of(transformers.MixtralConfig(vocab_size=320, num_key_value_heads=2, **shape, **experts)) == 256 * 16
 
 
 def test_token_budget_is_drawn_evenly():

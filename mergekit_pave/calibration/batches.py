@@ -14,7 +14,8 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from mergekit_pave.calibration.chats import in_form, render, takes_only_parts, tokenize
-from mergekit_pave.calibration.data import Sample, share_evenly
+from mergekit_pave.calibration.data import Sample
+from mergekit_pave.calibration.drawing import draw_positions, to_run
 from mergekit_pave.errors import PaveError
 from mergekit_pave.settings import Calibration
 
@@ -30,7 +31,7 @@ class Encoded:
         inputs: the model's inputs by name: lists of the sample's length, or a tensor for an image. An encoder-decoder model has
             `decoder_input_ids`, too, which have a length of their own. An image with a text has a list of `input_ids`, and
             tensors of one sample.
-        counted: ascending positions whose layer inputs enter C. Of an image all do.
+        counted: ascending positions whose layer inputs enter C. Of an image all do. A sample without any is not run.
         counted_target: the same positions of `decoder_input_ids`.
     """
 
@@ -126,10 +127,13 @@ def encode(
     if "input_ids" not in encoded[0][1]:
         return [Encoded(origin, inputs, list(range(positions or 1))) for origin, inputs in encoded]
 
-    def draw(name: str) -> list[list[int]]:
-        return draw_positions([len(inputs.get(name, ())) for _, inputs in encoded], calibration.max_tokens, calibration.seed)
-
-    drawn = zip(encoded, draw("input_ids"), draw("decoder_input_ids"))
+    lengths = {name: [len(inputs.get(name, ())) for _, inputs in encoded] for name in ("input_ids", "decoder_input_ids")}
+    run = to_run([sum(both) for both in zip(*lengths.values())], calibration.max_tokens, calibration.seed)
+    positions_of = {
+        name: draw_positions([length * is_run for length, is_run in zip(of_side, run)], calibration.max_tokens, calibration.seed)
+        for name, of_side in lengths.items()
+    }
+    drawn = zip(encoded, *positions_of.values())
     return [Encoded(origin, inputs, counted, of_target) for (origin, inputs), counted, of_target in drawn]
 
 
@@ -191,19 +195,6 @@ def _prepare_pictured(sample: Sample, processor: Any) -> dict[str, Any]:
     complete = as_chat or _find_doubled(getattr(processor, "tokenizer", processor), text=text)[1]
     inputs = dict(processor(text=[text], images=[sample.image], return_tensors="pt", add_special_tokens=not complete))
     return inputs | {"input_ids": inputs["input_ids"][0].tolist()}
-
-
-def draw_positions(lengths: list[int], budget: int, seed: int) -> list[list[int]]:
-    """The positions of each sample that count, at most `budget` together, drawn evenly over the samples.
-
-    Of a sample that is shorter than an even share all positions count, and the others share the rest.
-    """
-    quotas = share_evenly(lengths, budget)
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        list(range(length)) if quota == length else torch.randperm(length, generator=generator)[:quota].sort().values.tolist()
-        for length, quota in zip(lengths, quotas)
-    ]
 
 
 @dataclass(frozen=True)

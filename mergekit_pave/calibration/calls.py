@@ -22,7 +22,7 @@ def called_again(job: Job, layers: Collection[str]) -> str | None:
     for path in layers:
         model.get_submodule(path).register_forward_pre_hook(lambda module, args, path=path: calls.update([path]))
     run = runner(model, unpadded=True)
-    batch = make_batches(job.encoded[:1], 1)[0].to("meta")
+    batch = make_batches(job.run[:1], 1)[0].to("meta")
     unmasked = replace(batch, inputs={name: values for name, values in batch.inputs.items() if "mask" not in name})
     for one in (batch, unmasked):  # some models look into a mask, and others cannot do without
         calls.clear()

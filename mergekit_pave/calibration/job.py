@@ -51,10 +51,15 @@ class Job:
             return []
         return [linear.module for linear in self.architecture.linears.values() if not linear.experts]
 
+    @property
+    def run(self) -> list[Encoded]:
+        """The samples that the model is run on: those of which a token counts."""
+        return [sample for sample in self.encoded if sample.tokens]
+
     def estimate(self, device: str) -> Estimate:
         """The cost of the calibration on a device."""
         itemsize = inference_dtype(self.config, device).itemsize
-        cost = estimate(self.architecture, self.encoded, self.batch_size, itemsize, only_head=self.only_head, keep=self.keep)
+        cost = estimate(self.architecture, self.run, self.batch_size, itemsize, only_head=self.only_head, keep=self.keep)
         return replace(cost, hidden=int(min(cost.hidden, room_on(device))))
 
 

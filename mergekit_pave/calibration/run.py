@@ -146,7 +146,7 @@ def _measure(job: Job, runtime: Runtime, head: Predictions | None, use: Use) -> 
         use: is told when measuring starts again.
     """
     measure, batch_size, apart = measure_in_lockstep, job.batch_size, frozenset()
-    if any(sample.is_pictured for sample in job.encoded):
+    if any(sample.is_pictured for sample in job.run):
         batch_size = 1
     while True:
         if head:
@@ -192,8 +192,8 @@ def measure_in_lockstep(
     streamed = StreamedModel(job.architecture.cls, job.config, Checkpoint(job.folder), dtype, runtime.device)
     run = runner(streamed.model, unpadded=batch_size == 1, with_head=head is not None)
     observer = Observer(streamed.model, job.layers, job.name, apart, unpadded=batch_size == 1, head=head)
-    batches = [batch.to(runtime.device) for batch in distributed.share(job.encoded, batch_size)]
-    tokens = sum(sample.length for sample in job.encoded) / distributed.world_size()
+    batches = [batch.to(runtime.device) for batch in distributed.share(job.run, batch_size)]
+    tokens = sum(sample.length for sample in job.run) / distributed.world_size()
     blocks = len(find_blocks(streamed.model))
     with (
         torch.inference_mode(False),  # in that mode tensors do not count how often they are written to
@@ -222,7 +222,7 @@ def measure_whole(
         DivergedError, NotFiniteError: see `measure_in_lockstep`.
     """
     model = load_model(job.architecture.cls, job.config, job.folder, runtime.device)
-    batches = distributed.share(job.encoded, batch_size)
+    batches = distributed.share(job.run, batch_size)
     unpadded = batch_size == 1
     measure = functools.partial(measure_model, model, job.layers, job.name, batches, apart, unpadded)
     yield None, distributed.add_up(distributed.together(lambda: measure(runtime.device, runtime.quiet, head)))

@@ -21,10 +21,10 @@ from mergekit_pave.core.linear import Linear
 from mergekit_pave.errors import PaveError, in_a_line
 from mergekit_pave.files import looks_local
 from mergekit_pave.planning.merge import Merge
-from mergekit_pave.planning.samples import tokenised_samples
+from mergekit_pave.planning.samples import settings_of, tokenised_samples
 from mergekit_pave.planning.source import Source
 from mergekit_pave.planning.tokenizers import check_meanings, check_token_ids, load_processor
-from mergekit_pave.settings import Data, RelativeRegularization, Written
+from mergekit_pave.settings import Calibration, Data, RelativeRegularization, Written
 from mergekit_pave.tasks.calibrate import CalibrateModel, GivenCovariance
 
 
@@ -39,6 +39,7 @@ class PlannedCalibration:
         samples: how many.
         tokens: how many of them count.
         dtype: the precision that the model runs in.
+        settings: how the samples are read; None where the covariances are given.
         job: what the calibration needs; None where the covariances are given.
         counts: of the samples' tokens, where they may be needed and are known.
         contents: the samples' contents, to find samples that two models share.
@@ -53,6 +54,7 @@ class PlannedCalibration:
     samples: int
     tokens: int
     dtype: str
+    settings: Calibration | None = None
     job: Job | None = None
     counts: TokenCounts | None = None
     contents: frozenset[Any] = frozenset()
@@ -120,7 +122,7 @@ def _of_data(config: PaveConfig, source: Source, merge: Merge, measures_layers: 
         keep: the covariances are stored.
     """
     model, architecture, checkpoint = source.model, source.architecture, source.checkpoint
-    settings = config.calibration_of(model)
+    settings = settings_of(config, source)
     read = tokenised_samples(config, source, merge)
     encoded, counts = read.what.encoded, read.what.counts
     check_token_ids(source, encoded)
@@ -164,6 +166,7 @@ def _of_data(config: PaveConfig, source: Source, merge: Merge, measures_layers: 
         samples=about["samples"],
         tokens=about["tokens"],
         dtype=dtype,
+        settings=settings,
         job=Job(
             name=str(model),
             folder=checkpoint.folder,

@@ -40,7 +40,7 @@ def header_of(
                 "data": calibration.data,
                 "covariance": calibration.source.entry.covariance,
                 "settings": _settings_of(calibration.source.entry, block),
-                "calibration": config.calibration_of(model).model_dump() if calibration.source.entry.data else None,
+                "calibration": calibration.settings.model_dump() if calibration.settings else None,
                 "dtype": calibration.dtype,
                 "samples": calibration.samples,
                 "tokens": calibration.tokens,

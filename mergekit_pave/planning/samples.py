@@ -18,6 +18,7 @@ from mergekit_pave import cache, versions
 from mergekit_pave.calibration.batches import encode, longest_sample
 from mergekit_pave.calibration.counts import count_tokens
 from mergekit_pave.calibration.data import Sample, load_held_out, load_samples
+from mergekit_pave.calibration.drawing import default_tokens
 from mergekit_pave.calibration.generation import Generation
 from mergekit_pave.calibration.models import inference_dtype
 from mergekit_pave.calibration.remembered import Remembered, recall, remember
@@ -107,6 +108,14 @@ class Tokenised:
     processor: Any
 
 
+def settings_of(config: PaveConfig, source: Source) -> Calibration:
+    """How a model's samples are read, with every setting."""
+    settings = config.calibration_of(source.model)
+    if settings.max_tokens is None:
+        settings = settings.model_copy(update={"max_tokens": default_tokens(source.architecture)})
+    return settings
+
+
 def tokenised_samples(config: PaveConfig, source: Source, reading: Reading) -> Tokenised:
     """The samples that a model is calibrated with, from the cache if it remembers them.
 
@@ -120,7 +129,7 @@ def tokenised_samples(config: PaveConfig, source: Source, reading: Reading) -> T
             LOG.warning(what.skipped)
         return Tokenised(what, as_reported(source.entry.sources), None, None)
     read, skipped = read_samples(config, source, reading), []
-    settings, architecture = config.calibration_of(source.model), source.architecture
+    settings, architecture = settings_of(config, source), source.architecture
     positions, shift, where = architecture.positions, architecture.shift, source.data_key
     encoded = encode(read.samples, read.processor, settings, positions, where, shift, tell=skipped.append)
     for warning in skipped:
@@ -170,7 +179,7 @@ def _memory_key(config: PaveConfig, source: Source, reading: Reading) -> str | N
         source.identity,  # and with it config.json
         source.architecture.computation,
         source.data_key,
-        [block.model_dump(mode="json") for block in (*sources, config.calibration_of(model))],
+        [block.model_dump(mode="json") for block in (*sources, settings_of(config, source))],
         versions.installed() | {package: importlib.metadata.version(package) for package in ("tokenizers", "jinja2")},
     )
 

@@ -7,6 +7,7 @@ from collections.abc import Collection
 
 from mergekit.common import ModelReference
 
+from mergekit_pave.calibration.drawing import ENOUGH
 from mergekit_pave.core.linear import Linear
 from mergekit_pave.planning.calibration import PlannedCalibration
 from mergekit_pave.planning.merge import Merge
@@ -27,11 +28,11 @@ def sample_warnings(
     warnings = []
     for model, calibration in calibrations.items():
         widest = max(linear.shape[1] for linear in layers[model])
-        if calibration.tokens < widest:
+        if calibration.tokens < widest // ENOUGH:
             warnings.append(
                 f"{model}: {calibration.tokens} calibration tokens for layers that are up to {widest} wide; directions that no "
-                f"token shows are ranked by the weights alone. Several times {widest} tokens make the result steadier: raise "
-                "calibration.samples or max_tokens"
+                f"token shows are ranked by the weights alone. From {widest // ENOUGH} tokens on more make little difference: "
+                "give more data, or raise calibration.samples or max_tokens"
             )
     for (model, calibration), (other, of_other) in itertools.combinations(calibrations.items(), 2):
         shared = len(calibration.contents & of_other.contents)

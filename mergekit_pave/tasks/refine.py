@@ -87,7 +87,7 @@ class Refinement:
         """The cost of refining, apart from `size`."""
         return refine_cost(
             self.architecture,
-            [job.encoded for job in self.experts.values()],
+            [job.run for job in self.experts.values()],
             [layer.linear for layer in self.layers.values()],
             max(job.batch_size for job in self.experts.values()),
             inference_dtype(self.config, self.runtime.device).itemsize,
@@ -198,7 +198,7 @@ def _refine(
 ) -> Refined:
     device, result = planned.runtime.device, Refined()
     ours, theirs = open_model(planned, merged)
-    experts = [Expert(job.name, model, job.encoded, job.batch_size) for job, model in zip(planned.experts.values(), theirs)]
+    experts = [Expert(job.name, model, job.run, job.batch_size) for job, model in zip(planned.experts.values(), theirs)]
     inputs: dict[ModelReference, refine.Inputs | None] = {}
     with (
         torch.inference_mode(False),  # in that mode tensors do not count how often they are written to

@@ -61,7 +61,8 @@ def write_checkpoint(folder: Path, hidden: int, feed_forward: int, layers: int, 
 
 def encoded_samples(samples: int, length: int, max_tokens: int):
     """Random token ids in place of tokenised text: the cost is the same. At most `max_tokens` of them count."""
-    from mergekit_pave.calibration.batches import Encoded, draw_positions
+    from mergekit_pave.calibration.batches import Encoded
+    from mergekit_pave.calibration.drawing import draw_positions
 
     ids = torch.randint(0, VOCABULARY, (samples, length), generator=torch.Generator().manual_seed(1)).tolist()
     counted = draw_positions([length] * samples, max_tokens, seed=42)
