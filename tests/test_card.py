@@ -145,7 +145,7 @@ def test_a_picture_that_cannot_be_drawn_does_not_fail_the_merge(card_pictures, l
 
 
 def test_published_covariances_are_named(llama, tmp_path, cache):
-    merge(config_for(llama, {}), tmp_path / "first")
+    merge(config_for(llama, {"keep_covariances": True}), tmp_path / "first")
     key = next(
         e.key for e in cached(cache) if e.kind == "covariance" and e.artefacts[0].manifest()["model"] == str(llama.tuned[0])
     )

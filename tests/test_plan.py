@@ -88,10 +88,10 @@ def test_few_tokens_and_shared_samples_are_told_beforehand(llama, tmp_path, cach
     rows = read_rows(llama.data[0])
     again = write_rows(tmp_path / "again.jsonl", rows[::-1][:30])
     shared = [entry | {"data": {"path": str(path)}} for entry, path in zip(entries(llama), (llama.data[0], again))]
-    config = config_for(llama, {"models": shared, "calibration": {"max_tokens": 100}})
+    config = config_for(llama, {"models": shared, "calibration": {"max_tokens": 10}})
     found = json.loads(plan(config, tmp_path, "--json"))["warnings"]
     assert [warning for warning in found if "30 of 30 calibration samples are the same" in warning]
-    assert sum("100 calibration tokens for layers that are up to 112 wide" in warning for warning in found) == 2
+    assert sum("10 calibration tokens for layers that are up to 112 wide" in warning for warning in found) == 2
     with caplog.at_level("WARNING", logger="mergekit_pave"):
         merge(config, tmp_path / "out")
     report = json.loads((tmp_path / "out" / "pave_report.json").read_text())
