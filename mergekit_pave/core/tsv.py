@@ -10,7 +10,7 @@ All of this is float64: if two tasks are much alike, the nearest orthonormal vec
 angle between them.
 
 Both steps are eigenproblems of Gram matrices: U_i are eigenvectors of D_i D_i^T (for a wide D_i), V_i = D_i^T U_i S_i^-1, and
-X' = X (X^T X)^-1/2. They cost less than singular value decompositions, on a GPU far less.
+X' = X (X^T X)^-1/2, for two models one of half the size. They cost less than singular value decompositions, on a GPU far less.
 But in a Gram matrix rounding hides what is small beside the largest. So triplets are taken in turns: those that stand out from
 the rounding, and then, of what is left of D_i without them, those that stand out there. Where this does not lead to the end, or
 X^T X is too ill-conditioned, there is the decomposition itself.
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -32,8 +32,8 @@ from mergekit_pave.core.failures import NOT_CONVERGED
 _EPS = torch.finfo(torch.float64).eps
 # Vectors that end where the eigenvalue of a Gram matrix falls by a gap are wrong by eps / gap, and where it has fallen to v, the
 # other vectors are wrong by eps / v, both as shares of the largest. So gap and v have to be larger than these.
-_GAP, _SMALLEST = 1e-8, 1e-6
-_TURNS = 6  # each covers three decades of singular values or more, and there are sixteen
+_GAP, _SMALLEST = 1e-8, 1e-5
+_TURNS = 7  # each covers two and a half decades of singular values or more, and there are sixteen
 _WRONG = 1e-7  # by how much X' may be wrong
 _RANGE = 1e-250, 1e300  # of a Gram matrix in which nothing has overflowed, and nothing that counts has vanished
 
@@ -49,7 +49,7 @@ def merge_changes(changes: Iterable[Tensor], models: int) -> Tensor:
     if models == 1:
         return next(iter(changes))
     lefts, values, rights = zip(*map(functools.partial(_leading, models=models), changes))
-    return (_orthonormal(torch.cat(lefts, dim=1)) * torch.cat(values)) @ _orthonormal(torch.cat(rights, dim=1)).mT
+    return (_orthonormal(lefts) * torch.cat(values)) @ _orthonormal(rights).mT
 
 
 def _leading(change: Tensor, models: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,16 +109,49 @@ def _outstanding(rest: Tensor, count: int) -> Tensor | None:
     return vectors[:, : int(trusted.nonzero()[-1]) + 1] if trusted.any() else None
 
 
-def _orthonormal(vectors: Tensor) -> Tensor:
-    """The nearest matrix with orthonormal columns. If the columns depend on each other, it is the nearest on their span."""
+def _orthonormal(parts: Sequence[Tensor]) -> Tensor:
+    """X' for X = [X_1 .. X_M], each part with orthonormal columns: the nearest matrix that has them throughout.
+
+    If the columns of X depend on each other, it is the nearest on their span.
+    """
+    parts = [part for part in parts if part.shape[1]] or parts[:1]
+    if len(parts) == 1:
+        return parts[0]
     with contextlib.suppress(*NOT_CONVERGED):
-        values, rotation = torch.linalg.eigh(upper_gram(vectors), UPLO="U")
-        # In the basis of the eigenvectors X' is wrong by eps / (v_i v_j)^1/2 at most.
-        if (values > 0).all() and _EPS * (1 / values).sum() < _WRONG:
-            return vectors @ ((rotation * values.rsqrt()) @ rotation.mT)
+        found = _orthonormal_pair(*parts) if len(parts) == 2 else _orthonormal_by_gram(torch.cat(parts, dim=1))
+        if found is not None:
+            return found
+    vectors = torch.cat(parts, dim=1)
     left, value, right = torch.linalg.svd(vectors, full_matrices=False)
     count = _rank(value, vectors)
     return left[:, :count] @ right[:count]
+
+
+def _orthonormal_by_gram(vectors: Tensor) -> Tensor | None:
+    """X (X^T X)^-1/2, or None where rounding may have spoilt it."""
+    values, rotation = torch.linalg.eigh(upper_gram(vectors), UPLO="U")
+    # In the basis of the eigenvectors X' is wrong by eps / (v_i v_j)^1/2 at most.
+    if not (values > 0).all() or _EPS * (1 / values).sum() > _WRONG:
+        return None
+    return vectors @ ((rotation * values.rsqrt()) @ rotation.mT)
+
+
+def _orthonormal_pair(a: Tensor, b: Tensor) -> Tensor | None:
+    """The same for X = [A B], by an eigenproblem of half the size.
+
+    With C = A^T B = P S Q^T the Gram matrix is I + [0 C; C^T 0] and has the eigenvalues 1 + S and 1 - S. The inverse of its root
+    is made of C and of functions of C^T C = Q S^2 Q^T.
+    """
+    c = a.mT @ b
+    squares, rotation = torch.linalg.eigh(upper_gram(c), UPLO="U")
+    if not (squares < 1).all() or _EPS * (2 / (1 - squares)).sum() > _WRONG:
+        return None
+    r = (1 - squares).sqrt()
+    # (1 + S)^-1/2 and (1 - S)^-1/2 have the mean 1 + S^2 even, and half of their difference is S odd.
+    total = (2 + 2 * r).sqrt()  # of (1 + S)^1/2 and (1 - S)^1/2
+    even, odd = ((rotation * values) @ rotation.mT for values in ((1 + 2 * r) / ((1 + r) * r * (total + 2 * r)), 1 / (r * total)))
+    projected = a @ c  # A A^T B
+    return torch.cat([a + (projected @ even - b @ odd) @ c.mT, b - projected @ odd + b @ (c.mT @ (c @ even))], dim=1)
 
 
 def _rank(values: Tensor, matrix: Tensor) -> int:
