@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ class PlannedCalibration:
         contents: the samples' contents, to find samples that two models share.
         elsewhere: by precision, other covariances of the same samples that the cache has.
         to_write: how the model is to write its samples, which are not there yet; see `Samples`.
+        remember: see `Tokenised`.
     """
 
     source: Source
@@ -60,6 +61,7 @@ class PlannedCalibration:
     contents: frozenset[Any] = frozenset()
     elsewhere: dict[str, Path] = field(default_factory=dict)
     to_write: Generation | None = None
+    remember: Callable[[], None] | None = None
 
     @property
     def samples_key(self) -> str:
@@ -183,6 +185,7 @@ def _of_data(config: PaveConfig, source: Source, merge: Merge, measures_layers: 
         contents=read.what.contents,
         elsewhere=elsewhere,
         to_write=read.to_write,
+        remember=read.remember,
     )
 
 

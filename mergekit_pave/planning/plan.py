@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ class Plan:
         compared: it is known of all weights whether they equal the base model's; otherwise only of those in the cache.
         samples: by model a key of the samples that it is calibrated with, or of the covariances that it is given.
         to_write: by model how it is to write its samples, where that is still to be done.
+        remember: has the cache remember what planning has read, so that it need not be read again.
     """
 
     weights: list[PlannedWeight]
@@ -88,6 +90,7 @@ class Plan:
     compared: bool
     samples: dict[str, str]
     to_write: dict[str, Generation]
+    remember: list[Callable[[], None]]
 
     @property
     def decomposed(self) -> int:

@@ -6,7 +6,7 @@ import contextlib
 import importlib.metadata
 import logging
 import re
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,12 +100,14 @@ class Tokenised:
         what: the samples.
         about, to_write: see `Samples`.
         processor: what makes model inputs of samples; None where it has not been loaded.
+        remember: has the cache remember the samples; None where it does already, or cannot.
     """
 
     what: Remembered
     about: list[dict[str, Any]]
-    to_write: Generation | None
-    processor: Any
+    to_write: Generation | None = None
+    processor: Any = None
+    remember: Callable[[], None] | None = None
 
 
 def settings_of(config: PaveConfig, source: Source) -> Calibration:
@@ -127,7 +129,7 @@ def tokenised_samples(config: PaveConfig, source: Source, reading: Reading) -> T
     if artefact and (what := recall(artefact)):
         if what.skipped:
             LOG.warning(what.skipped)
-        return Tokenised(what, as_reported(source.entry.sources), None, None)
+        return Tokenised(what, as_reported(source.entry.sources))
     read, skipped = read_samples(config, source, reading), []
     settings, architecture = settings_of(config, source), source.architecture
     positions, shift, where = architecture.positions, architecture.shift, source.data_key
@@ -140,13 +142,15 @@ def tokenised_samples(config: PaveConfig, source: Source, reading: Reading) -> T
         contents=frozenset(sample.content for sample in read.samples if sample.problem is None and not read.to_write),
         skipped="".join(skipped),
     )
-    # A file may have changed meanwhile. And a command that only plans leaves nothing in the cache.
-    if artefact and reading.generates and _memory_key(config, source, reading) == key:
+
+    def keep() -> None:
         try:
             remember(artefact, str(source.model), what)
         except PaveError as error:  # a read-only cache is good for everything else
             LOG.info("the samples of %s are not remembered: %s", source.model, error)
-    return Tokenised(what, read.about, read.to_write, read.processor)
+
+    is_same = artefact is not None and _memory_key(config, source, reading) == key  # a file may have changed meanwhile
+    return Tokenised(what, read.about, read.to_write, read.processor, keep if is_same else None)
 
 
 def _memory_key(config: PaveConfig, source: Source, reading: Reading) -> str | None:

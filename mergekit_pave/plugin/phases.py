@@ -123,6 +123,8 @@ def fill_caches(config: MergeConfiguration, options: MergeOptions) -> Plan:
 
 def calibrate_all(plan: Plan, options: MergeOptions) -> None:
     announce(plan)
+    for remember in plan.remember if distributed.rank() == 0 else ():
+        remember()
     # Processes wait for each other in every block, so all need the same order. An executor does not promise one.
     with no_bars_of_others(options.quiet):
         for calibration in plan.calibrations:
