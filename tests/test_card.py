@@ -3,6 +3,7 @@
 import copy
 import html
 import http.server
+import io
 import re
 import shutil
 import sys
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import browser
+import numpy as np
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -29,6 +31,8 @@ from mergekit_pave.cache import entries as cached
 from mergekit_pave.cli import main
 from mergekit_pave.report.card import section, with_section
 from mergekit_pave.report.licence import common_licence
+from mergekit_pave.report.page import quick
+from mergekit_pave.report.places import Grid
 
 
 def hub_card(*models: str, base: str = "someone/base") -> str:
@@ -133,15 +137,40 @@ def test_without_matplotlib_there_is_no_picture_and_no_link(card_pictures, llama
 
 
 def test_a_picture_that_cannot_be_drawn_does_not_fail_the_merge(card_pictures, llama, tmp_path, monkeypatch, caplog):
-    from mergekit_pave.report.page import drawing
-
     def broken(*_):
         raise RuntimeError("no fonts")
 
-    monkeypatch.setattr(drawing, "png", broken)
+    monkeypatch.setattr(quick, "ranks", broken)
     merge(config_for(llama, {}), tmp_path / "out")
     assert "![" not in (tmp_path / "out" / "README.md").read_text()
     assert "no fonts" in caplog.text
+
+
+def grid_of(models: list[str], layers: int, projections: int = 3) -> Grid:
+    """Shares from 0.8 to 1; one in the middle is missing."""
+    values = np.linspace(0.8, 1, projections * layers).reshape(projections, layers)
+    values.flat[values.size // 2] = np.nan if values.size > 1 else 0.8
+    names = [f"mlp.{name}_proj" for name in "abcdefgh"[:projections]]
+    return Grid("model.layers", names, list(range(layers)), dict.fromkeys(models, values))
+
+
+@pytest.mark.parametrize(("models", "layers", "projections"), [(1, 1, 1), (1, 80, 1), (2, 8, 7), (5, 30, 3)])
+def test_the_picture_shows_each_share_in_the_colour_that_the_page_gives_it(models, layers, projections):
+    matplotlib = pytest.importorskip("matplotlib")
+    grid = grid_of([f"someone/model{i}" for i in range(models)], layers, projections)
+    shown = Image.open(io.BytesIO(quick.ranks(grid)))
+    counts = dict(map(reversed, shown.getcolors(1 << 24)))
+    low = min(np.nanmin(grid.values["someone/model0"]), 0.9999)
+    for share in grid.values["someone/model0"].flat:
+        if share > 0:
+            wanted = np.array(matplotlib.colormaps["viridis"]((share - low) / (1 - low))[:3]) * 255
+            near = sum(count for colour, count in counts.items() if abs(np.array(colour) - wanted).max() < 8)
+            assert near > models * 200, share
+
+
+def test_names_in_other_letters_are_drawn_by_matplotlib():
+    assert quick.ranks(grid_of(["someone/数学", "someone/code"], 4)) is None
+    assert quick.ranks(grid_of(["someone/Überläufer", "someone/код"], 4))[:4] == b"\x89PNG"
 
 
 def test_published_covariances_are_named(llama, tmp_path, cache):

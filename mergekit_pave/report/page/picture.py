@@ -39,9 +39,14 @@ def draw_ranks(report: dict[str, Any], folder: str) -> str | None:
         return None
 
     def draw() -> bytes:
+        from mergekit_pave.report.page import quick
+
+        grid = grids(report["purified"], lambda row: row["kept"] / row["components"])[0]
+        if (drawn := quick.ranks(grid)) is not None:
+            return drawn
         from mergekit_pave.report.page import drawing, heatmaps
 
-        return drawing.png(heatmaps.ranks(grids(report["purified"], lambda row: row["kept"] / row["components"])[0]))
+        return drawing.png(heatmaps.ranks(grid))
 
     return _write(Path(folder, PICTURE_NAME), draw)
 
