@@ -18,7 +18,7 @@ from commands import command, finish, fresh, in_two, start
 from models import make_rows, read_rows, save, write_rows
 
 from mergekit_pave.cache import Artefact, require_space
-from mergekit_pave.calibration import lockstep, run
+from mergekit_pave.calibration import drawing, lockstep, run
 from mergekit_pave.calibration.architecture import describe
 from mergekit_pave.calibration.batches import Batch, Encoded, encode, make_batches
 from mergekit_pave.calibration.counts import count_tokens
@@ -216,17 +216,19 @@ def test_a_model_that_pads_its_inputs_itself_is_refused(tmp_path, families, batc
 
 
 def test_a_model_is_run_on_a_few_samples_where_few_tokens_count():
-    lengths = [100] * 50
+    lengths = [100] * 200
     run = to_run(lengths, budget=60, seed=1)
-    assert sum(run) == 3 and run != [True] * 3 + [False] * 47  # four times as many tokens as count, from samples at random
+    assert sum(run) == 64 and run != [True] * 64 + [False] * 136  # at random
     assert run == to_run(lengths, 60, seed=1) != to_run(lengths, 60, seed=2)
+    assert sum(to_run(lengths, 2000, seed=1)) == 80  # with four times as many tokens as count
     assert all(to_run(lengths, 5000, seed=1)) and all(to_run([3, 2], 60, seed=1))
 
 
-def test_what_is_not_run_is_counted_all_the_same(llama, tmp_path):
+def test_what_is_not_run_is_counted_all_the_same(llama, monkeypatch):
     tokenizer = transformers.AutoTokenizer.from_pretrained(llama.tuned[0])
     samples = load_samples([Data(path=str(llama.data[0]))], DEFAULT_CALIBRATION, "data")
     settings = DEFAULT_CALIBRATION.model_copy(update={"max_tokens": 20})
+    monkeypatch.setattr(drawing, "_SPREAD", 2)
     encoded = encode(samples, tokenizer, settings, None, "data")
     ran = [sample for sample in encoded if sample.tokens]
     assert 0 < len(ran) < len(encoded) == len(samples)

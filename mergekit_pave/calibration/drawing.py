@@ -10,7 +10,8 @@ from mergekit_pave.calibration.data import share_evenly
 TOKENS = 2048  # that count, unless layers are so wide, or experts so many, that they need more
 ENOUGH = 8  # a layer whose inputs are 8 times as wide as there are tokens is measured well enough: see tests/benchmarks
 _AN_EXPERT = 256  # tokens that an expert of a mixture is to see on average
-_RUN = 4  # tokens that a model is run on for each that counts, so that these come from several samples
+_SPREAD = 64  # samples that a model is run on at least: tokens of one sample repeat each other
+_RUN = 4  # tokens that it is run on at least for each that counts
 
 
 def default_tokens(architecture: Architecture) -> int:
@@ -22,11 +23,11 @@ def default_tokens(architecture: Architecture) -> int:
 
 
 def to_run(lengths: list[int], budget: int, seed: int) -> list[bool]:
-    """Which samples a model is run on: some at random, until they have several times as many tokens as count."""
+    """Which samples a model is run on: some at random, enough of them, with several times as many tokens as count."""
     order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
     run, left = [False] * len(lengths), _RUN * budget
-    for i in order:
-        run[i] = left > 0
+    for number, i in enumerate(order):
+        run[i] = left > 0 or number < _SPREAD
         left -= lengths[i]
     return run
 
