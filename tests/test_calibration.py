@@ -581,3 +581,12 @@ def test_layers_that_share_only_some_inputs_are_measured_apart(calls):
         assert covariance.tokens == len(rows)
         assert torch.allclose(covariance.matrix().double(), rows.T @ rows / len(rows), atol=1e-5)
     assert found.keys() == {"q", "k"}
+
+
+def test_more_tokens_count_where_they_are_not_stored(llama):
+    job = job_for(llama.tuned[0], texts(40), max_tokens=60)
+    more = job.with_more_counted(seed=1)
+    assert [sample.origin for sample in more.encoded] == [sample.origin for sample in job.run]
+    assert more.about["tokens"] == sum(sample.tokens for sample in more.encoded) == 4 * 60
+    whole = job_for(llama.tuned[0], texts(4), max_tokens=60).with_more_counted(seed=1)
+    assert all(sample.tokens == sample.length for sample in whole.encoded)

@@ -549,7 +549,7 @@ def page_of(folder) -> str:
 
 def test_report_card_and_log(llama, tmp_path, cache, caplog):
     parameters = {"covariance": [0.2, 0.6], "lambda": 1.3}
-    few = {"calibration": {"max_tokens": 100}}
+    few = {"calibration": {"max_tokens": 10}}
     with caplog.at_level(logging.INFO, "mergekit_pave"):
         result = invoke(regmean_config(llama, unpurified(llama) | few, parameters=parameters), tmp_path / "out")
     assert result.exit_code == 0, result.output

@@ -11,7 +11,7 @@ TOKENS = 2048  # that count, unless layers are so wide, or experts so many, that
 ENOUGH = 8  # a layer whose inputs are 8 times as wide as there are tokens is measured well enough: see tests/benchmarks
 _AN_EXPERT = 256  # tokens that an expert of a mixture is to see on average
 _SPREAD = 64  # samples that a model is run on at least: tokens of one sample repeat each other
-_RUN = 4  # tokens that it is run on at least for each that counts
+RUN = 4  # tokens that it is run on at least for each that counts
 
 
 def default_tokens(architecture: Architecture) -> int:
@@ -25,7 +25,7 @@ def default_tokens(architecture: Architecture) -> int:
 def to_run(lengths: list[int], budget: int, seed: int) -> list[bool]:
     """Which samples a model is run on: some at random, enough of them, with several times as many tokens as count."""
     order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
-    run, left = [False] * len(lengths), _RUN * budget
+    run, left = [False] * len(lengths), RUN * budget
     for number, i in enumerate(order):
         run[i] = left > 0 or number < _SPREAD
         left -= lengths[i]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from mergekit_pave import cache
 from mergekit_pave.calibration.architecture import Architecture
 from mergekit_pave.calibration.batches import Encoded
 from mergekit_pave.calibration.counts import TokenCounts
+from mergekit_pave.calibration.drawing import RUN, draw_positions
 from mergekit_pave.calibration.estimate import Estimate, estimate
 from mergekit_pave.calibration.models import inference_dtype
 from mergekit_pave.calibration.parking import room_on
@@ -55,6 +57,21 @@ class Job:
     def run(self) -> list[Encoded]:
         """The samples that the model is run on: those of which a token counts."""
         return [sample for sample in self.encoded if sample.tokens]
+
+    def with_more_counted(self, seed: int) -> Job:
+        """The same with more tokens that count, up to what it is run on for them anyway: for where they are not stored."""
+        run = self.run
+        if "input_ids" not in run[0].inputs:
+            return self
+
+        def drawn(name: str, counted: Iterable[list[int]]) -> list[list[int]]:
+            return draw_positions([len(sample.inputs.get(name, ())) for sample in run], RUN * sum(map(len, counted)), seed)
+
+        ours = drawn("input_ids", (sample.counted for sample in run))
+        theirs = drawn("decoder_input_ids", (sample.counted_target for sample in run))
+        encoded = [replace(sample, counted=one, counted_target=other) for sample, one, other in zip(run, ours, theirs)]
+        about = self.about | {"tokens": sum(sample.tokens for sample in encoded)}
+        return replace(self, encoded=encoded, about=about)
 
     def estimate(self, device: str) -> Estimate:
         """The cost of the calibration on a device."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mergekit_pave import cache
 from mergekit_pave.core.covariance import Covariance, Covariances
+from mergekit_pave.core.exact import float64_device
 from mergekit_pave.errors import PaveError
 
 T = TypeVar("T")
@@ -66,11 +67,18 @@ class StoredCovariances(Covariances):
     def _tokens(self, layer: str) -> int:
         return self._manifest["layers"].get(layer, {"tokens": 0})["tokens"]
 
-    def _load(self, layer: str) -> Covariance:
+    def _load(self, layer: str, device: torch.device | str) -> Covariance:
         entry = self._manifest["layers"][layer]
         if entry["file"] is None:
             raise PaveError(f"the covariance of {layer} was not kept in {self._artefact.folder}; run again to measure it anew")
-        return self._read(entry["file"], lambda tensors: Covariance.from_tensors(tensors, entry["tokens"], entry["dim"]))
+        device = float64_device(torch.device(device))
+
+        def make(tensors: dict[str, Tensor]) -> Covariance:
+            # A sum is moved as it is stored, half of the matrix, and unpacked there.
+            moved = {name: tensor.to(device) for name, tensor in tensors.items()}
+            return Covariance.from_tensors(moved, entry["tokens"], entry["dim"])
+
+        return self._read(entry["file"], make)
 
     def _read(self, file: str, make: Callable[[dict[str, Tensor]], T]) -> T:
         """What a function makes of a file. It raises a ValueError if the tensors are not what they should be."""

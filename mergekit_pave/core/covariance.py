@@ -257,12 +257,16 @@ class Covariances(ABC):
     def _tokens(self, layer: str) -> int: ...
 
     @abstractmethod
-    def _load(self, layer: str) -> Covariance: ...
+    def _load(self, layer: str, device: torch.device | str) -> Covariance: ...
 
     def tokens(self, layers: Sequence[str]) -> int:
         """How many tokens the layers saw, together."""
         return sum(map(self._tokens, layers))
 
-    def load(self, layers: Sequence[str]) -> Covariance:
-        """The covariance of the inputs of layers, together. At least one of them has seen tokens."""
-        return Covariance.joined([self._load(layer) for layer in layers if self._tokens(layer)])
+    def load(self, layers: Sequence[str], device: torch.device | str = "cpu") -> Covariance:
+        """The covariance of the inputs of layers, together. At least one of them has seen tokens.
+
+        Args:
+            device: where it goes, or to the CPU if that device has no float64.
+        """
+        return Covariance.joined([self._load(layer, device) for layer in layers if self._tokens(layer)])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+
 from mergekit_pave.core.covariance import Covariance, Covariances
 
 
@@ -16,5 +18,5 @@ class MeasuredCovariances(Covariances):
     def _tokens(self, layer: str) -> int:
         return self._by_layer[layer].tokens if layer in self._by_layer else 0
 
-    def _load(self, layer: str) -> Covariance:
-        return self._by_layer[layer]
+    def _load(self, layer: str, device: torch.device | str) -> Covariance:
+        return self._by_layer[layer].to(torch.device(device))

@@ -86,7 +86,7 @@ def decompose_weight(
         if covariances.tokens(names) < max(1, min_tokens):
             without_tail[expert] = covariances.tokens(names)
             continue
-        covariance = covariances.load(names).to(weight.device)
+        covariance = covariances.load(names, weight.device)
         shift = shift_of(covariance, regularization)
         if not shift > 0:
             raise PaveError(

@@ -36,8 +36,8 @@ class Layer:
     Attributes:
         transposed: matrices are stored as (d_in, d_out).
         measured: for each matrix whether all models have its covariance; None where none is needed.
-        covariance: gives the covariance of one model for one matrix, by the model's id and the matrix's number. Each call reads
-            it anew, because its tensor is overwritten.
+        covariance: gives the covariance of one model for one matrix, by the model's id and the matrix's number, where the tensors
+            are. Each call reads it anew, because its tensor is overwritten.
     """
 
     transposed: bool = False
@@ -181,7 +181,7 @@ class RegMean(GroupMergeMethod):
                 change = in_float64(views[number][i]) - start
                 if not change.isfinite().all():
                     raise PaveError(f"regmean: {group.metadata.name} of {model.id}, or of the base, is not finite")
-                covariance = layer.covariance(model.id, i).to(change.device) if share > 0 else None
+                covariance = layer.covariance(model.id, i) if share > 0 else None
                 of_model = metric(change, covariance, share, parameters["reduce_off_diagonal"], overwrite=True)
                 return weights[number], change, of_model
 

@@ -67,7 +67,7 @@ def plan_refinement(
     models = models_to_refine(config, merge)
     if not models:
         return None, {}
-    experts = {model: calibrations[model].job for model in models}
+    experts = {model: _job(config, calibrations[model]) for model in models}
     base = merge.tensors[0].base
     model_config = copy.deepcopy(merge.config)  # it changes when the model is run, and mergekit writes the merge's
     architecture = describe(model_config, base.model.path, merge.runtime.trust_remote_code, base.model.revision)
@@ -146,6 +146,12 @@ def _check_blocks(model: ModelReference, expert: Architecture, merged: set[str])
 
 def _is_embedding(planned: PlannedTensor, architecture: Architecture) -> bool:
     return set(SIDES).intersection(architecture.token_rows.get(architecture.weight_name(list(planned.names)) or "", ())) != set()
+
+
+def _job(config: PaveConfig, calibration: PlannedCalibration) -> Job:
+    """What a model is run on. Nothing of it is stored, so unless the user says otherwise, more tokens count than in C."""
+    settings = config.calibration_of(calibration.source.model)
+    return calibration.job if settings.max_tokens else calibration.job.with_more_counted(settings.seed)
 
 
 def _layer(

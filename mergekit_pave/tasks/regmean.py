@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mergekit_pave.calibration.stored import stored_covariances
 from mergekit_pave.core.covariance import Covariance
+from mergekit_pave.core.exact import float64_device
 from mergekit_pave.core.linear import Linear
 from mergekit_pave.core.reasons import FEW_TOKENS, NEVER_CALLED
 from mergekit_pave.core.regmean import alignment
@@ -86,9 +87,11 @@ class MergeByRegMean(ExecuteMergeMethodTask):
                 )
         stored = {of.model: (stored_covariances(of.folder), of.layer.layers) for of in self.form.measured}
 
+        device = float64_device(next(iter(tensors.values())).device)
+
         def covariance(model: ModelReference, i: int) -> Covariance:
             covariances, names = stored[model]
-            return covariances.load(names[i])
+            return covariances.load(names[i], device)
 
         measured = tuple(reason is None for reason in self._reasons()) if stored else None
         return Layer(layer.transposed, measured, covariance)
