@@ -67,7 +67,8 @@ def unchanged_warnings(selected: list[PlannedWeight], changed: list[PlannedWeigh
         selected: the weights that were to be purified.
         changed: those among them that do not equal the base model's.
     """
-    idle = dict.fromkeys(weight.model for weight in selected if weight.model not in {weight.model for weight in changed})
+    at_work = {weight.model for weight in changed}
+    idle = dict.fromkeys(weight.model for weight in selected if weight.model not in at_work)
     return [
         f"{model}: all {sum(weight.model == model for weight in selected)} weights of it that would be purified equal the base "
         "model's, so it is neither calibrated nor purified. Unless its other tensors differ, it adds nothing to the merge: check "
