@@ -18,7 +18,7 @@ class Estimate:
     """What a calibration needs, in bytes; only `operations` is a number of multiplications and additions.
 
     Attributes:
-        cache: covariances on disk, at most. Layers that turn out to share an input need less.
+        cache: covariances on disk. Only the model shows which layers share an input, so it may turn out a little more or less.
         embeddings: weights that are in no block.
         weights: weights of the largest block.
         covariances: sums and rows of the block that has most of them.
@@ -74,7 +74,8 @@ def estimate(
     measured = () if only_head else architecture.linears.values()
     # The weight of a head multiplies only tokens that count.
     cache, operations = 0, pass_operations(architecture, encoded) + 2 * math.prod(head) * tokens
-    for linear in (*measured, *heads):
+    inputs = list(distinct_inputs(architecture, measured))
+    for linear in (*(linear for _, linear in inputs), *heads):
         triangle, meets = _triangle(linear), _meets(architecture, linear)
         if keep or linear in heads:
             cache += min(rows_of(linear), len(linear.layers) * triangle)
@@ -82,7 +83,7 @@ def estimate(
         operations += tokens * meets * linear.shape[1] ** 2 if rows_of(linear) > triangle else 0
     sums: dict[str, int] = defaultdict(int)
     adding = 0
-    for block, linear in distinct_inputs(architecture, measured):
+    for block, linear in inputs:
         rows, width = rows_of(linear), linear.shape[1]
         if rows > _triangle(linear):
             # An expert keeps rows until they take more memory than their sum would.

@@ -104,7 +104,7 @@ class Plan:
 
     @property
     def missing(self) -> int:
-        """Bytes that the cache will have more, at most."""
+        """Bytes that the cache will have more, about."""
         covariances = sum(task.estimate().cache for task in self.to_calibrate)
         return covariances + sum(task.cache for task in self.decompositions)
 
@@ -122,7 +122,7 @@ def announce(plan: Plan) -> None:
     for task in plan.to_calibrate:
         cost = task.estimate()
         LOG.info(
-            "%s: to be calibrated%s with %d tokens in %s; takes at most %s of cache and about %s of memory",
+            "%s: to be calibrated%s with %d tokens in %s; takes about %s of cache and %s of memory",
             task.job.name,
             " again, because its covariances were not kept (pave.keep_covariances)," if task.is_again else "",
             task.job.about["tokens"],

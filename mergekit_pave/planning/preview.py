@@ -25,8 +25,7 @@ def preview(plan: Plan, device: str, samples: dict[str, list[dict[str, Any]]]) -
     Args:
         samples: rows of the report for a few weights of each model; see `sample_removal`.
 
-    Seconds are operations over the speed of this machine, measured on the spot. Like all of the estimate they are rather too
-    high: layers that share an input share a sum, too, but which ones do shows only when the model runs.
+    Seconds are operations over the speed of this machine, measured on the spot.
     """
     exact = _speed(torch.float64, float64_device(torch.device(device)))
     to_do = {task.job.name: task for task in plan.to_calibrate}
@@ -197,7 +196,7 @@ def as_text(preview: dict[str, Any]) -> str:
         if cost:
             calibration = (
                 f"{calibration}: about {_duration(cost['seconds'])} on {preview['device']}, "
-                f"{readable(cost['memory'])} of memory, at most {readable(cost['cache'])} of cache"
+                f"{readable(cost['memory'])} of memory, {readable(cost['cache'])} of cache"
             )
         lines.append(f"  calibration    {calibration}")
         missing = model["decomposition"]["weights"]

@@ -42,12 +42,14 @@ QWEN3_30B = Qwen3MoeConfig(
     vocab_size=151936,
     max_position_embeddings=40960,
     architectures=["Qwen3MoeForCausalLM"],
+    dtype="bfloat16",
 )
 LLAMA = {
     "num_key_value_heads": 8,
     "vocab_size": 128256,
     "max_position_embeddings": 8192,
     "architectures": ["LlamaForCausalLM"],
+    "dtype": "bfloat16",
 }
 LLAMA3_8B = LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, **LLAMA)
 LLAMA3_70B = LlamaConfig(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, **LLAMA)
