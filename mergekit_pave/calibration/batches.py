@@ -77,6 +77,7 @@ def encode(
     """Tokenise samples and draw the token positions that count. Rows that cannot be used are skipped, with a warning.
 
     Args:
+        calibration: without `max_tokens` all tokens count.
         processor: the model's tokenizer, or its image processor, or for images with texts the processor that has both.
         positions: the longest sequence that the model can take, or None; of images the number of patches.
         where: the key of the data in the YAML, for messages.
@@ -128,9 +129,11 @@ def encode(
         return [Encoded(origin, inputs, list(range(positions or 1))) for origin, inputs in encoded]
 
     lengths = {name: [len(inputs.get(name, ())) for _, inputs in encoded] for name in ("input_ids", "decoder_input_ids")}
-    run = to_run([sum(both) for both in zip(*lengths.values())], calibration.max_tokens, calibration.seed)
+    totals = [sum(both) for both in zip(*lengths.values())]
+    most = calibration.max_tokens or sum(totals)
+    run = to_run(totals, most, calibration.seed)
     positions_of = {
-        name: draw_positions([length * is_run for length, is_run in zip(of_side, run)], calibration.max_tokens, calibration.seed)
+        name: draw_positions([length * is_run for length, is_run in zip(of_side, run)], most, calibration.seed)
         for name, of_side in lengths.items()
     }
     drawn = zip(encoded, *positions_of.values())

@@ -31,7 +31,6 @@ LOG = logging.getLogger(__name__)
 
 _FEWEST = 8  # rows that a score may be made of, unless fewer are asked for
 _CENTRED = 3  # features are centred over the rows, so of fewer rows nothing is left
-_ALL = 1 << 62  # of the tokens count
 _TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece")
 
 
@@ -88,7 +87,7 @@ def _expert(
     fewest = min(rows, _FEWEST) if form.places is not Places.NOWHERE else max(_CENTRED, min(rows, _FEWEST))
     encoded: list[Encoded] = []
     if samples:
-        seen_whole = settings.model_copy(update={"max_tokens": _ALL})
+        seen_whole = settings.model_copy(update={"max_tokens": None})
         encoded = encode(samples, processor, seen_whole, architecture.positions, source.data_key, architecture.shift)
     if len(encoded) < fewest and source.entry.is_generated:
         raise PaveError(
