@@ -76,19 +76,27 @@ def test_what_is_quick_draws_no_bar(monkeypatch):
 
 
 def test_phases_of_a_merge(llama, tmp_path, cache):
-    """Calibration and decomposition are told apart, each to its end, and mergekit's bar counts nothing but the merge."""
-    path = write_config(config_for(llama, {}), tmp_path / "config.yml")
+    """Each phase is told to its end, and mergekit's bar counts nothing but the merge."""
+    path = write_config(config_for(llama, {"keep_covariances": True}), tmp_path / "config.yml")
     cold = command("mergekit-yaml", path, tmp_path / "cold").stderr
-    told = [line for line in cold.splitlines() if line.startswith(("Calibrating", "Decomposing"))]
     names = [str(model) for model in llama.tuned[:2]]
-    starts = [*(f"Calibrating {name}: {n} of 3 blocks" for name in names for n in (0, 3))]
-    starts += [f"Decomposing: {n} of 42 weights" for n in (0, 42)]
-    assert len(told) == len(starts) and all(line.startswith(start) for line, start in zip(told, starts)), told
+    told = phases(cold, [f"Calibrating {name}: {n} of 3 blocks" for name in names for n in (0, 3)])
     assert "tokens/s" in told[1] and "Comparing" not in cold
     assert cold.count("of 42 weights are in the cache") == 1 and cold.count("to be calibrated") == 2
     warm = command("mergekit-yaml", path, tmp_path / "warm").stderr
     assert "Calibrating" not in warm and "Decomposing" not in warm
     assert last_count(cold) == last_count(warm)
+    # From covariances that are there.
+    path = write_config(config_for(llama, {"keep_covariances": True, "rank_ratio": 0.5}), tmp_path / "wider.yml")
+    wider = command("mergekit-yaml", path, tmp_path / "wider").stderr
+    phases(wider, [f"Decomposing: {n} of 42 weights" for n in (0, 42)])
+
+
+def phases(stderr: str, starts: list[str]) -> list[str]:
+    """The lines of our phases, which have to start like this."""
+    told = [line for line in stderr.splitlines() if line.startswith(("Calibrating", "Decomposing"))]
+    assert len(told) == len(starts) and all(line.startswith(start) for line, start in zip(told, starts)), told
+    return told
 
 
 def last_count(stderr: str) -> str:
