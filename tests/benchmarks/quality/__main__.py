@@ -6,6 +6,7 @@
     python tests/benchmarks/quality --quick    # ten minutes: one seed, a few arms
     python tests/benchmarks/quality --refined  # an hour: only what fitting the merged model to its experts does
     python tests/benchmarks/quality --scored   # two hours: only how well a merge is chosen by what it keeps of its models
+    python tests/benchmarks/quality --tokens   # TIME: only how many tokens a covariance takes
     python tests/benchmarks/quality --table    # run nothing, print the table of what is there so far
 
 Two families are merged. The encoder is all-MiniLM-L6-v2 (Apache-2.0, 22 million parameters), fine-tuned on eight text
@@ -20,9 +21,12 @@ over seeds.
 With `--scored` some thirty merges of each family are scored with `mergekit_pave`, on rows of the calibration texts that are in
 no C, and the one that keeps most is compared with the one that labels on the same rows would pick.
 
+With `--tokens` merges are made from more and fewer tokens, twice from other ones, and judged and compared with each other.
+
 It runs in as many processes as torch would use threads (see OMP_NUM_THREADS), each with one. Everything is kept under
-`quality-out/`: a run that was stopped goes on where it was. Results are in `results.jsonl`, the tables in `table.md` and
-`scored.md`, the plot in `quality.svg`. Remove the folder after a change to the benchmark or to what it measures.
+`quality-out/`: a run that was stopped goes on where it was. Results are in `results.jsonl`, the tables in `table.md`,
+`scored.md` and `tokens.md`, the plots in `quality.svg` and `tokens.svg`. Remove the folder after a change to the benchmark or to
+what it measures.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, Future, as_completed
 from pathlib import Path
 
@@ -40,9 +44,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import texts
 import workers
-from arms import Row, given_rows, refined_rows, rows, scored_rows
+from arms import Arm, Row, given_rows, refined_rows, rows, scored_rows
 from report import plot, table
 from scored_report import scored_table
+from tokens import token_rows
+from tokens_report import tokens_plot, tokens_table
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -52,6 +58,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--refined", action="store_true")
     parser.add_argument("--scored", action="store_true")
+    parser.add_argument("--tokens", action="store_true")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "quality-out")
     options = parser.parse_args()
@@ -74,14 +81,23 @@ def main() -> None:
             "decoder": scored_rows(4, has_vocabulary=True),
             "encoder": scored_rows(8, has_vocabulary=False),
         }
+    elif options.tokens:
+        wanted = {"decoder": token_rows("decoder", 4), "encoder": token_rows("encoder", 8)}
     failed = False
     if not options.table:
         with workers.workers(folder, options.quick) as pool:
-            failed = run(pool, wanted, laboratories_of(folder, options.quick, wanted), scored=options.scored)
+            kind = "scored" if options.scored else "tokens" if options.tokens else "judged"
+            failed = run(pool, wanted, laboratories_of(folder, options.quick, wanted), kind)
     found = {laboratory: wanted[name] for name, laboratory in laboratories_of(folder, options.quick, wanted).items()}
     if options.scored:
         result = scored_table(found)
         (folder / "scored.md").write_text(result)
+        print(result)
+        sys.exit(failed)
+    if options.tokens:
+        result = tokens_table(found)
+        (folder / "tokens.md").write_text(result)
+        tokens_plot(found, folder / "tokens.svg")
         print(result)
         sys.exit(failed)
     result = table(found)
@@ -97,8 +113,12 @@ def laboratories_of(folder: Path, quick: bool, names: Iterable[str]) -> dict[str
     return {name: found[name] for name in names}
 
 
-def run(pool: Executor, wanted: dict[str, list[Row]], laboratories: dict[str, workers.Laboratory], *, scored: bool) -> bool:
-    """Train and merge what is missing. Whether an arm failed; the others are run all the same."""
+def run(pool: Executor, wanted: dict[str, list[Row]], laboratories: dict[str, workers.Laboratory], kind: str) -> bool:
+    """Train and merge what is missing. Whether an arm failed; the others are run all the same.
+
+    Args:
+        kind: what is done with merges: they are `judged`, `scored`, or made of two draws of `tokens`.
+    """
     start = time.monotonic()
 
     def say(what: str) -> None:
@@ -116,24 +136,24 @@ def run(pool: Executor, wanted: dict[str, list[Row]], laboratories: dict[str, wo
         done.result()
         say(trained[done])
     jobs: dict[Future, str] = {}
-    if scored:
+    if kind == "scored":
         for name, seed in ((name, seed) for name, laboratory in laboratories.items() for seed in laboratory.seeds):
             jobs[pool.submit(workers.score, name, seed, None)] = f"{name}, seed {seed}: base model"
             for row in wanted[name]:
                 jobs[pool.submit(workers.score, name, seed, row.arm)] = f"{name}, seed {seed}: {row.label}"
     else:
-        jobs = submit(pool, wanted)
+        jobs = submit(pool, wanted, workers.draw if kind == "tokens" else workers.judge)
     failed = False
     for count, done in enumerate(as_completed(jobs), 1):
         error = done.exception()
         failed |= error is not None
         say(f"{count} of {len(jobs)}: {jobs[done]}{f': FAILED: {error!r}' if error else ''}")
-    for name in wanted if scored else ():  # one by one, so that nothing disturbs them
+    for name in wanted if kind == "scored" else ():  # one by one, so that nothing disturbs them
         pool.submit(workers.time_scoring, name, wanted[name][0].arm).result()
     return failed
 
 
-def submit(pool: Executor, wanted: dict[str, list[Row]]) -> dict[Future, str]:
+def submit(pool: Executor, wanted: dict[str, list[Row]], judge: Callable[[str, Arm], None]) -> dict[Future, str]:
     """Have the arms judged, families in turn."""
     jobs = {pool.submit(workers.unmerged, name): f"{name}: base and fine-tunes judged" for name in wanted}
     seen: list[tuple[str, object]] = []
@@ -141,7 +161,7 @@ def submit(pool: Executor, wanted: dict[str, list[Row]]) -> dict[Future, str]:
         for name, row in filter(None, pair):
             if (name, row.arm) not in seen:
                 seen.append((name, row.arm))
-                jobs[pool.submit(workers.judge, name, row.arm)] = f"{name}: {row.section}: {row.label}"
+                jobs[pool.submit(judge, name, row.arm)] = f"{name}: {row.section}: {row.label}"
     return jobs
 
 

@@ -14,17 +14,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import torch
 import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
+from rotation import rotate
 
 from mergekit_pave import cache
-from mergekit_pave.core.covariance import Covariance
 from mergekit_pave.plugin.phases import fill_caches
 from mergekit_pave.report.stored import read_report
 from mergekit_pave.report.summary import by_model
+
+HALVES = ("first half", "second half")
 
 Scores = dict[str, float]  # by task, higher is better
 
@@ -63,10 +64,10 @@ class Arm:
     Attributes:
         method: of mergekit.
         settings: parameters of the method, each of which is tried; `refine` among them is refining's lambda.
-        pave: the `pave:` block, without models and data; None for a merge without one.
+        pave: the `pave:` block, without models and data; None for a merge without one. Its `calibration` adds to what is usual.
         purify: false where the block is there only for its covariances.
-        data: what the block is given: samples of each model's own task, of the next one, or for all models of `Family.general`;
-            `generated`; or covariances whose eigenvectors are replaced by random ones.
+        data: what the block is given: samples of each model's own task, of either half of its rows, of the next task, or for all
+            models of `Family.general`; `generated`; or covariances whose eigenvectors are replaced by random ones.
         samples: calibration samples for each model.
         models: how many are merged at once; the tasks are cut into groups of so many.
     """
@@ -75,7 +76,7 @@ class Arm:
     settings: tuple[dict[str, Any], ...]
     pave: dict[str, Any] | None = None
     purify: bool = True
-    data: Literal["own", "other", "general", "generated", "rotated"] = "own"
+    data: Literal["own", "first half", "second half", "other", "general", "generated", "rotated"] = "own"
     samples: int = 128
     models: int = 8
 
@@ -236,7 +237,7 @@ class Laboratory:
 
     def _block(self, arm: Arm, seed: int, tasks: list[str], data: str) -> dict[str, Any]:
         calibration = {"samples": arm.samples, "max_length": self.family.max_length, "seed": seed}
-        common = arm.pave | {"cache_dir": str(self._cache(seed)), "calibration": calibration}
+        common = arm.pave | {"cache_dir": str(self._cache(seed)), "calibration": calibration | arm.pave.get("calibration", {})}
         if data in ("general", "generated"):
             whole = {"path": str(self.family.calibration(self.family.general)), "text": "text"} if data == "general" else data
             return common | {"data": whole, **({} if arm.purify else {"purify": False})}
@@ -246,9 +247,20 @@ class Laboratory:
             source = names[(names.index(task) + 1) % len(names)] if data == "other" else task
             given = {"covariance": str(self._rotated(seed, task))}
             if data != "rotated":
-                given = {"data": {"path": str(self.family.calibration(source)), "text": "text"}}
+                given = {"data": {"path": str(self._rows(source, data)), "text": "text"}}
             entries.append({"model": str(self.family.tuned(seed, task)), **given, **({} if arm.purify else {"purify": False})})
         return common | {"models": entries}
+
+    def _rows(self, task: str, data: str) -> Path:
+        """Calibration texts of a task, all of them or every other one."""
+        path = self.family.calibration(task)
+        if data not in HALVES:
+            return path
+        half = self._folder / self.family.name / data.replace(" ", "-") / path.name
+        if not half.exists():
+            half.parent.mkdir(exist_ok=True)
+            half.write_text("".join(path.read_text().splitlines(keepends=True)[HALVES.index(data) :: 2]))
+        return half
 
     def _cache(self, seed: int) -> Path:
         return self._folder / self.family.name / "cache" / f"seed{seed}"
@@ -274,19 +286,6 @@ class Laboratory:
 
 def _by_pair(entries: dict[int, dict[str, Any]]) -> dict[tuple[int, str], float]:
     return {(seed, task): score for seed, entry in entries.items() for task, score in entry["scores"].items()}
-
-
-def rotate(source: cache.Artefact, target: cache.Artefact, seed: int) -> None:
-    """Covariances with the same spectra whose eigenvectors are random: the directions that they drop are random, too."""
-    generator = torch.Generator().manual_seed(seed)
-    manifest = source.manifest()
-    sizes = {entry["file"]: (entry["tokens"], entry["dim"]) for entry in manifest["layers"].values()}
-    files = {}
-    for name, (tokens, dim) in sizes.items():
-        gram = Covariance.from_tensors(source.read(name), tokens, dim).unscaled()
-        rotation = torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64)).Q
-        files[name] = target.write(name, Covariance(tokens, gram=rotation @ gram @ rotation.mT).to_tensors())
-    target.complete(manifest | {"files": files})
 
 
 def run_config(config: dict[str, Any], out: Path, seed: int) -> None:

@@ -15,6 +15,7 @@ from decoder import Decoder
 from encoder import Encoder
 from merging import Arm, Family, Laboratory
 from scored import Scorer
+from tokens import Draws
 
 SEEDS = (0, 1, 2)
 
@@ -79,6 +80,15 @@ def score(family: str, seed: int, arm: Arm | None) -> None:
         _scorers.clear()  # what the experts give is in there
         _scorers[family, seed] = Scorer(_own[family], seed)
     _scorers[family, seed].measure(arm)
+
+
+def draw(family: str, arm: Arm) -> None:
+    """Judge what becomes of an arm with two draws of tokens, and compare them."""
+    draws = Draws(_own[family])
+    for seed in draws.seeds:
+        draws.scores(arm, seed)
+        if arm.pave is not None:
+            draws.apart(arm, seed)
 
 
 def time_scoring(family: str, arm: Arm) -> None:
