@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-from arms import Row
+from arms import CLOSED, CONTROL_RATIO, Row
 from matplotlib.axes import Axes
 from merging import Laboratory, MissingResult, Outcome
 from tokens import FITTED, WIDTHS, Draws
@@ -21,8 +21,9 @@ LAYERS, SEEN = 32, {4096: 3, 14336: 1}
 PARAMETERS, CHECKPOINT = 8e9, 16e9
 WIDTH = 4096
 RATES = {"GPU": 300e12, "16 CPU cores": 1e12}  # operations a second, assumed
-PRESENT = 131072, 65536  # tokens that were run and that counted by default before this was measured
+RUN = 4  # tokens that a model is run on for each that counts
 CHOSEN = 2048
+PURIFIED = f"purified, rank_ratio {CONTROL_RATIO}"
 
 
 class Point(NamedTuple):
@@ -74,7 +75,7 @@ def point(laboratory: Laboratory, row: Row) -> Point | None:
         for beside in ("change", "removed")
     )
     seeds = sorted({seed for seed, _ in scores})
-    return Point(best["lambda"], seeds, each, Outcome(best, scores, None), apart, removed)
+    return Point(best, seeds, each, Outcome({"lambda": best}, scores, None), apart, removed)
 
 
 def against(one: Outcome, other: Outcome) -> tuple[float, float]:
@@ -86,7 +87,7 @@ def against(one: Outcome, other: Outcome) -> tuple[float, float]:
 def points_of(laboratory: Laboratory, rows: list[Row]) -> Points:
     """By method, what has been measured, by number of tokens."""
     found: Points = {}
-    for row in sorted(rows, key=lambda row: (row.ratio is None, row.ratio or 0)):
+    for row in sorted(rows, key=lambda row: (row.section != "", row.ratio is None, row.ratio or 0)):
         if measured := point(laboratory, row):
             found.setdefault(row.section, []).append((row, measured))
     return found
@@ -193,22 +194,18 @@ def _plot_quality(
 
 
 def _plot_apart(axis: Axes, families: dict[str, Points]) -> None:
-    """Over the width of the layer's own input, so that all layers share an axis."""
-    for family, colour in zip(families, COLOURS):
-        for method, style in (("regmean", "-"), ("purified, rank_ratio 0.9375", ":")):
-            for name, points in families[family].items():
-                if not name.startswith(method) or name == FITTED:
-                    continue
-                pairs = sorted(
-                    (share * WIDTHS[family] / int(width), value)
-                    for share, measured in sweep(points)
-                    for width, value in (measured.removed or measured.apart).items()
-                )
-                what = "what is removed, rank_ratio 0.9375" if method != "regmean" else "regmean"
-                axis.plot(*zip(*pairs), style, color=colour, marker=".", label=f"{family}: {what}")
-    axis.set_ylim(bottom=0)
-    axis.set_ylabel("distance of two draws, over the length")
-    axis.set_title("how far merges from other tokens are apart")
+    """Of the layers that see hidden states."""
+    for (family, methods), colour in zip(families.items(), COLOURS):
+        closed = max((CLOSED, FITTED), key=lambda method: len(methods.get(method, ())))  # the layers are the same
+        for method, name, style in ((closed, CLOSED, "-"), (PURIFIED, f"what is removed, {PURIFIED}", ":")):
+            width = str(WIDTHS[family])
+            measured = sweep(methods.get(method, []))
+            values = [(share, (of.removed or of.apart)[width]) for share, of in measured]
+            if values:
+                axis.plot(*zip(*values), style, color=colour, marker=".", label=f"{family}: {name}")
+    axis.set_ylim(0, 1.4)
+    axis.set_ylabel("distance of two merges, over their length")
+    axis.set_title("how far merges from other tokens are apart, layers d wide")
     axis.legend(fontsize="small")
 
 
@@ -221,12 +218,19 @@ def _plot_cost(axis: Axes) -> None:
     shares = [2.0**power for power in range(-5, 5)]
     axis.plot(shares, [cache_bytes(share * WIDTH) / 1e9 for share in shares], color="tab:purple", label="cache, if kept, GB")
     for (machine, rate), style in zip(RATES.items(), ("--", ":")):
-        seconds = [2 * PARAMETERS * share * WIDTH / rate for share in shares]
-        axis.plot(shares, seconds, style, color="tab:brown", label=f"forward passes, {machine} at {rate / 1e12:g} TFLOP/s, s")
+        seconds = [2 * PARAMETERS * RUN * share * WIDTH / rate for share in shares]
+        axis.plot(
+            shares,
+            seconds,
+            style,
+            color="tab:brown",
+            label=f"running {RUN} N tokens at {rate / 1e12:g} TFLOP/s, {machine}, s",
+        )
     axis.axhline(CHECKPOINT / 4e9, color="grey", linewidth=0.8)
     axis.text(shares[0], CHECKPOINT / 4e9, " a quarter of the checkpoint", fontsize="small", color="grey", va="bottom")
     axis.axvline(CHOSEN / WIDTH, color="grey", linestyle="--", linewidth=0.8)
-    axis.text(CHOSEN / WIDTH, axis.get_ylim()[0], f" {CHOSEN} tokens", fontsize="small", color="grey", va="bottom")
     axis.set_yscale("log")
+    axis.set_ylim(top=1e6)  # below the legend
+    axis.text(CHOSEN / WIDTH, axis.get_ylim()[0], f" {CHOSEN} tokens", fontsize="small", color="grey", va="bottom")
     axis.set_title(f"what a model of 8 billion parameters costs, d = {WIDTH}")
     axis.legend(fontsize="small")
