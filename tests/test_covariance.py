@@ -76,6 +76,15 @@ def test_upper_gram():
     assert torch.equal(gram, gram.mT)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("view", [lambda x: x, lambda x: x[::2, 3:], lambda x: x.mT, lambda x: x[:0]])
+def test_upper_gram_of_views(view, dtype):
+    x = view(draw(40, 30, dtype=dtype))
+    found = upper_gram(x)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.triu(), (x.mT @ x).triu(), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-1)
+
+
 def test_rows_are_kept_as_they_came():
     batches = [draw(3, 24, seed=i, dtype=torch.bfloat16) for i in range(3)]
     covariance = accumulated(batches)
@@ -160,6 +169,35 @@ def test_what_is_stored_comes_back(form):
 def test_the_packed_triangle_goes_row_by_row():
     gram = torch.tensor([[1.0, 2, 3], [2, 4, 5], [3, 5, 6]], dtype=torch.float64)
     assert Covariance(9, gram=gram).to_tensors()["triangle"].tolist() == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("width", [1, 63, 64, 65, 150])
+def test_a_large_triangle_goes_in_strips_of_64_rows(width):
+    gram = draw(width, width, dtype=torch.float64)
+    gram = gram + gram.mT
+    tensors = Covariance(9, gram=gram).to_tensors()
+    assert tensors["triangle"].shape == (width * (width + 1) // 2,)
+    expected = []
+    for start in range(0, width, 64):
+        block = range(start, min(start + 64, width))
+        expected += [gram[i, j] for i in block for j in block if j >= i]
+        expected += [gram[i, j] for i in block for j in range(start + 64, width)]
+    assert torch.equal(tensors["triangle"], torch.stack(expected))
+    assert torch.equal(Covariance.from_tensors(tensors, 9, width).gram, gram)
+
+
+@pytest.mark.parametrize("tokens", [5, 500])
+def test_the_inverse_is_that_of_the_shifted_matrix(tokens):
+    covariance = Covariance.from_rows(draw(tokens, 24))
+    for shift in (0.3, 0.01):
+        expected = torch.linalg.inv(covariance.matrix() + shift * torch.eye(24, dtype=torch.float64)) * shift
+        torch.testing.assert_close(covariance.inverse(shift).double(), expected, rtol=1e-5, atol=1e-6)
+        assert covariance.inverse(shift) is covariance.inverse(shift)  # layers that share an input share it, too
+
+
+def test_a_matrix_that_rounding_makes_indefinite_has_no_inverse():
+    covariance = Covariance.from_rows(1e12 * draw(3, 1).repeat(1, 24))
+    assert covariance.inverse(1e-9) is None
 
 
 def test_one_row():

@@ -176,6 +176,51 @@ def test_hard_weights(spoil, shape, tokens):
         assert_exact(weight, rows, 0.01, round(components * ratio))
 
 
+@pytest.mark.parametrize("tokens", [40, 2000])
+@pytest.mark.parametrize("shape", [(320, 512), (512, 320)])
+@pytest.mark.parametrize("spoil", HARD, ids=lambda spoil: spoil.__name__)
+def test_hard_weights_of_which_a_small_share_is_dropped(spoil, shape, tokens):
+    weight, rows = spoil(weights(*shape)), inputs(tokens, shape[1])
+    for ratio in (0.97, 0.99):
+        assert_exact(weight, rows, 0.01, round(min(shape) * ratio))
+
+
+@pytest.mark.parametrize("shape", [(320, 512), (512, 320)])
+def test_a_weight_that_ignores_the_largest_inputs(shape):
+    """Of the product of W and C then nearly everything cancels."""
+    rows = inputs(2000, shape[1])
+    top = torch.linalg.eigh(rows.double().mT @ rows.double()).eigenvectors[:, -20:]
+    weight = weights(*shape).double()
+    assert_exact(weight - weight @ top @ top.mT, rows, 1e-3, round(min(shape) * 0.984))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
+@pytest.mark.parametrize("shape", [(320, 512), (512, 320)])
+def test_the_range_of_float32_is_no_limit(shape, scale):
+    weight, rows = weights(*shape).double(), inputs(2000, shape[1]).double()
+    covariance = Covariance(2000, gram=rows.mT @ rows)
+    expected, found = (
+        tail_components(w, c, shift, 5)
+        for w, c, shift in (
+            (weight, covariance, 1e-3),
+            (weight * scale, Covariance(2000, gram=covariance.gram * scale), 1e-3 * scale),
+        )
+    )
+    torch.testing.assert_close(found.values / scale**2, expected.values, rtol=1e-6, atol=0)
+    assert found.energy / scale**4 == pytest.approx(expected.energy, rel=1e-6)
+    overlap = torch.linalg.svdvals(found.directions.mT @ expected.directions)
+    torch.testing.assert_close(overlap, torch.ones(5, dtype=torch.float64), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("shape", [(320, 512), (512, 320)])
+def test_one_covariance_serves_several_weights(shape):
+    covariance = covariance_of(inputs(200, shape[1]))
+    for seed, shift in ((1, 1e-3), (2, 1e-3), (3, 0.1)):
+        weight = weights(*shape, seed=seed)
+        shared, alone = (tail_components(weight, c, shift, 5) for c in (covariance, covariance_of(inputs(200, shape[1]))))
+        torch.testing.assert_close(shared.values, alone.values, rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize("shape", ["wide", "square", "tall"])
 def test_a_zero_weight_stays_zero(shape):
     d_out, d_in = SHAPES[shape]

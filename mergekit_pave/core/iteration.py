@@ -153,8 +153,8 @@ def orthonormal(x: Tensor) -> Tensor:
     return torch.linalg.qr(x.mT).Q.mT.contiguous()
 
 
-def random_rows(rows: int, columns: int, like: Tensor, seed: int = 0) -> Tensor:
+def random_rows(rows: int, columns: int, like: Tensor) -> Tensor:
     """Normal numbers, the same in every run and on every device."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     # mergekit's workers make their GPU the default device, which would refuse this generator.
     return torch.randn(rows, columns, generator=generator, dtype=like.dtype, device="cpu").to(like.device)

@@ -17,13 +17,13 @@ def leading_by_krylov(apply: Map, n: int, count: int, like: Tensor) -> tuple[Ten
         `count` eigenvalues, descending, and their vectors (count, n). None if LAPACK on the whole matrix would be no slower, or
         if the eigenvalues lie so close together that the residual does not become small in time.
     """
-    width = 16 if count > 8 else 8
-    limit = n // 3
-    if count > limit // 4 or 2 * width > limit:
+    # A block finds an eigenvalue at most as often as it has rows.
+    width, limit = max(8, count + 1), n // 3
+    if 4 * width > limit:
         return None
     basis, images, rank = like.new_empty(limit, n), like.new_empty(limit, n), 0  # of both, `rank` rows are filled
     block = orthonormal(random_rows(width, n, like))
-    next_check, settled, before = max(count + 1, 2 * width), None, None
+    next_check, before = 3 * width, None
     while rank + len(block) <= limit:
         image = apply(block)
         if not image.isfinite().all():
@@ -42,16 +42,10 @@ def leading_by_krylov(apply: Map, n: int, count: int, like: Tensor) -> tuple[Ten
         residual = (vectors @ images[:rank] - values[:count, None] * ritz).norm()
         allowed = torch.maximum(1e-5 * (values[count - 1] - values[count]), 1e-9 * values[count - 1])
         if residual <= allowed:
-            if count < width or (settled is not None and torch.allclose(values[:count], settled, rtol=1e-6)):
-                return values[:count], ritz
-            # A block finds an eigenvalue at most as often as it has rows. Other vectors look for further equal eigenvalues.
-            settled = values[:count]
-            block = orthonormal(torch.cat([block, outside(random_rows(width, n, like, seed=rank), basis[:rank])]))
-            next_check = rank + 3 * len(block)
-        elif settled is None:
-            # Residuals fall faster and faster. If twice the present pace would not be enough, this will not end in time.
-            rank_before, log_before = before or (rank, 0.0)
-            before = rank, (residual / allowed).log().item()
-            if log_before and rank + (rank - rank_before) / 2 * before[1] / max(log_before - before[1], 1e-3) > limit:
-                return None
+            return values[:count], ritz
+        # Residuals fall faster and faster. If twice the present pace would not be enough, this will not end in time.
+        rank_before, log_before = before or (rank, 0.0)
+        before = rank, (residual / allowed).log().item()
+        if log_before and rank + (rank - rank_before) / 2 * before[1] / max(log_before - before[1], 1e-3) > limit:
+            return None
     return None
