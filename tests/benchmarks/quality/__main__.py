@@ -47,7 +47,7 @@ import workers
 from arms import Arm, Row, given_rows, refined_rows, rows, scored_rows
 from report import plot, table
 from scored_report import scored_table
-from tokens import token_rows
+from tokens import SEEDS, token_rows
 from tokens_report import tokens_plot, tokens_table
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -130,7 +130,8 @@ def run(pool: Executor, wanted: dict[str, list[Row]], laboratories: dict[str, wo
         say(f"{name} ready")
     trained = {}
     for name, laboratory in laboratories.items():
-        for seed, task in itertools.product(laboratory.seeds, laboratory.family.tasks):
+        seeds = laboratory.seeds[: SEEDS if kind == "tokens" else None]
+        for seed, task in itertools.product(seeds, laboratory.family.tasks):
             trained[pool.submit(workers.fine_tune, name, seed, task)] = f"{name} {task}, seed {seed}: fine-tuned"
     for done in as_completed(trained):
         done.result()
@@ -155,7 +156,9 @@ def run(pool: Executor, wanted: dict[str, list[Row]], laboratories: dict[str, wo
 
 def submit(pool: Executor, wanted: dict[str, list[Row]], judge: Callable[[str, Arm], None]) -> dict[Future, str]:
     """Have the arms judged, families in turn."""
-    jobs = {pool.submit(workers.unmerged, name): f"{name}: base and fine-tunes judged" for name in wanted}
+    jobs = {}
+    if judge is workers.judge:
+        jobs = {pool.submit(workers.unmerged, name): f"{name}: base and fine-tunes judged" for name in wanted}
     seen: list[tuple[str, object]] = []
     for pair in itertools.zip_longest(*([(name, row) for row in listed] for name, listed in wanted.items())):
         for name, row in filter(None, pair):
