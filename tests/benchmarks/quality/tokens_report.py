@@ -115,7 +115,9 @@ def _family(laboratory: Laboratory, rows: list[Row]) -> list[str]:
     lines = [f"#### The {family.name}, inputs {WIDTHS[family.name]} wide and wider, {family.unit}", ""]
     for method, points in points_of(laboratory, rows).items():
         if not method:
-            lines += [f"- {row.label}, without data: {measured.outcome.mean:.1f}" for row, measured in points]
+            for row, measured in points:
+                of_seeds = (f"{score:.1f} (seed {seed})" for seed, score in zip(measured.seeds, measured.draws))
+                lines.append(f"- {row.label}, without data: {', '.join(of_seeds)}")
             continue
         most = max(sweep(points), default=(0, None))[1]
         lines += [
