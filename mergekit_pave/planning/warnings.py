@@ -31,8 +31,8 @@ def sample_warnings(
         if calibration.tokens < widest // ENOUGH:
             warnings.append(
                 f"{model}: {calibration.tokens} calibration tokens for layers that are up to {widest} wide; directions that no "
-                f"token shows are ranked by the weights alone. A merge gains little from more than {widest // ENOUGH} or so: give "
-                "more data, or raise calibration.samples or max_tokens"
+                f"token shows are ranked by the weights alone. A merge gains little from more than {widest // ENOUGH} or so: "
+                "give more data, or raise calibration.samples or max_tokens"
             )
     for (model, calibration), (other, of_other) in itertools.combinations(calibrations.items(), 2):
         shared = len(calibration.contents & of_other.contents)
