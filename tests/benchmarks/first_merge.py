@@ -28,21 +28,22 @@ import torch
 import yaml
 from calibration import clock
 from decomposition import published_shift
-from transformers import AutoTokenizer, LlamaForCausalLM
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
+from transformers import LlamaForCausalLM
 from warm_merge import WORDS, command, make_models, write_configs
+
+from mergekit_pave.plugin.phases import plan_merge
 
 HERE = Path(__file__).resolve().parents[2]
 
 
-def token_ids(place: Path, words: int) -> tuple[torch.Tensor, ...]:
-    """The tokens that a merge runs a model on at the defaults of the checkout that is imported."""
-    from mergekit_pave.settings import DEFAULT_CALIBRATION
-
-    tokenizer = AutoTokenizer.from_pretrained(place / "tuned0")
-    rows = [json.loads(line)["text"] for line in (place / "data.jsonl").read_text().splitlines()]
-    length = DEFAULT_CALIBRATION.max_length
-    ids = [tokenizer(text, truncation=True, max_length=length)["input_ids"] for text in rows[: DEFAULT_CALIBRATION.samples]]
-    return torch.tensor(ids).split(DEFAULT_CALIBRATION.batch_size)
+def token_ids(place: Path) -> tuple[torch.Tensor, ...]:
+    """The tokens that a merge runs a model on, as the checkout that is imported plans it."""
+    config = yaml.safe_load((place / "task_arithmetic-pave.yml").read_text())
+    job = plan_merge(MergeConfiguration.model_validate(config), MergeOptions(), compares=False).calibrations[0].job
+    samples = getattr(job, "run", job.encoded)  # before there was a choice, all were run
+    return torch.tensor([sample.inputs["input_ids"] for sample in samples]).split(job.batch_size)
 
 
 def write_data(place: Path, words: int | None) -> None:
@@ -62,7 +63,7 @@ def stage_forward(place: Path, out: Path) -> None:
         model = LlamaForCausalLM.from_pretrained(place / name, dtype=torch.float32).eval()
         with torch.no_grad():
             start = clock()
-            for batch in token_ids(place, 0):
+            for batch in token_ids(place):
                 model.model(batch, use_cache=False)
             seconds += clock() - start
     out.write_text(json.dumps(seconds))
@@ -75,7 +76,7 @@ def stage_paper(place: Path, out: Path, ratio: float = 0.984) -> None:
     for name in ("tuned0", "tuned1"):
         model = LlamaForCausalLM.from_pretrained(place / name, dtype=torch.float32).eval()
         layers = {path: one for path, one in model.model.named_modules() if isinstance(one, torch.nn.Linear)}
-        batches = token_ids(place, 0)
+        batches = token_ids(place)
         for path, covariance in _published_covariances(model, layers, batches).items():
             shifted, _ = published_shift(covariance, 0.01)
             torch.linalg.svdvals(layers[path].weight.detach() @ shifted)  # what the ranks are found with
