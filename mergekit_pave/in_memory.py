@@ -236,7 +236,8 @@ def _measure(
             try:
                 device = str(model.device)
                 measured = measure_model(model, layers, name, batches, apart, unpadded, device, quiet)
-                return MeasuredCovariances({layer: covariance for names, covariance in measured for layer in names})
+                by_layer = {layer: covariance for names, covariance in measured for layer in names}
+                return MeasuredCovariances(by_layer, share=False)
             except DivergedError as error:
                 apart |= {error.role}
             except NotFiniteError as error:

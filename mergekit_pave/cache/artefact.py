@@ -180,6 +180,18 @@ class Artefact:
             self.discard()
             raise
 
+    @contextlib.contextmanager
+    def kept_on_error(self) -> Iterator[None]:
+        """Keep what is there until the block replaces its manifest, and remove what else the block has written if it fails.
+
+        Files have to get other names than those that are there, because others may be reading them.
+        """
+        try:
+            yield
+        except BaseException:
+            self.remove_others()
+            raise
+
     def discard(self) -> None:
         """Remove the artefact, its manifest first."""
         with writable(self.folder):

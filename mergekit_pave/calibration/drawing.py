@@ -12,6 +12,7 @@ ENOUGH = 8  # a layer whose inputs are 8 times as wide as there are tokens is me
 _AN_EXPERT = 256  # tokens that an expert of a mixture is to see on average
 _SPREAD = 64  # samples that a model is run on at least: tokens of one sample repeat each other
 RUN = 4  # tokens that it is run on at least for each that counts
+RULES = [_SPREAD, RUN]  # what is drawn depends on these, and not on settings alone
 
 
 def default_tokens(architecture: Architecture) -> int:

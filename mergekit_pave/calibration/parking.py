@@ -74,4 +74,5 @@ class Parking:
     def _may_move(self, state: Tensor) -> bool:
         """Whether a tensor is a batch's own, and its memory is its own."""
         is_own = not isinstance(state, nn.Parameter) and id(state) not in self._buffers
-        return is_own and state.layout == torch.strided and state.untyped_storage().nbytes() == state.nbytes
+        is_own &= state.layout == torch.strided and state._base is None
+        return is_own and state.untyped_storage().nbytes() == state.nbytes

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mergekit_pave import cache
 from mergekit_pave.calibration import distributed
@@ -55,7 +55,7 @@ def calibrate(job: Job, artefact: cache.Artefact, runtime: Runtime, use: Use | N
 
     Args:
         use: what is made of the covariances while they are in memory. Where the cache has them, or several processes measure
-            together, they are kept, and it is left to the caller to make it of these.
+            together and keep them, it is left to the caller to make it of these.
 
     Raises:
         PaveError: an activation is not finite, memory runs out, or the cache cannot be written.
@@ -64,7 +64,7 @@ def calibrate(job: Job, artefact: cache.Artefact, runtime: Runtime, use: Use | N
     use = NoUse() if use is None or together else use
 
     def is_done() -> bool:
-        return has_covariances(artefact, kept=job.keep or together or not use.is_complete)
+        return has_covariances(artefact, kept=job.keep or not use.is_complete)
 
     if distributed.agree(is_done()):  # without a lock, so that it works in a read-only cache
         LOG.info("%s: what it shows on its samples is in the cache", job.name)
@@ -76,29 +76,37 @@ def calibrate(job: Job, artefact: cache.Artefact, runtime: Runtime, use: Use | N
     with artefact.lock():
         if not together and is_done():
             return  # another process has made it meanwhile
-        if artefact.manifest() and not has_covariances(artefact, kept=False):
+        is_again = has_covariances(artefact, kept=False)  # and others may be reading what is there
+        if artefact.manifest() and not is_again:
             LOG.warning("%s: what is in the cache is damaged; measuring anew", job.name)
         try:
-            with artefact.discarded_on_error():
-                manifest = _measure_and_store(job, artefact, runtime, use, keep=job.keep or together)
+            with artefact.kept_on_error() if is_again else artefact.discarded_on_error():
+                manifest = _measure_and_store(job, artefact, runtime, use)
                 use.finish()
                 artefact.complete(manifest)
+                artefact.remove_others()
         except Exception as error:
             if is_out_of_memory(error):
                 raise PaveError(_out_of_memory(job, runtime.device)) from error
             raise
 
 
-def _measure_and_store(job: Job, artefact: cache.Artefact, runtime: Runtime, use: Use, keep: bool) -> dict[str, Any]:
-    files, layers = {}, {}
+def _measure_and_store(job: Job, artefact: cache.Artefact, runtime: Runtime, use: Use) -> dict[str, Any]:
+    files, layers, taken = {}, {}, (artefact.manifest() or {"files": ()})["files"]
+
+    def store(name: str, tensors: dict[str, Tensor]) -> str:
+        while name in taken:
+            name = f"again-{name}"
+        files[name] = artefact.write(name, tensors)
+        return name
+
     head = _predictions(job)
     for block, measurements in _measure(job, runtime, head, use):
         covariance = None
         for layers_that_share, covariance in measurements:
             name = None
-            if keep or (head and head.path in layers_that_share):  # that of a head is small
-                name = f"{len(files):05}.safetensors"
-                files[name] = artefact.write(name, covariance.to_tensors())
+            if job.keep or (head and head.path in layers_that_share):  # that of a head is small
+                name = store(f"{len(files):05}.safetensors", covariance.to_tensors())
             for layer in layers_that_share:
                 layers[layer] = {"file": name, "tokens": covariance.tokens, "dim": covariance.dim}
         use.take(block, measurements)
@@ -109,11 +117,9 @@ def _measure_and_store(job: Job, artefact: cache.Artefact, runtime: Runtime, use
         artefact.remove(name)
     manifest = {"files": files, "layers": layers, **job.about}
     if head and head.sums.isfinite().all() and head.path in layers:
-        files[PREDICTED] = artefact.write(PREDICTED, {"predicted": head.sums})
-        manifest["head"] = {"layer": head.path, "file": PREDICTED}
+        manifest["head"] = {"layer": head.path, "file": store(PREDICTED, {"predicted": head.sums})}
     if job.counts:
-        files[COUNTS] = artefact.write(COUNTS, job.counts.to_tensors())
-        manifest["counts"] = COUNTS
+        manifest["counts"] = store(COUNTS, job.counts.to_tensors())
     return manifest
 
 
@@ -130,8 +136,8 @@ def _out_of_memory(job: Job, device: str) -> str:
         f"{readable(cost.weights)} for a block's weights, {readable(cost.covariances)} for its covariances, "
         f"{readable(cost.hidden)} for hidden states and {readable(cost.batch)} for one batch. "
         f"pave.calibration.batch_size: {halved} would save about {readable(cost.batch * (1 - halved / job.batch_size))}, "
-        f"half of `samples` or of `max_length` about {readable(cost.hidden / 2)}, and a `max_tokens` small enough to keep "
-        "rows instead of sums most of the covariances; or use another device"
+        f"half of `max_length` about {readable(cost.hidden / 2)}, and a smaller `max_tokens` some of the covariances; or use "
+        "another device"
     )
 
 

@@ -27,7 +27,10 @@ def never_remove(folder: str) -> None:
 
 def stored_covariances(folder: str) -> StoredCovariances:
     """The covariances in a folder. Its manifest is read once, because it may name every expert of a large model."""
-    stat = Path(folder, cache.MANIFEST).stat()
+    try:
+        stat = Path(folder, cache.MANIFEST).stat()
+    except OSError as error:
+        raise cache.DamagedError(f"the covariances at {folder} were removed during the run; run again") from error
     return _stored_covariances(folder, stat.st_mtime_ns, stat.st_ino)
 
 

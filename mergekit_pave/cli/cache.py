@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from mergekit_pave import cache as caches
+from mergekit_pave.calibration.run import has_covariances
 from mergekit_pave.errors import PaveError
 from mergekit_pave.files import readable
 
@@ -143,10 +144,14 @@ def import_folder(folder: Path, cache_dir: str | None) -> None:
             + (older if number in range(ours) else "pip install --upgrade mergekit-pave")
         )
     target = caches.cache_root(cache_dir) / "covariance" / manifest["key"]
-    if caches.Artefact(target).is_intact():
+    there = caches.Artefact(target)
+    if there.is_intact() and has_covariances(there, kept=True):
         click.echo(f"{manifest['key'][:12]}, covariances of {manifest['model']}, is in the cache already")
         return
-    caches.copy(folder, target)
+    caches.Artefact(folder).validate()
+    with there.lock():
+        there.discard()  # it was measured here, but its covariances were not kept
+        caches.copy(folder, target)
     click.echo(f"imported as {manifest['key'][:12]}, covariances of {manifest['model']}, measured in {manifest['dtype']}")
 
 

@@ -87,6 +87,8 @@ def decompose_weight(
             without_tail[expert] = covariances.tokens(names)
             continue
         covariance = covariances.load(names, weight.device)
+        if layer.experts:  # no other weight needs what is remembered of it, and there are many
+            covariance = dataclasses.replace(covariance)
         shift = shift_of(covariance, regularization)
         if not shift > 0:
             raise PaveError(

@@ -15,7 +15,8 @@ and is well separated. So that is where it is sought, in one of two ways:
 - From a factorisation of A in float64: for all others. Square weights are too ill-conditioned for the first way.
 
 Where A is singular to working precision, as for a weight that is rank-deficient, a full SVD takes over. Only a checked result
-leaves this file. Taking the directions out of W is an ordinary product in W's precision.
+leaves this file: each direction and value is exact. That none is missing among the smallest rests on blocks that are wider than
+what is asked for. Taking the directions out of W is an ordinary product in W's precision.
 """
 
 from __future__ import annotations
@@ -26,12 +27,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-import scipy.linalg
 import torch
 from torch import Tensor
 
 from mergekit_pave.core.covariance import Covariance
+from mergekit_pave.core.eigenpairs import leading_eigenpairs
 from mergekit_pave.core.exact import float32_products, in_float64
 from mergekit_pave.core.failures import NOT_CONVERGED
 from mergekit_pave.core.gram import inverse_of_gram, mirror_upper, upper_gram
@@ -233,19 +233,8 @@ def _inverse_root(a: Tensor, triangle: Tensor | None) -> tuple[Map, Map] | None:
 
 def _leading_dense(root: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Leading eigenpairs of H^T H, as `leading_by_krylov` returns them, for an explicit H (n, n)."""
-    n = len(root)
     gram = upper_gram(root)
     if not gram.isfinite().all():
         return gram.new_full((count,), torch.inf), gram[:count]
-    if gram.device.type == "cpu":
-        # LAPACK's driver for a subset takes less than half the time of all n eigenpairs.
-        values, vectors = scipy.linalg.eigh(
-            gram.numpy(), subset_by_index=[n - count, n - 1], lower=False, overwrite_a=True, check_finite=False
-        )
-        if len(values) < count:  # happens on some processors if many eigenvalues coincide
-            raise np.linalg.LinAlgError(f"LAPACK found {len(values)} of {count} eigenvalues")
-        values, vectors = torch.from_numpy(values), torch.from_numpy(vectors)
-    else:
-        values, vectors = torch.linalg.eigh(gram, UPLO="U")
-        values, vectors = values[-count:], vectors[:, -count:]
-    return values.flip(0), vectors.flip(1).mT
+    values, vectors = leading_eigenpairs(gram, count)
+    return values, vectors.mT

@@ -25,9 +25,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from mergekit_pave.core.covariance import upper_gram
 from mergekit_pave.core.eigenpairs import leading_eigenpairs
 from mergekit_pave.core.failures import NOT_CONVERGED
+from mergekit_pave.core.gram import upper_gram
 
 _EPS = torch.finfo(torch.float64).eps
 # Vectors that end where the eigenvalue of a Gram matrix falls by a gap are wrong by eps / gap, and where it has fallen to v, the

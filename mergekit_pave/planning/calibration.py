@@ -10,6 +10,7 @@ from typing import Any
 import huggingface_hub
 
 from mergekit_pave import cache, versions
+from mergekit_pave.calibration import distributed
 from mergekit_pave.calibration.counts import TokenCounts
 from mergekit_pave.calibration.generation import Generation
 from mergekit_pave.calibration.job import Job, Runtime, covariance_key, seen
@@ -103,6 +104,7 @@ def plan_calibration(
             f"pave.keep_covariances: false, but {merge.method} merges with the covariances of {source.model}; remove this key"
         )
     keep = bool(merged) if config.keep_covariances == "auto" else config.keep_covariances
+    keep = keep or distributed.world_size() > 1  # by way of the cache, several processes share out the decompositions
     return _of_data(config, source, merge, bool(purified or merged), keep)
 
 
@@ -147,7 +149,7 @@ def _of_data(config: PaveConfig, source: Source, merge: Merge, measures_layers: 
     elsewhere = {}
     if cache.Artefact(entries / key).manifest() is None:
         folders = {other: entries / key_for(other, watched) for other in others if other != dtype}
-        elsewhere = {other: folder for other, folder in folders.items() if has_covariances(cache.Artefact(folder), kept=True)}
+        elsewhere = {other: folder for other, folder in folders.items() if has_covariances(cache.Artefact(folder), kept=False)}
     about = {
         "key": key,
         "format": cache.FORMATS["covariance"],

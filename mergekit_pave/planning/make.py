@@ -125,8 +125,15 @@ def _by_tensor(weights: list[PlannedWeight]) -> dict[int, list[PlannedWeight]]:
 def _once_a_folder(tasks: Iterable[CalibrateModel | GivenCovariance]) -> list[CalibrateModel | GivenCovariance]:
     """Two names of one model share what is measured."""
     folders: dict[Any, CalibrateModel | GivenCovariance] = {}
-    for task in tasks:  # given covariances are checked for each of their models
-        folders.setdefault(task.folder if isinstance(task, CalibrateModel) else task, task)
+    for task in tasks:
+        if not isinstance(task, CalibrateModel):  # given covariances are checked for each of their models
+            folders[task] = task
+        elif before := folders.get(task.folder):
+            keep = before.job.keep or task.job.keep
+            purified = tuple(dict.fromkeys((*before.purified, *task.purified)))
+            folders[task.folder] = replace(before, job=replace(before.job, keep=keep), purified=purified)
+        else:
+            folders[task.folder] = task
     return list(folders.values())
 
 

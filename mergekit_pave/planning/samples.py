@@ -18,7 +18,7 @@ from mergekit_pave import cache, versions
 from mergekit_pave.calibration.batches import encode, longest_sample
 from mergekit_pave.calibration.counts import count_tokens
 from mergekit_pave.calibration.data import Sample, load_held_out, load_samples
-from mergekit_pave.calibration.drawing import default_tokens
+from mergekit_pave.calibration.drawing import RULES, default_tokens
 from mergekit_pave.calibration.generation import Generation
 from mergekit_pave.calibration.models import inference_dtype
 from mergekit_pave.calibration.remembered import Remembered, recall, remember
@@ -183,6 +183,7 @@ def _memory_key(config: PaveConfig, source: Source, reading: Reading) -> str | N
         source.identity,  # and with it config.json
         source.architecture.computation,
         source.data_key,
+        RULES,
         [block.model_dump(mode="json") for block in (*sources, settings_of(config, source))],
         versions.installed() | {package: importlib.metadata.version(package) for package in ("tokenizers", "jinja2")},
     )

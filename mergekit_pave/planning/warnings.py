@@ -7,7 +7,9 @@ from collections.abc import Collection
 
 from mergekit.common import ModelReference
 
+from mergekit_pave.cache import Artefact
 from mergekit_pave.calibration.drawing import ENOUGH
+from mergekit_pave.calibration.run import has_covariances
 from mergekit_pave.core.linear import Linear
 from mergekit_pave.planning.calibration import PlannedCalibration
 from mergekit_pave.planning.merge import Merge
@@ -52,9 +54,9 @@ def precision_warnings(calibrations: Collection[PlannedCalibration]) -> list[str
         calibrations: those that are still to be done.
     """
     return [
-        f"{calibration.source.model}: it will be calibrated in {calibration.dtype}, although the cache has covariances of these "
-        f"samples in {dtype}, from another kind of device. To use those, merge with the options of that run, or give the model "
-        f"`covariance: {folder}` instead of data"
+        f"{calibration.source.model}: it will be calibrated in {calibration.dtype}, although it has been with these samples in "
+        f"{dtype}, on another kind of device. To use that, merge with the options of that run"
+        + (f", or give the model `covariance: {folder}` instead of data" if has_covariances(Artefact(folder), kept=True) else "")
         for calibration in calibrations
         for dtype, folder in calibration.elsewhere.items()
     ]

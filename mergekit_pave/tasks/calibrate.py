@@ -64,7 +64,7 @@ class CalibrateModel(_Calibration):
 
     @property
     def is_done(self) -> bool:
-        needed = self.job.keep or not DecomposeOnTheWay(self.decompositions, self.runtime.device).is_complete
+        needed = self.job.keep or not all(task.is_done for task in self.decompositions)
         return has_covariances(Artefact(Path(self.folder)), kept=needed)
 
     @property

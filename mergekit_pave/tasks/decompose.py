@@ -26,6 +26,7 @@ from mergekit_pave.tasks.base import TensorTask
 
 _TENSORS = ("directions", "coefficients", "values")
 _COPIES = 5  # of a matrix in float64: itself, its product with C, the factors of that, and what copies them on the way
+_REMEMBERED = 12  # bytes of a covariance's sum and its inverse
 _NO_EXPERT = ""  # the key of an ordinary layer in a manifest, where that of an expert is its number
 
 
@@ -106,7 +107,7 @@ class DecomposeWeight(TensorTask):
     @property
     def memory(self) -> int:
         """Bytes that it takes while it is at work."""
-        return _COPIES * 8 * math.prod(self.layer.shape)
+        return _COPIES * 8 * math.prod(self.layer.shape) + _REMEMBERED * self.layer.shape[1] ** 2
 
     def execute(self, weight: Tensor) -> None:
         artefact = Artefact(Path(self.folder))
@@ -197,7 +198,8 @@ class DecomposeOnTheWay(Use):
                 waiting.append(task)
             elif not task.is_prepared:
                 task.prepare(task.weight.execute().to(self._device), covariances)
-                LoaderCache().get(task.weight.model).flush()  # open files are mapped to memory, which counts as ours
+        for model in {task.weight.model for task in self._tasks}:
+            LoaderCache().get(model).flush()  # open files are mapped to memory, which counts as ours
         self._waiting = waiting
         wanted = {layer for task in waiting for layer in _names(task)}
         self._measured = {layer: self._measured[layer] for layer in wanted.intersection(self._measured)}
