@@ -362,7 +362,8 @@ def test_other_experts_are_refused(family_of, tmp_path, cache, monkeypatch):
     monkeypatch.setattr(MixtralExperts, "forward", lambda self, *args: own(self, *args))
     with pytest.raises(PaveError, match="compute otherwise"):
         merge(config_for(family_of("mixtral"), {}), tmp_path / "out")
-    assert {path.parent.parent.name for path in cache.rglob("manifest.json")} == {"comparison"}  # which came before
+    # These come before, and samples are not remembered of files that have just been written.
+    assert {path.parent.parent.name for path in cache.rglob("manifest.json")} - {"samples"} == {"comparison"}
 
 
 @pytest.mark.parametrize("tokens", [3, 12, 60, 2000])

@@ -13,7 +13,7 @@ from test_in_memory import assert_same, batches_of, load, state
 
 import mergekit_pave.in_memory
 from mergekit_pave import Covariance, PaveError, purify_model
-from mergekit_pave.core import projection, purification, subspace
+from mergekit_pave.core import eigenpairs, projection, purification, subspace
 from mergekit_pave.core.failures import advising, is_out_of_memory
 from mergekit_pave.core.subspace import tail_components
 from mergekit_pave.tasks import purify
@@ -123,7 +123,7 @@ def test_a_model_in_memory_whose_calibration_runs_out_of_memory(llama, monkeypat
 # A factorisation that does not converge leaves the decomposition to another one.
 
 FACTORISATIONS = {
-    "scipy's eigh": (subspace.scipy.linalg, "eigh", np.linalg.LinAlgError("eigh did not converge")),
+    "scipy's eigh": (eigenpairs.scipy.linalg, "eigh", np.linalg.LinAlgError("eigh did not converge")),
     "torch's eigh": (torch.linalg, "eigh", torch.linalg.LinAlgError("linalg.eigh: The algorithm failed to converge")),
     "qr": (torch.linalg, "qr", torch.linalg.LinAlgError("linalg.qr: failed")),
 }
@@ -151,13 +151,13 @@ def test_the_svd_takes_over(monkeypatch, module, name, error, count):
 def test_where_lapack_finds_too_few_the_svd_takes_over(monkeypatch):
     weight, covariance = draw(60, 64, seed=1).double(), Covariance.from_rows(draw(2000, 64))
     expected = tail_components(weight, covariance, 0.1, 8)
-    real = subspace.scipy.linalg.eigh
+    real = eigenpairs.scipy.linalg.eigh
 
     def too_few(*args, **kwargs):
         values, vectors = real(*args, **kwargs)
         return values[1:], vectors[:, 1:]
 
-    monkeypatch.setattr(subspace.scipy.linalg, "eigh", too_few)
+    monkeypatch.setattr(eigenpairs.scipy.linalg, "eigh", too_few)
     torch.testing.assert_close(tail_components(weight, covariance, 0.1, 8).values, expected.values, rtol=1e-6, atol=0)
 
 

@@ -308,7 +308,7 @@ def test_inputs_that_are_not_finite_are_not_taken_for_none():
 def assert_nothing_is_left(out, cache):
     """Nothing in the output folder, and of the cache only what another run may use."""
     assert not list(out.glob("*"))
-    assert {path.name for path in cache.glob("*")} <= {"covariance", "comparison"}
+    assert {path.name for path in cache.glob("*")} <= {"covariance", "comparison", "samples"}
 
 
 def test_interrupted(llama, tmp_path, cache, monkeypatch):

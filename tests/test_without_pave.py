@@ -106,13 +106,13 @@ metadata.version = lambda name: '0.3.0' if name == 'mergekit' else real(name)
 
 
 def test_a_block_says_what_is_missing():
-    """`datasets` gone: without a block nothing changes, with one the user is told."""
-    block = BLOCK.format(names={"datasets"}, error="ModuleNotFoundError(f'No module named {name}')")
+    """`greenlet` gone: without a block nothing changes, with one the user is told."""
+    block = BLOCK.format(names={"greenlet"}, error="ModuleNotFoundError(f'No module named {name}')")
     done = python(block + VALIDATE)
     assert done.stdout.split() == ["plain", "is", "fine"]
     last = done.stderr.splitlines()[-1]
     assert "PaveError" in last
-    assert "datasets" in last
+    assert "greenlet" in last
 
 
 THEIRS = ["config", "plan", "merge", "common", "merge_methods", "merge_methods.registry", "io.tensor_writer"]
