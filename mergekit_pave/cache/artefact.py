@@ -144,19 +144,16 @@ class Artefact:
         return None
 
     def publish(self) -> None:
-        """Let the manifest that was prepared count, in the place of one that is there."""
+        """Let the manifest that was prepared count, in the place of one that is there, and remove what only that one names."""
         with writable(self.folder):
             os.replace(self.folder / _PREPARED, self.folder / MANIFEST)
+            self.remove_others()
 
     def withdraw(self) -> None:
         """Forget a manifest that was prepared, and its files."""
         with writable(self.folder):
             (self.folder / _PREPARED).unlink(missing_ok=True)
             self.remove_others()
-
-    def remove(self, name: str) -> None:
-        """Remove one file that no manifest names yet."""
-        (self.folder / name).unlink()
 
     def remove_others(self) -> None:
         """Remove the tensor files that no manifest names."""

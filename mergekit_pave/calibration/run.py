@@ -112,9 +112,8 @@ def _measure_and_store(job: Job, artefact: cache.Artefact, runtime: Runtime, use
         use.take(block, measurements)
         del measurements, covariance  # or they would be in memory while the next block runs
     used = {entry["file"] for entry in layers.values()}
-    for name in files.keys() - used:
+    for name in files.keys() - used:  # a later measurement of the same layers has replaced it
         del files[name]
-        artefact.remove(name)
     manifest = {"files": files, "layers": layers, **job.about}
     if head and head.sums.isfinite().all() and head.path in layers:
         manifest["head"] = {"layer": head.path, "file": store(PREDICTED, {"predicted": head.sums})}

@@ -116,7 +116,6 @@ class DecomposeWeight(TensorTask):
                 return  # another process has just made it
             self._prepare(artefact, weight, stored_covariances(self.covariances))
             artefact.publish()
-            artefact.remove_others()
 
     @property
     def is_prepared(self) -> bool:
@@ -139,7 +138,6 @@ class DecomposeWeight(TensorTask):
         with artefact.lock():
             if not self.is_done:
                 artefact.publish()
-                artefact.remove_others()
 
     def withdraw(self) -> None:
         """Forget the tails that were prepared."""
