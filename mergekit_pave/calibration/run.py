@@ -76,7 +76,7 @@ def calibrate(job: Job, artefact: cache.Artefact, runtime: Runtime, use: Use | N
     with artefact.lock():
         if not together and is_done():
             return  # another process has made it meanwhile
-        is_again = has_covariances(artefact, kept=False)  # and others may be reading what is there
+        is_again = artefact.is_complete()  # and others may be reading what is there
         if artefact.manifest() and not is_again:
             LOG.warning("%s: what is in the cache is damaged; measuring anew", job.name)
         try:

@@ -15,7 +15,6 @@ from mergekit_pave.calibration.counts import TokenCounts
 from mergekit_pave.calibration.generation import Generation
 from mergekit_pave.calibration.job import Job, Runtime, covariance_key, seen
 from mergekit_pave.calibration.models import inference_dtype
-from mergekit_pave.calibration.run import has_covariances
 from mergekit_pave.calibration.stored import StoredCovariances, never_remove
 from mergekit_pave.config import PaveConfig
 from mergekit_pave.core.linear import Linear
@@ -149,7 +148,7 @@ def _of_data(config: PaveConfig, source: Source, merge: Merge, measures_layers: 
     elsewhere = {}
     if cache.Artefact(entries / key).manifest() is None:
         folders = {other: entries / key_for(other, watched) for other in others if other != dtype}
-        elsewhere = {other: folder for other, folder in folders.items() if has_covariances(cache.Artefact(folder), kept=False)}
+        elsewhere = {other: folder for other, folder in folders.items() if cache.Artefact(folder).is_complete()}
     about = {
         "key": key,
         "format": cache.FORMATS["covariance"],
