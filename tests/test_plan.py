@@ -158,8 +158,9 @@ def test_seventy_billion_parameters(llama, tmp_path, cache):
         largest = max(model["purified"], key=lambda row: math.prod(row["shape"]))
         assert sorted(largest["shape"]) == [8192, 28672]
         assert largest["drop"] == 8192 - round(8192 * 0.984)
-        # A few float64 copies of the largest weight; a block in float32 is smaller, and there are few tokens.
-        assert 3e9 < model["calibration"]["memory"] < 12e9
+        # A few float64 copies of the largest weight, and its covariance with an inverse in float32: 9.4 and 9.9 GB. A block is
+        # smaller, and there are few tokens.
+        assert 3e9 < model["calibration"]["memory"] < 24e9
         assert model["decomposition"]["seconds"] > 60
 
 
