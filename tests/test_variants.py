@@ -8,8 +8,9 @@ import yaml
 from mergekit.config import MergeConfiguration
 
 from mergekit_pave.errors import PaveError
-from mergekit_pave.planning.variants import Choice, combinations, default_combinations, make_variants, parse_choice
+from mergekit_pave.planning.variants import Choice, combinations, default_combinations, in_full, make_variants, parse_choice
 from mergekit_pave.planning.weights import Found, as_changes, search, weights_of
+from mergekit_pave.report.page.labels import label_settings
 from mergekit_pave.report.rewritten import rewrite
 
 TEXT = """\
@@ -48,7 +49,8 @@ def tried(*choices, of=None):
 
 
 def variants(*choices, of=None):
-    return make_variants(of or content(), combinations(map(parse_choice, choices)))
+    of = of or content()
+    return make_variants(of, combinations(in_full(map(parse_choice, choices), of)))
 
 
 def default(of):
@@ -143,8 +145,11 @@ def test_parameters_have_no_meaning_for_a_method_without_them():
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
-        ("lambda=1", "lambda stands under parameters: write parameters.lambda"),
-        ("refine.lambda=1", "refine stands under pave: write pave.refine.lambda"),
+        ("samples=8", "--set samples: write in full what is meant: calibration.samples"),
+        ("covariance=0.3", "write in full what is meant: refine.covariance"),  # ties has none
+        ("lamda=1", "unknown key 'lamda'"),
+        ("density=0.5", "has a density of its own; set models.0.parameters.density, models.1.parameters.density"),
+        ("models.0.rank_ratio=0.5", "unknown key 'rank_ratio'.* in models.0"),
         ("paramters.lambda=1", "unknown key 'paramters'; did you mean 'parameters'"),
         ("parameters.lamda=1", "unknown parameter 'lamda'; did you mean 'lambda'"),
         ("models.0.parameters.wieght=1", "did you mean 'weight'"),
@@ -166,6 +171,45 @@ def test_parameters_have_no_meaning_for_a_method_without_them():
 def test_what_nobody_would_read_is_refused(choice, message):
     with pytest.raises(PaveError, match=message):
         variants(choice)
+
+
+@pytest.mark.parametrize(
+    ("short", "key"),
+    [
+        ("lambda=0.6,0.8", "parameters.lambda"),
+        ("rank_ratio=0.5", "pave.rank_ratio"),
+        ("refine.lambda=1.4", "pave.refine.lambda"),
+        ("refine={lambda: 1.4}", "pave.refine"),
+        ("calibration.max_tokens=9", "pave.calibration.max_tokens"),
+        ("merge_method=tsv", "merge_method"),
+        ("tokenizer.source=base", "tokenizer.source"),
+    ],
+)
+def test_a_key_may_be_as_short_as_the_table_shows_it(short, key):
+    found = tried(short)
+    assert [list(changes) for changes in found[1:]] == [[key]] * (len(found) - 1) and len(found) > 1
+
+
+def test_names_of_the_table_can_be_typed_back():
+    """Whatever else was tried: `lambda` alone is always the merge method's."""
+    keys = ["parameters.lambda", "pave.refine.lambda", "pave.rank_ratio", "pave.models.0.rank_ratio", "pave.calibration.samples"]
+    for together in ([key] for key in keys), [keys]:
+        for group in together:
+            value = 0.5 if "samples" not in group[0] else 3
+            labels = label_settings([{}, *({key: value} for key in group)], TEXT)[1:]
+            typed = [Choice(label.rpartition(" ")[0], [value]) for label in labels]
+            assert [choice.key for choice in in_full(typed, content())] == group
+
+
+def test_methods_that_are_tried_may_have_the_parameter():
+    assert [list(changes) for changes in tried("merge_method=regmean", "covariance=0.3")[1:]] == [
+        ["merge_method", "parameters.covariance"]
+    ]
+
+
+def test_a_key_that_is_given_short_and_in_full_is_given_twice():
+    with pytest.raises(PaveError, match="parameters.lambda is given twice"):
+        tried("lambda=1", "parameters.lambda=2")
 
 
 SLICES = """\

@@ -21,7 +21,7 @@ from mergekit_pave.report.tuned import as_text, tuned
 
 if not host.missing():
     from mergekit_pave.planning.samples import each_read_once
-    from mergekit_pave.planning.variants import Variant, combinations, default_combinations, make_variants, parse_choice
+    from mergekit_pave.planning.variants import Variant, combinations, default_combinations, in_full, make_variants, parse_choice
     from mergekit_pave.planning.weights import as_changes, weights_of
     from mergekit_pave.plugin.scoring import plan_scoring
     from mergekit_pave.plugin.tune import Tuner, tune_weights
@@ -34,8 +34,9 @@ if not host.missing():
     "choices",
     metavar="KEY=V1,V2",
     multiple=True,
-    help="A key with dots, as in parameters.lambda or models.0.parameters.weight, and the values to try, as YAML. Repeat it for "
-    "other keys: every combination is tried. Default: see above.",
+    help="A key with dots, as in models.0.parameters.weight, and the values to try, as YAML. Parameters and keys of the block may "
+    "be as short as the table shows them: lambda, rank_ratio, refine.lambda. Repeat it for other keys: every combination is "
+    "tried. Default: see above.",
 )
 @click.option("--by", type=click.Choice(["mean", "worst"]), default="mean", show_default=True, help="What counts as best.")
 @click.option(
@@ -91,7 +92,7 @@ def tune(
     config = read_config(str(config_file))
     text = config_file.read_bytes().decode("utf-8")  # with the ends of lines that it has
     content = yaml.safe_load(text)
-    chosen = combinations(map(parse_choice, choices))
+    chosen = combinations(in_full(map(parse_choice, choices), content))
     with each_read_once():
         scorer = plan_scoring(config, merge_options, rows, base)
         variants = make_variants(content, chosen if choices else default_combinations(config, content))

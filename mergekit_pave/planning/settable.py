@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, get_args, get_origin
 
 from mergekit.config import MergeConfiguration
@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from mergekit_pave.config import PaveConfig, PaveModel
 from mergekit_pave.errors import PaveError, unknown
+from mergekit_pave.settings import Calibration, Refine
 
 
 def parts_of(key: str, value: Any) -> Iterator[str]:
@@ -33,6 +34,31 @@ def parameter_in(key: str) -> str | None:
     return parts[parts.index("parameters") + 1]
 
 
+def full_key(key: str, parameters: Collection[str]) -> str:
+    """A key in full, which may lack the `parameters.` or `pave.` before it. `page.labels` leaves these out.
+
+    Args:
+        parameters: those of the merge methods.
+
+    Raises:
+        PaveError: several keys end like this, or the only one lies deeper.
+    """
+    first = key.split(".")[0]
+    if first in MergeConfiguration.model_fields:
+        return key
+    meant = [
+        f"{place}.{key}" for place, names in (("parameters", parameters), ("pave", PaveConfig.model_fields)) if first in names
+    ]
+    if len(meant) == 1:
+        return meant[0]
+    for place, kind in (("calibration", Calibration), ("refine", Refine)) if not meant else ():
+        if first in {field.alias or name for name, field in kind.model_fields.items()}:
+            meant.append(f"{place}.{key}")
+    if meant:
+        raise PaveError(f"--set {key}: write in full what is meant: {' or '.join(meant)}")
+    return key  # which is refused with all other keys that nobody reads
+
+
 def check_key(key: str, content: dict[str, Any], parameters: set[str]) -> None:
     """Refuse a key that mergekit would not read. The classes of the block refuse theirs themselves.
 
@@ -45,10 +71,6 @@ def check_key(key: str, content: dict[str, Any], parameters: set[str]) -> None:
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             if part not in kind.model_fields:
                 place = f" in {'.'.join(parts[:depth])}" if depth else ""
-                if not depth and (
-                    owner := "parameters" if part in parameters else "pave" if part in PaveConfig.model_fields else ""
-                ):
-                    raise PaveError(f"--set {key}: {part} stands under {owner}: write {owner}.{key}")
                 raise PaveError(f"--set {key}: {unknown('key', part, kind.model_fields)}{place}")
             if kind is MergeConfiguration and part == "pave":
                 return _check_block_key(key, content)

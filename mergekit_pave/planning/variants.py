@@ -18,7 +18,7 @@ from mergekit.merge_methods.base import MergeMethodSpec
 from pydantic import ValidationError
 
 from mergekit_pave.errors import PaveError, unknown
-from mergekit_pave.planning.settable import check_key, own_parameters, parameter_in, parts_of
+from mergekit_pave.planning.settable import check_key, full_key, own_parameters, parameter_in, parts_of
 from mergekit_pave.report.tuned import shown
 
 _RANDOM = {"dare_linear", "dare_ties", "della", "della_linear", "arcee_fusion"}
@@ -77,6 +77,21 @@ def parse_choice(text: str) -> Choice:
     if not isinstance(parsed, list) or not parsed:
         raise PaveError(f"--set {text}: there is no value after the equals sign")
     return Choice(key, parsed)
+
+
+def in_full(choices: Iterable[Choice], content: dict[str, Any]) -> list[Choice]:
+    """Choices, with keys that may lack the `parameters.` or `pave.` before them.
+
+    Args:
+        content: what the user's YAML holds.
+
+    Raises:
+        PaveError: it is not clear which key is meant.
+    """
+    choices = list(choices)
+    methods = [content.get("merge_method"), *(v for choice in choices if choice.key == "merge_method" for v in choice.values)]
+    known = {name for method in methods for name in _parameters_of(method)}
+    return [choice._replace(key=full_key(choice.key, known)) for choice in choices]
 
 
 def combinations(choices: Iterable[Choice]) -> list[dict[str, Any]]:

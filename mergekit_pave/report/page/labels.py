@@ -17,7 +17,7 @@ _OF_MODEL = re.compile(r"models\.(\d+)\.parameters\.(.+)")
 def label_settings(settings: Sequence[dict[str, Any]], config: str | None) -> list[str]:
     """A label for each setting, such as `lambda 0.8, rank_ratio 1`.
 
-    Keys are as short as they can be told apart, and those that all settings set alike are left out. Parameters that several
+    Keys are as short as `--set` takes them, and those that all settings set alike are left out. Parameters that several
     models have of their own stand together, in the order of the models: `weight 0.4 / 0.6`.
 
     Args:
@@ -66,18 +66,17 @@ def _names(keys: Sequence[str], models: Sequence[str]) -> dict[str, str]:
             names[key] = parameter if parameters.count(parameter) > 1 else f"{parameter} of {model}"
         elif key == "merge_method":
             names[key] = ""  # its value says enough
-        elif key.startswith("parameters.") and key.removeprefix("parameters.") not in parameters:
-            names[key] = key.removeprefix("parameters.")  # of another `lambda` more is told
+        elif key.startswith("parameters.") and key.removeprefix("parameters.") in parameters:
+            names[key] = key  # of another `lambda` more is told
         else:
-            names[key] = _shortest(key, keys)
+            names[key] = _as_set(key)
     return names
 
 
-def _shortest(key: str, keys: Sequence[str]) -> str:
-    """As few of a key's last parts as no other key ends with."""
-    parts = key.split(".")
-    ends = (".".join(parts[-n:]) for n in range(1, len(parts)))
-    return next((end for end in ends if not any(f".{other}".endswith(f".{end}") for other in keys if other != key)), key)
+def _as_set(key: str) -> str:
+    """A key as short as `--set` takes it: see `planning.settable.full_key`."""
+    is_of_models = key.startswith("pave.models.")  # and `models` alone are those of the merge
+    return key if is_of_models else key.removeprefix("parameters.").removeprefix("pave.")
 
 
 def _models(config: str | None) -> list[str]:
