@@ -7,6 +7,7 @@ The rooms, from the top. Each imports only what is below it, and `lint-imports` 
     plugin        wraps mergekit's planner and executor, and runs the phases before a merge
     planning      decides what to do to which weight of which model, and checks everything first
     tasks         does it, as tasks of mergekit's graph (`in_memory` does the same to a model in memory)
+    emr           what EMR-Merging keeps for each model, and the models made of it again
     calibration   data -> samples -> batches -> model -> covariances
     report        pave_report.json, the model card, and the page with plots
     methods       the merge methods `regmean` and `tsv`

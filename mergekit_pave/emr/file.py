@@ -1,0 +1,283 @@
+"""A task's file: what turns a merge by `merge_method: emr` into one of its models again.
+
+OUT/emr/NAME.safetensors is an ordinary safetensors file. Its metadata are `_Metadata`, below. Its tensors are
+
+    mask.T   bytes, (⌈n / 8⌉,): where the model agrees with the merge, for OUT's tensor T of n entries; see `core.emr.pack`
+    own.T    a tensor that only this model has, or has in another shape than the base model
+
+Tensors of wide types come first, so that each is aligned where the file is mapped to memory. NAME is the model's short name with
+a `-` for all but letters, digits, `.`, `_` and `-`. It does not begin with a dot, and differs from every other NAME also where
+capitals do not count.
+
+Such files are published, so they may come from anybody. `TaskFile.read` checks everything that the file alone can tell, and
+`emr.restore` the rest. Further metadata are ignored, further tensors are refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mergekit_pave.cache.checkpoint import Stored, is_pointer
+from mergekit_pave.errors import PaveError, unknown
+from mergekit_pave.files import replacing
+from mergekit_pave.report.places import short_models
+
+FOLDER = "emr"
+FORMAT = "mergekit-pave-emr-1"
+MASK, OWN = "mask.", "own."
+
+_SUFFIX = ".safetensors"
+_LONGEST = 100  # characters of a NAME; file systems allow 255
+_ALIGNED = 8  # bytes that the header is a multiple of
+_TYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool},
+}
+_TYPE_NAMES = {dtype: name for name, dtype in _TYPES.items()}
+
+# Name, type and shape of a tensor, and a function that makes it.
+Entry = tuple[str, torch.dtype, tuple[int, ...], Callable[[], Tensor]]
+
+
+def file_names(models: Iterable[str]) -> dict[str, str]:
+    """The NAME of each model's file."""
+    names: dict[str, str] = {}
+    taken: set[str] = set()
+    for model, short in short_models(models).items():
+        stem = re.sub(r"[^A-Za-z0-9._-]", "-", short).lstrip(".")[:_LONGEST] or "model"
+        name, number = stem, 2
+        while name.lower() in taken:
+            name, number = f"{stem}-{number}", number + 1
+        taken.add(name.lower())
+        names[model] = name
+    return names
+
+
+@contextlib.contextmanager
+def writable(path: Path) -> Iterator[None]:
+    """Turns failures to write into errors that say what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise PaveError(f"{path} cannot be written: {error}. Free some space, or choose another folder") from error
+
+
+def write(path: Path, metadata: dict[str, str], tensors: Iterable[Entry]) -> None:
+    """Write a task's file, as a whole or not at all. One tensor at a time is in memory.
+
+    Args:
+        path: OUT/emr/NAME.safetensors. The folder is made if it is not there.
+        metadata: as `_Metadata` has them, in text.
+        tensors: by their names in the file. They are made one after the other, those of wide types first.
+
+    Raises:
+        PaveError: the disk is full, or cannot be written to.
+        ValueError: a tensor has another type or shape than announced.
+    """
+    entries = sorted(tensors, key=lambda entry: -entry[1].itemsize)
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, dtype, shape, _ in entries:
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _TYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % _ALIGNED)
+    with writable(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        with writable(path):
+            file = temporary.open("wb")
+        try:
+            _put(file, len(text).to_bytes(8, "little") + text, path)
+            for name, dtype, shape, make in entries:
+                tensor = make()
+                if tensor.dtype != dtype or tensor.shape != shape:
+                    raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {dtype} {tuple(shape)}")
+                _put(file, tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), path)
+        finally:
+            with writable(path):
+                file.close()
+
+
+def _put(file: Any, content: Any, path: Path) -> None:
+    with writable(path):
+        file.write(content)
+
+
+class _Metadata(BaseModel):
+    """What the metadata say, once what is JSON is read.
+
+    Attributes:
+        model: the expert, as the config of the merge names it.
+        scale: λ.
+        base: the base model, as the config names it.
+        base_weights: `cache.weights_fingerprint` of the base model; with an adapter in it, of the merged one.
+        merged_weights: the same of OUT.
+        names: by OUT's tensor its name in the base model, where the two differ.
+        copied: OUT's tensors that the model shares as they are.
+        config: the expert's config.json.
+        generation_config: the expert's generation_config.json, if it has one.
+        chat_template: of the expert's tokenizer, if it has one.
+    """
+
+    model_config = ConfigDict(strict=True, extra="ignore", protected_namespaces=())
+
+    model: Annotated[str, Field(min_length=1)]
+    scale: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    base: Annotated[str, Field(min_length=1)]
+    base_weights: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+    merged_weights: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+    names: dict[str, Annotated[str, Field(min_length=1)]]
+    copied: list[str]
+    config: dict[str, Any]
+    generation_config: dict[str, Any] | None = None
+    chat_template: str | None = None
+
+
+_JSON = ("names", "copied", "config", "generation_config")
+
+
+@dataclass(frozen=True, eq=False)
+class TaskFile:
+    """A task's file that has been checked. It stays open, and its tensors are views of it.
+
+    Attributes:
+        name: NAME.
+        masks: by OUT's tensor the number of bytes of its mask.
+        own: by name the type and the shape of each tensor that only this model has.
+        (others): see `_Metadata`.
+    """
+
+    path: Path
+    name: str
+    model: str
+    scale: float
+    base: str
+    base_weights: str
+    merged_weights: str
+    names: dict[str, str]
+    copied: list[str]
+    config: dict[str, Any]
+    generation_config: dict[str, Any] | None
+    chat_template: str | None
+    masks: dict[str, int]
+    own: dict[str, Stored]
+    _file: Any = field(repr=False)
+
+    @classmethod
+    def read(cls, path: Path) -> TaskFile:
+        """
+        Raises:
+            PaveError: the file cannot be read, is damaged, or was never sound.
+        """
+        try:
+            file = safe_open(path, "pt")
+            metadata = _parse(file.metadata() or {})
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            stored = {name: Stored(found.get_dtype(), tuple(found.get_shape())) for name, found in slices.items()}
+            masks, own = _sort(stored, metadata)
+        except (OSError, SafetensorError, ValueError) as error:
+            if is_pointer(path):
+                raise PaveError(f"{path} is a pointer of Git LFS, not the file itself; run `git lfs pull` there") from error
+            raise PaveError(f"{path} cannot be used: {error}. Fetch it again, or merge again") from error
+        return cls(path, path.name.removesuffix(_SUFFIX), **dict(metadata), masks=masks, own=own, _file=file)
+
+    def mask(self, tensor: str) -> Tensor:
+        """The packed mask of one of OUT's tensors, bytes."""
+        return self._file.get_tensor(MASK + tensor)
+
+    def own_tensor(self, name: str) -> Tensor:
+        return self._file.get_tensor(OWN + name)
+
+
+def _parse(metadata: dict[str, str]) -> _Metadata:
+    """
+    Raises:
+        ValueError: something is missing, or is not what it should be.
+    """
+    if metadata.get("format") != FORMAT:
+        raise ValueError(
+            f"its format is {metadata.get('format', 'not named')!r:.100}, and this mergekit-pave reads {FORMAT}; another "
+            "version may read it"
+        )
+    try:
+        values: dict[str, Any] = {key: json.loads(text) if key in _JSON else text for key, text in metadata.items()}
+        values["scale"] = float(metadata.get("scale", "nan"))
+        return _Metadata.model_validate(values)
+    except RecursionError:
+        raise ValueError("its metadata are nested too deeply") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))[:100]}: {first['msg']}") from None
+
+
+def _sort(stored: dict[str, Stored], metadata: _Metadata) -> tuple[dict[str, int], dict[str, Stored]]:
+    """Masks and own tensors, by the names of the model's tensors.
+
+    Raises:
+        ValueError: a tensor is neither, or a name stands for several things.
+    """
+    masks, own = {}, {}
+    for name, found in stored.items():
+        if name.startswith(MASK) and name != MASK:
+            if found.dtype != "U8" or len(found.shape) != 1:
+                raise ValueError(f"{name!r:.200} is {found.dtype} of shape {found.shape}, where a mask is bytes in a row")
+            masks[name.removeprefix(MASK)] = found.shape[0]
+        elif name.startswith(OWN) and name != OWN and found.dtype in _TYPES:
+            own[name.removeprefix(OWN)] = found
+        else:
+            raise ValueError(f"{name!r:.200} ({found.dtype}) is no tensor that such a file has")
+    counts = Counter([*masks, *own, *metadata.copied])
+    if twice := next((name for name, count in counts.items() if count > 1), None):
+        raise ValueError(f"{twice!r:.200} is given twice")
+    if other := next((name for name in metadata.names if name not in masks), None):
+        raise ValueError(f"names: {other!r:.200} has no mask")
+    return masks, own
+
+
+def tasks_of(folder: Path) -> list[TaskFile]:
+    """All tasks of a merge, by name; none where the folder is no merge by `emr`.
+
+    Raises:
+        PaveError: a file is damaged.
+    """
+    return [TaskFile.read(path) for path in _paths(folder).values()]
+
+
+def find(folder: Path, task: str) -> TaskFile:
+    """One task of a merge.
+
+    Args:
+        task: its NAME, or its model as the config of the merge names it.
+
+    Raises:
+        PaveError: there is no such task, or its file is damaged.
+    """
+    paths = _paths(folder)
+    if task in paths:
+        return TaskFile.read(paths[task])
+    if not paths:
+        raise PaveError(f"{folder} has no tasks in a folder {FOLDER}; only a merge by `merge_method: emr` has such")
+    for found in tasks_of(folder):
+        if found.model == task:
+            return found
+    raise PaveError(f"{folder}: {unknown('task', task, paths)}")
+
+
+def _paths(folder: Path) -> dict[str, Path]:
+    """The files of all tasks by NAME."""
+    paths = sorted((folder / FOLDER).glob(f"[!.]*{_SUFFIX}"), key=lambda path: path.name)
+    return {path.name.removesuffix(_SUFFIX): path for path in paths}
