@@ -208,7 +208,7 @@ def test_methods_that_are_tried_may_have_the_parameter():
 
 
 def test_a_key_that_is_given_short_and_in_full_is_given_twice():
-    with pytest.raises(PaveError, match="parameters.lambda is given twice"):
+    with pytest.raises(PaveError, match=r"--set parameters\.lambda is given twice"):
         tried("lambda=1", "parameters.lambda=2")
 
 

@@ -34,8 +34,8 @@ if not host.missing():
     "choices",
     metavar="KEY=V1,V2",
     multiple=True,
-    help="A key with dots, as in models.0.parameters.weight, and the values to try, as YAML. Parameters and keys of the block may "
-    "be as short as the table shows them: lambda, rank_ratio, refine.lambda. Repeat it for other keys: every combination is "
+    help="A key with dots, as in models.0.parameters.weight, and the values to try, as YAML. Parameters and keys of the block "
+    "may be as short as the table shows them: lambda, rank_ratio, refine.lambda. Repeat it for other keys: every combination is "
     "tried. Default: see above.",
 )
 @click.option("--by", type=click.Choice(["mean", "worst"]), default="mean", show_default=True, help="What counts as best.")
