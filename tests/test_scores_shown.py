@@ -30,8 +30,14 @@ from mergekit_pave.report.stored import read_scores, write_scores
 CARD = "---\ntags:\n- merge\n---\n# A merge\n\nText *of* somebody.  \n"
 
 
-def score_of(*models: str, level: float = 0.6, rows: int = 6, seed: int = 0, features: bool = False, equal: tuple = ()) -> dict:
-    """The score of a made-up merge that keeps about `level` of each model, and nothing of those that equal the base model."""
+def score_of(
+    *models: str, level: float = 0.6, rows: int = 6, seed: int = 0, features: bool = False, equal: tuple = (), unfit: tuple = ()
+) -> dict:
+    """The score of a made-up merge that keeps about `level` of each model, and nothing of those that equal the base model.
+
+    Args:
+        unfit: models that predict their rows worse than the base model does.
+    """
     generator = torch.Generator().manual_seed(seed)
     found = {}
     for i, model in enumerate(models or ("./math", "./code")):
@@ -39,7 +45,8 @@ def score_of(*models: str, level: float = 0.6, rows: int = 6, seed: int = 0, fea
         merged = base * (1 - level + 0.1 * torch.rand(rows, generator=generator, dtype=torch.float64))
         if model in equal:
             merged, base = torch.zeros(2, rows, dtype=torch.float64)
-        nats = dict(zip(("merged", "expert", "base"), torch.tensor([[2.0], [1.0], [3.0]]).double() * torch.ones(rows)))
+        losses = torch.tensor([[2.0], [4.0 if model in unfit else 1.0], [3.0]]).double()
+        nats = dict(zip(("merged", "expert", "base"), losses * torch.ones(rows)))
         classes = None if features else (torch.full((rows,), 9.0), nats, 0.2 * base)
         agreed, nats, drift = classes or (None, None, None)
         found[model] = Scored("token" if classes else "row", 10 * rows, Distances(merged, base), agreed, nats, drift, 8 * rows)
@@ -87,6 +94,28 @@ def test_a_model_that_equals_the_base_model_has_no_share():
     assert re.search(r"^math +- ", text, re.MULTILINE) and "nothing to keep" in text
     text = as_text({"./out": score_of("./math", "./code", equal=("./math", "./code"))})
     assert re.search(r"^mean +-$", text, re.MULTILINE) and re.search(r"^worst +-$", text, re.MULTILINE)
+
+
+def test_a_model_that_predicts_its_own_rows_worse_than_the_base_is_warned_of(merged, tmp_path, undrawn):
+    """In the terminal once, whatever the number of merges; in the card and on the page as well."""
+    name = "./a*b"
+    score = score_of(name, "./code", unfit=(name,))
+    told = f"{name} predicts its own held-out rows worse than the base model does (0.721 and 0.541 bits per byte)"
+    for scores in ({"./out": score}, {"./out": score, "./other": score}):
+        assert " ".join(as_text(scores).split()).count(f"Warning: {told}") == 1
+    assert "Warning" not in as_text({"./out": score_of()})
+    out = copy_of(merged, tmp_path / "out")
+    add_to_card(str(out), score)
+    shown = "".join(token.content for token in MarkdownIt().parse((out / "README.md").read_text()))
+    assert f"Warning: {told}".replace("a*b", r"a\*b") in shown
+    assert told in html.unescape(render.write(tmp_path / "page", "out", None, None, None, score).read_text())
+
+
+def test_what_is_merged_is_called_a_model(undrawn, tmp_path):
+    """Only mixtures have experts."""
+    for score in (score_of(), score_of(features=True), score_of(equal=("./math",), unfit=("./math",))):
+        page = render.write(tmp_path / "page", "out", None, None, None, score).read_text()
+        assert "expert" not in (as_text({"./out": score}) + page).lower()
 
 
 def test_several_merges_are_compared_on_the_same_rows():

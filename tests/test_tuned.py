@@ -1,6 +1,7 @@
 """What people and scripts are told of the settings that were tried."""
 
 import json
+import re
 
 import pytest
 
@@ -8,12 +9,17 @@ from mergekit_pave.report.page.labels import label_settings
 from mergekit_pave.report.tuned import as_text, is_within_noise, shown, tuned
 
 
-def score(rows, base=(2.0, 2.0, 2.0, 2.0)):
-    """A score of two models, of whose rows these are the distances."""
+def score(rows, base=(2.0, 2.0, 2.0, 2.0), bits=None):
+    """A score of two models, of whose rows these are the distances.
+
+    Args:
+        bits: of the merge on the rows of each model, in bits per byte.
+    """
     models = {}
     for name, of_model in zip(("./models/math", "./models/code"), rows):
         kept = 1 - sum(of_model) / sum(base) if sum(base) else None
         models[name] = {"rows": 4, "kept": kept, "error": 0.01, "by_row": {"merged": list(of_model), "base": list(base)}}
+        models[name]["bits_per_byte"] = bits and {"merged": bits[name], "expert": 1.0, "base": 3.0}
     shares = [model["kept"] for model in models.values() if model["kept"] is not None]
     mean = {"kept": sum(shares) / 2, "error": 0.01} if shares else None
     worst = {"model": "./models/code", "kept": min(shares), "error": 0.01} if shares else None
@@ -70,6 +76,39 @@ def test_one_row_tells_nothing_about_its_error():
     result = tuned([({}, one), ({"dtype": "float16"}, score([[0.5], [1.0]], base=(2.0,)))], "mean")
     assert result["settings"][0]["behind_best"] == {"value": pytest.approx(0.125), "error": None}
     assert is_within_noise(result["settings"][0])
+
+
+def bits(math, code):
+    return {"./models/math": math, "./models/code": code}
+
+
+def test_of_settings_alike_the_one_with_the_lowest_loss_is_named():
+    rows = [[0.5, 0.6, 0.4, 0.5], [0.9, 1.0, 0.8, 0.9]]
+    alike = [[0.5, 0.2, 0.4, 0.91], [0.9, 1.0, 0.8, 0.9]]
+    worse = [[1.0, 1.1, 0.9, 1.0], [1.0, 1.1, 0.9, 1.0]]
+    settings = [
+        ({}, score(worse, bits=bits(1.0, 1.0))),  # the lowest loss of all, but far behind
+        ({"parameters.lambda": 1.2}, score(rows, bits=bits(2.2, 2.4))),
+        ({"parameters.lambda": 1.1}, score(alike, bits=bits(2.3, 2.2))),
+    ]
+    lines = table(settings).splitlines()
+    assert re.split("  +", lines[2])[3:5] == ["behind the best", "bits per byte"]
+    assert [re.split("  +", line.replace(" *", ""))[4] for line in lines[3:6]] == ["1.000", "2.300", "2.250"]
+    assert lines[-1] == "Of these and the best the lowest loss has lambda 1.1: 2.250 bits per byte, the mean of the models."
+    assert [setting["bits_per_byte"] for setting in tuned(settings, "mean")["settings"]] == pytest.approx([1.0, 2.3, 2.25])
+
+
+def test_models_without_a_loss_have_no_such_column():
+    assert "bits" not in table(ALL)
+    assert tuned(ALL, "mean")["settings"][0]["bits_per_byte"] is None
+
+
+def test_a_model_that_does_not_fit_its_data_is_warned_of():
+    own = score([[1.0] * 4, [1.0] * 4], bits=bits(2.0, 2.0))
+    own["models"]["./models/code"]["bits_per_byte"]["expert"] = 3.5
+    text = table([({}, own), ({"dtype": "float16"}, own)])
+    assert text.count("Warning") == 1
+    assert "./models/code predicts its own held-out rows worse than the base model does (3.500 and 3.000 bits per byte)" in text
 
 
 def test_settings_are_shown_as_they_are_given():

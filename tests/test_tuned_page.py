@@ -2,6 +2,7 @@
 
 import html
 import itertools
+import math
 import re
 
 import browser
@@ -78,7 +79,16 @@ def test_the_table_of_settings(tmp_path, by, undrawn):
     result = tuned_of([{}, *({"parameters.lambda": value} for value in (0.6, 0.8, 1))], by=by)
     page = write_tuned(tmp_path / "page", "merge.yml", result, CONFIG).read_text()
     head, *rows = cells(page)
-    assert head == ["setting", "mean", "worst", f"{by}, above as it is", f"{by}, behind the best", "math", "code"]
+    assert head == [
+        "setting",
+        "mean",
+        "worst",
+        f"{by}, above as it is",
+        f"{by}, behind the best",
+        "bits per byte",
+        "math",
+        "code",
+    ]
     found = {row[0]: row for row in rows}
     names = [AS_IT_IS, "lambda 0.6", "lambda 0.8", "lambda 1"]
     assert rows[0][0] == AS_IT_IS and found.keys() == set(names)
@@ -88,6 +98,7 @@ def test_the_table_of_settings(tmp_path, by, undrawn):
         wanted.append("-" if name == AS_IT_IS else per_cent(*setting["better_than_plain"].values(), "+"))
         best = setting is result["settings"][result["best"]]
         wanted.append("best" if best else per_cent(*setting["behind_best"].values()))
+        wanted.append(f"{2 / math.log(2) / 8:.3f}")
         wanted += [per_cent(model["kept"], model["error"]) for model in score["models"].values()]
         assert [cell.removesuffix(" *") for cell in found[name][1:]] == wanted
     ordered = [float(row[head.index(by)].split()[0]) for row in rows[1:]]
@@ -108,7 +119,7 @@ def test_settings_of_which_nothing_is_known(tmp_path):
     assert "±" not in str(cells(write_tuned(tmp_path / "one", "name", result, None).read_text()))
     result = tuned_of([{}, {"parameters.lambda": 1}], "./math", equal=("./math",))
     page = write_tuned(tmp_path / "two", "name", result, None).read_text()
-    assert "nothing can be told apart" in page and cells(page)[1][1:] == ["-", "-", "-", "best", "-"]
+    assert "nothing can be told apart" in page and cells(page)[1][1:] == ["-", "-", "-", "best", "0.361", "-"]
 
 
 def test_pages_of_others_are_not_overwritten(tmp_path, undrawn):

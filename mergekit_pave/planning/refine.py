@@ -38,7 +38,7 @@ def models_to_refine(config: PaveConfig, merge: Merge) -> list[ModelReference]:
     if config.refinement is None:
         return []
     if merge.method in BETWEEN_TWO:
-        raise PaveError(f"pave.refine: {merge.method} merges a model with the base model, so there are not several experts")
+        raise PaveError(f"pave.refine: {merge.method} merges one model with the base model, and refining needs several")
     for planned in merge.tensors:
         if planned.base is None:
             raise PaveError(

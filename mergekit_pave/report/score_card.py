@@ -1,4 +1,4 @@
-"""The section of a model card that shows what the merge keeps of each expert. It is written again each time, in its place."""
+"""The section of a model card that shows what the merge keeps of each model. It is written again each time, in its place."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mergekit_pave.files import replacing
 from mergekit_pave.report import markdown
 from mergekit_pave.report.outputs import CARD, SCORES_BEGIN, SCORES_END
 from mergekit_pave.report.page.picture import draw_shares
-from mergekit_pave.report.scores import columns, notes, table
+from mergekit_pave.report.scores import columns, misfits, notes, table
 
 
 def add_to_card(folder: str, score: dict[str, Any]) -> None:
@@ -82,6 +82,7 @@ def _section(score: dict[str, Any], picture: str | None) -> str:
     if picture:
         lines += [f"![Share kept of each model, with its standard error]({picture})", ""]
     lines += [f"- {column.heading}: {column.meaning}." for column in columns([score])]
+    lines += [f"- Warning: {markdown.escape(warning)}." for warning in misfits([score])]
     version = score["versions"]["mergekit-pave"]
     lines += ["", f"Measured by mergekit-pave {markdown.escape(version)}. {' '.join(notes([score]))}", SCORES_END]
     return "\n".join(lines)

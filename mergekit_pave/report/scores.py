@@ -15,14 +15,14 @@ from mergekit_pave.report.places import short_models
 Score = dict[str, Any]  # of one merge, as pave_scores.json has it
 
 _RATIOS = {
-    "kl": "1 - KL(expert‖merged) / KL(expert‖base) of predictions",
-    "cosine": "1 - d(expert, merged) / d(expert, base), where d is 1 - the cosine of features,",
+    "kl": "1 - KL(model‖merged) / KL(model‖base) of predictions",
+    "cosine": "1 - d(model, merged) / d(model, base), where d is 1 - the cosine of features,",
 }
 LIMITS = (
-    "The share kept tells how like its experts a merge is on their own kind of data. It tells nothing of skill, safety or style."
+    "The share kept tells how like its models a merge is on their own kind of data. It tells nothing of skill, safety or style."
 )
 NOTHING_TO_KEEP = (
-    "A dash for the share kept: on these rows the base model gives what the expert gives, so there is nothing to keep."
+    "A dash for the share kept: on these rows the base model gives what the model gives, so there is nothing to keep."
 )
 _WIDTH = 120  # of the lines below the table in the terminal
 
@@ -46,15 +46,15 @@ def columns(scores: Sequence[Score]) -> list[Column]:
         Column(
             "kept",
             "share kept",
-            f"100 % is the expert, 0 % the base model, below 0 further away than that: {ratio} on {rows} rows a model that "
+            f"100 % is the model, 0 % the base model, below 0 further away than that: {ratio} on {rows} rows a model that "
             "calibration did not use; "
             "± is one standard error",
         ),
-        Column("agreement", "top-1 agreement", f"{places} where the expert's first choice is the merge's, too"),
+        Column("agreement", "top-1 agreement", f"{places} where the model's first choice is the merge's, too"),
         Column(
             "bits_per_byte",
             "bits per byte",
-            "loss on the text of these rows, without special tokens; in brackets that of the expert and of the base model",
+            "loss on the text of these rows, without special tokens; in brackets that of the model and of the base model",
         ),
         Column(
             "drift", "drift", f"how far it is from the base model on the other models' rows: KL(base‖merged) in bits a {place}"
@@ -73,8 +73,8 @@ def figure(model: dict[str, Any], key: str) -> str:
     if key == "agreement":
         return f"{100 * value:.1f} %"
     if key == "bits_per_byte":
-        return f"{_short(value['merged'])} ({_short(value['expert'])}, {_short(value['base'])})"
-    return _short(value)
+        return f"{bits_shown(value['merged'])} ({bits_shown(value['expert'])}, {bits_shown(value['base'])})"
+    return bits_shown(value)
 
 
 def share(estimate: dict[str, Any] | None) -> str:
@@ -127,7 +127,28 @@ def as_text(scores: dict[str, Score]) -> str:
     width = max(map(len, meanings))
     below = [f"{heading:{width}}  {meaning}." for heading, meaning in meanings.items()]
     lines += ["", *(textwrap.fill(line, _WIDTH, subsequent_indent=" " * (width + 2)) for line in below), ""]
-    return "\n".join([*lines, *(textwrap.fill(note, _WIDTH) for note in notes(list(scores.values())))])
+    found = [f"Warning: {warning}." for warning in misfits(list(scores.values()))] + notes(list(scores.values()))
+    return "\n".join([*lines, *(textwrap.fill(note, _WIDTH) for note in found)])
+
+
+def misfits(scores: Sequence[Score]) -> list[str]:
+    """A sentence about each model whose rows the base model predicts better than it does."""
+    found = []
+    for name, model in (pair for score in scores for pair in score["models"].items()):
+        bits = model["bits_per_byte"]
+        if bits and bits["expert"] > bits["base"]:
+            own, base = (bits_shown(bits[of]) for of in ("expert", "base"))
+            found.append(
+                f"{name} predicts its own held-out rows worse than the base model does ({own} and {base} bits per byte): its "
+                "`data` is not what it was tuned for, or that of another model. So the share kept means little"
+            )
+    return list(dict.fromkeys(found))
+
+
+def mean_bits(score: Score) -> float | None:
+    """The mean of the merge's bits per byte over the models; None if one of them has none."""
+    bits = [model["bits_per_byte"] for model in score["models"].values()]
+    return sum(of["merged"] for of in bits) / len(bits) if all(bits) else None
 
 
 def notes(scores: Sequence[Score]) -> list[str]:
@@ -192,7 +213,8 @@ def _worst_model(score: Score, names: dict[str, str]) -> str:
     return f"({names[score['worst']['model']]})" if score["worst"] else ""
 
 
-def _short(number: float) -> str:
+def bits_shown(number: float) -> str:
+    """Bits, or another figure without a unit."""
     return f"{number:.3f}" if abs(number) < 1000 else f"{number:.3g}"
 
 

@@ -11,7 +11,7 @@ import yaml
 from mergekit_pave.core.score import Estimate, mean_more, worst_more
 from mergekit_pave.report.places import short_models
 from mergekit_pave.report.score import as_json
-from mergekit_pave.report.scores import aligned, distances, share, with_error
+from mergekit_pave.report.scores import aligned, bits_shown, distances, mean_bits, misfits, share, with_error
 
 FORMAT = 1
 AS_IT_IS = "the config as it is"
@@ -49,6 +49,7 @@ def tuned(
             {
                 "set": changes,
                 "score": score,
+                "bits_per_byte": mean_bits(score),
                 "better_than_plain": _as_json(more(of_setting, rows[0])),
                 "behind_best": _as_json(more(rows[best], of_setting)),
             }
@@ -60,7 +61,7 @@ def tuned(
 
 
 def kept(score: dict[str, Any], by: str) -> float:
-    """What settings are ordered by; -inf where the base model equals the experts."""
+    """What settings are ordered by; -inf where the base model equals the models."""
     return score[by]["kept"] if score[by] else -math.inf
 
 
@@ -80,7 +81,8 @@ def as_text(result: dict[str, Any], labels: Sequence[str]) -> str:
     first_score = first[0]["score"]
     names = short_models(first_score["models"])
     best = result["settings"][result["best"]]
-    head = ["setting", "mean", "worst", "behind the best", *names.values()]
+    has_bits = first[0]["bits_per_byte"] is not None
+    head = ["setting", "mean", "worst", "behind the best", *["bits per byte"] * has_bits, *names.values()]
     rows = [[label, *_cells(setting, names, setting is best)] for setting, label in (first, *others)]
     counts = [model["rows"] for model in first_score["models"].values()]
     about = (
@@ -88,7 +90,9 @@ def as_text(result: dict[str, Any], labels: Sequence[str]) -> str:
         f"{' to '.join(map(str, dict.fromkeys((min(counts), max(counts)))))} held-out rows of each."
     )
     lines = [*aligned([head, *rows]), *failures(result)]
-    return "\n".join([about, "", *lines, "", verdict(result, labels[result["best"]]), *_below(result)])
+    below = [verdict(result, labels[result["best"]]), *remarks(result, labels)]
+    below += [f"Warning: {warning}." for warning in misfits([first_score])]
+    return "\n".join([about, "", *lines, "", *below])
 
 
 def failures(result: dict[str, Any]) -> list[str]:
@@ -100,7 +104,8 @@ def _cells(setting: dict[str, Any], names: Iterable[str], is_best: bool) -> list
     score, behind = setting["score"], setting["behind_best"]
     difference = "best" if is_best else with_error(behind["value"], behind["error"]) if behind else "-"
     difference += " *" if not is_best and is_within_noise(setting) else "  "
-    return [share(score["mean"]), share(score["worst"]), difference, *(share(score["models"][name]) for name in names)]
+    bits = [bits_shown(setting["bits_per_byte"])] if setting["bits_per_byte"] is not None else []
+    return [share(score["mean"]), share(score["worst"]), difference, *bits, *(share(score["models"][name]) for name in names)]
 
 
 def is_within_noise(setting: dict[str, Any]) -> bool:
@@ -117,7 +122,7 @@ def verdict(result: dict[str, Any], label: str) -> str:
     """
     settings, by = result["settings"], result["by"]
     if settings[0]["score"][by] is None:
-        return "The base model equals the experts on these rows, so nothing can be told apart."
+        return "The base model gives what the models give on these rows, so nothing can be told apart."
     if result["best"] == 0:
         return f"Nothing that was tried is better than the config as it is, by the {by}."
     gain = settings[result["best"]]["better_than_plain"]
@@ -125,9 +130,22 @@ def verdict(result: dict[str, Any], label: str) -> str:
     return f"Best by the {by}: {label}, {more} points above the config as it is."
 
 
-def _below(result: dict[str, Any]) -> list[str]:
-    is_marked = result["settings"][0]["score"][result["by"]] and as_good(result)
-    return [f"* {WITHIN_NOISE}"] if is_marked else []
+def remarks(result: dict[str, Any], labels: Sequence[str]) -> list[str]:
+    """What the stars mean, and which of the settings with one has the lowest loss.
+
+    Args:
+        labels: of the settings, in the order in which they were tried.
+    """
+    settings = result["settings"]
+    if not settings[0]["score"][result["by"]] or not as_good(result):
+        return []
+    found = [f"* {WITHIN_NOISE}"]
+    alike = [i for i, setting in enumerate(settings) if i == result["best"] or is_within_noise(setting)]
+    if all(settings[i]["bits_per_byte"] is not None for i in alike):
+        lowest = min(alike, key=lambda i: settings[i]["bits_per_byte"])
+        bits = bits_shown(settings[lowest]["bits_per_byte"])
+        found.append(f"Of these and the best the lowest loss has {labels[lowest]}: {bits} bits per byte, the mean of the models.")
+    return found
 
 
 def as_good(result: dict[str, Any]) -> int:

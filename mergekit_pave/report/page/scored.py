@@ -1,4 +1,4 @@
-"""What a merge keeps of each expert: a section of its page, or a page of its own."""
+"""What a merge keeps of each model: a section of its page, or a page of its own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from mergekit_pave.report.page import document, shares
 from mergekit_pave.report.page.document import Section
 from mergekit_pave.report.places import short_models
-from mergekit_pave.report.scores import columns, notes, share, table
+from mergekit_pave.report.scores import columns, misfits, notes, share, table
 
 
 def write(folder: Path, name: str, score: dict[str, Any], config: str | None) -> Path:
@@ -42,7 +42,8 @@ def write(folder: Path, name: str, score: dict[str, Any], config: str | None) ->
 def section(score: dict[str, Any]) -> Section:
     meanings = [f"{column.heading}: {column.meaning}." for column in columns([score])]
     plots = [shares.plot_score(score)]
-    return Section("keeps", "What it keeps", " ".join(notes([score])), plots, tables=[table(score)], notes=meanings)
+    text = " ".join([*(f"{warning}." for warning in misfits([score])), *notes([score])])
+    return Section("keeps", "What it keeps", text, plots, tables=[table(score)], notes=meanings)
 
 
 def scale(score: dict[str, Any]) -> str:

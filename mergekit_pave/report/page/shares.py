@@ -103,7 +103,7 @@ def _finish(panel: Axes, labels: list[str], left: float, right: float) -> None:
     panel.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
     panel.tick_params(axis="y", length=0)
     panel.grid(axis="y", visible=False)
-    panel.set_xlabel("share kept: 0 % is the base model, 100 % the expert")
+    panel.set_xlabel("share kept: 0 % is the base model, 100 % the model")
 
 
 def _limits(values: np.ndarray) -> tuple[float, float]:

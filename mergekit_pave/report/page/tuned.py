@@ -9,8 +9,8 @@ from mergekit_pave.report.page import document, scored, shares
 from mergekit_pave.report.page.document import Section, Table
 from mergekit_pave.report.page.labels import label_settings
 from mergekit_pave.report.places import short_models
-from mergekit_pave.report.scores import columns, notes, share, with_error
-from mergekit_pave.report.tuned import WITHIN_NOISE, as_good, failures, is_within_noise, kept, shown, verdict
+from mergekit_pave.report.scores import bits_shown, columns, misfits, notes, share, with_error
+from mergekit_pave.report.tuned import as_good, failures, is_within_noise, kept, remarks, shown, verdict
 
 Setting = dict[str, Any]
 
@@ -40,12 +40,16 @@ def write_tuned(folder: Path, name: str, tuned: dict[str, Any], config: str | No
     return document.write(
         folder,
         "tuned.html",
-        [Section("settings", "Share kept by setting", verdict(tuned, labels[tuned["best"]]), [plot], [table], _notes(tuned))],
+        [
+            Section(
+                "settings", "Share kept by setting", verdict(tuned, labels[tuned["best"]]), [plot], [table], _notes(tuned, labels)
+            )
+        ],
         option="--report",
         name=name,
         lead=f"{len(settings)} settings of this config, each merged and scored. {scored.scale(score)}",
         tiles=_tiles(tuned),
-        warnings=failures(tuned),
+        warnings=[*failures(tuned), *misfits([score])],
         notes=notes([setting["score"] for setting in settings]),
         settings=scored.settings(score),
         best=shown(best["set"]),
@@ -69,24 +73,27 @@ def _table(settings: list[tuple[str, Setting]], best: Setting, by: str) -> Table
         behind = "best" if setting is best else _difference(setting["behind_best"])
         if setting is not best and setting["behind_best"] and is_within_noise(setting):
             behind += " *"
+        bits = [bits_shown(setting["bits_per_byte"])] if setting["bits_per_byte"] is not None else []
         each = (share(score["models"][model]) for model in models)
-        rows.append((label, share(score["mean"]), share(score["worst"]), more, behind, *each))
-    return ("setting", "mean", "worst", f"{by}, above as it is", f"{by}, behind the best", *names.values()), rows
+        rows.append((label, share(score["mean"]), share(score["worst"]), more, behind, *bits, *each))
+    has_bits = settings[0][1]["bits_per_byte"] is not None
+    head = ("setting", "mean", "worst", f"{by}, above as it is", f"{by}, behind the best", *["bits per byte"] * has_bits)
+    return (*head, *names.values()), rows
 
 
 def _difference(estimate: dict[str, float | None] | None, sign: str = "") -> str:
     return with_error(estimate["value"], estimate["error"], sign) if estimate else "-"
 
 
-def _notes(tuned: dict[str, Any]) -> list[str]:
+def _notes(tuned: dict[str, Any], labels: list[str]) -> list[str]:
     share_kept, *_ = columns([setting["score"] for setting in tuned["settings"]])
     found = [
         f"mean, worst, and each model: {share_kept.meaning}.",
         "above as it is, behind the best: on the same rows, so the error is that of the difference.",
     ]
-    if as_good(tuned):
-        found.append(f"*: {WITHIN_NOISE}")
-    return found
+    if tuned["settings"][0]["bits_per_byte"] is not None:
+        found.append("bits per byte: the merge's loss on the text of these rows, as the mean of the models.")
+    return found + remarks(tuned, labels)
 
 
 def _tiles(tuned: dict[str, Any]) -> list[tuple[str, str]]:
