@@ -190,7 +190,7 @@ class PaveConfig(Block):
         """
         if not self.data:
             return self
-        merged = dict.fromkeys(_merged_models(merge, merge.get("base_model")))
+        merged = dict.fromkeys(merged_models(merge, merge.get("base_model")))
         added = [PaveModel(model=model, data=self.data, purify=self.purify) for model in merged if not self.listed(model)]
         return self.model_copy(update={"models": [*self.models, *added]})
 
@@ -255,7 +255,7 @@ def check_models(config: PaveConfig, merge: dict[str, Any]) -> None:
         PaveError: naming the model.
     """
     base = merge.get("base_model")
-    merged = set(_merged_models(merge, base))
+    merged = set(merged_models(merge, base))
     for entry in config.models:
         if entry.model == base and entry.purify and base not in merged:
             raise PaveError(f"pave.models: {entry.model} is the base model, which is never purified; remove its entry")
@@ -288,10 +288,10 @@ def _location(model: ModelReference) -> list[tuple[str, str | None]]:
     return [(os.path.realpath(part.path), part.revision) for part in (model.model, model.lora) if part]
 
 
-def _merged_models(scope: dict[str, Any], base: ModelReference | None) -> Iterator[ModelReference]:
+def merged_models(scope: dict[str, Any], base: ModelReference | None) -> Iterator[ModelReference]:
     """Every model that is merged somewhere without being the base there."""
     for module in (scope.get("modules") or {}).values():
-        yield from _merged_models({"models": module.models, "slices": module.slices}, base)
+        yield from merged_models({"models": module.models, "slices": module.slices}, base)
     for source in scope.get("models") or ():
         if source.model != base:
             yield source.model

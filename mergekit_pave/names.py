@@ -1,4 +1,4 @@
 """The names of our merge methods, where everybody who uses mergekit may load them."""
 
-REGMEAN, TSV = "regmean", "tsv"
-METHODS = (REGMEAN, TSV)
+REGMEAN, TSV, EMR = "regmean", "tsv", "emr"
+METHODS = (REGMEAN, TSV, EMR)

@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from mergekit_pave import versions
 from mergekit_pave.errors import PaveError
-from mergekit_pave.names import METHODS
+from mergekit_pave.names import EMR, METHODS
 
 
 def add(module: ModuleType) -> None:
@@ -39,7 +39,7 @@ def _read(value: Any, _, info) -> Any:
     merge: dict[str, Any] = info.data
     if value is None:
         _register_method(merge.get("merge_method"), "use another merge_method")
-        return None
+        return _implied(merge)
     if problem := versions.problem():
         raise PaveError(f"{problem}, or remove the `pave:` block")
     try:
@@ -53,6 +53,19 @@ def _read(value: Any, _, info) -> Any:
         config = config.with_merged(merge)
         check_models(config, merge)
     return config
+
+
+def _implied(merge: dict[str, Any]) -> Any:
+    """The block of an `emr` merge that has none: it measures nothing, and its report and card tell how models are restored."""
+    if merge.get("merge_method") != EMR or not {"modules", "slices", "models", "base_model"} <= merge.keys():
+        return None
+    from mergekit_pave.config import PaveConfig, merged_models
+    from mergekit_pave.methods import registry
+
+    if versions.problem() or not registry.is_ours(EMR):
+        return None
+    models = dict.fromkeys(merged_models(merge, merge["base_model"]))
+    return PaveConfig(models=[{"model": model, "purify": False} for model in models]) if models else None
 
 
 def _register_method(merge_method: str | None, otherwise: str) -> None:

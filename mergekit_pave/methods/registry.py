@@ -28,11 +28,12 @@ def add(module: ModuleType) -> None:
     """
     global problem
     try:
+        from mergekit_pave.methods.emr import Emr
         from mergekit_pave.methods.regmean import RegMean
         from mergekit_pave.methods.tsv import Tsv
 
         registered = {method.spec.name: method for method in module.registered_methods()}
-        for method in (RegMean(), Tsv()):
+        for method in (RegMean(), Tsv(), Emr()):
             name = method.spec.name
             if name not in registered:
                 if versions.problem() is None:

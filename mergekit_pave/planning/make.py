@@ -14,6 +14,7 @@ from mergekit_pave.planning.calibration import check_given, plan_calibration
 from mergekit_pave.planning.chain import each_once, make_chain
 from mergekit_pave.planning.checks import check_complete, check_sizes
 from mergekit_pave.planning.closed_form import closed_forms, find_layers, models_with_data
+from mergekit_pave.planning.emr import plan_emr
 from mergekit_pave.planning.header import header_of
 from mergekit_pave.planning.merge import Merge
 from mergekit_pave.planning.plan import Plan, PlannedWeight, Reasons
@@ -38,8 +39,10 @@ def make_plan(config: PaveConfig, merge: Merge) -> Plan:
     counted, to_refine = models_to_count(config, merge), models_to_refine(config, merge)
     measurable = dict.fromkeys([*to_purify, *models_with_data(config, merge), *counted, *to_refine])
     sources = open_sources(config, measurable, merge)
-    if sources:
+    emr = plan_emr(config, merge)
+    if sources or emr:
         check_sizes(merge)
+    if sources:
         check_complete(merge, {model: source.architecture for model, source in sources.items()})
 
     selected, reasons = select(config, merge, {model: sources[model] for model in to_purify})
@@ -76,7 +79,7 @@ def make_plan(config: PaveConfig, merge: Merge) -> Plan:
         *precision_warnings([calibrations[model] for model in needed]),
         *unchanged_warnings(selected, compared.weights),
         *base_is_merged(merge, compared.weights),
-        *idle_block(bool(measurable) or merge.is_regmean),
+        *idle_block(bool(measurable) or merge.is_regmean or emr is not None),
     ]
     used = {*layers_used, *of_heads, *(model for rows in vocabulary.rows.values() for model in rows.counts)}
     header = header_of(config, merge, calibrations, used, _joined(reasons, compared.reasons, never_called))
@@ -101,6 +104,7 @@ def make_plan(config: PaveConfig, merge: Merge) -> Plan:
         closed_forms=closed_forms(config, regmean, calibrations),
         rows=vocabulary.rows,
         heads=vocabulary.heads,
+        emr=emr,
         warnings=warnings,
         compared=compared.is_complete,
         to_write={str(model): calibrations[model].to_write for model in used if calibrations[model].to_write},

@@ -14,6 +14,7 @@ from mergekit_pave import cache
 from mergekit_pave.calibration.generation import Generation
 from mergekit_pave.core.linear import Linear
 from mergekit_pave.files import readable
+from mergekit_pave.planning.emr import PlannedEmr
 from mergekit_pave.settings import RelativeRegularization
 from mergekit_pave.tasks.calibrate import CalibrateModel, GivenCovariance
 from mergekit_pave.tasks.decompose import DecomposeWeight
@@ -68,6 +69,7 @@ class Plan:
         closed_forms: what regmean merges in closed form, by the output tensor's number.
         rows: what is merged by token counts, by the output tensor's number.
         heads: likewise what is merged by predictions.
+        emr: what `emr` keeps for each model; None with any other merge method.
         refinement: how the merge is refined; None where it is not.
         warnings: what should make a user look twice before any work is done.
         compared: it is known of all weights whether they equal the base model's; otherwise only of those in the cache.
@@ -85,6 +87,7 @@ class Plan:
     closed_forms: dict[int, ClosedForm]
     rows: dict[int, Rows]
     heads: dict[int, Heads]
+    emr: PlannedEmr | None
     refinement: Refinement | None
     warnings: list[str]
     compared: bool

@@ -17,7 +17,7 @@ from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary
 from mergekit_pave.errors import PaveError, in_a_line
 from mergekit_pave.planning.names import all_names
 from mergekit_pave.plugin.checkpoints import checkpoint_of
-from mergekit_pave.plugin.planner import is_regmean
+from mergekit_pave.plugin.planner import is_emr, is_regmean
 
 _SIDE = 128  # of a matrix: small, but large enough that a low density does not drop all of it
 
@@ -35,7 +35,7 @@ def try_out(planner: MergePlanner) -> None:
     if planner._tokenizer_task:
         gathers = (task.gather_tensors for _, task in planner._tensors)
         _try_tokenizer(planner._tokenizer_task, [task for task in gathers if isinstance(task, PermutedVocabulary)])
-    if not is_regmean(planner):  # its parameters are checked where its tasks are made
+    if not is_regmean(planner) and not is_emr(planner):  # the one is checked where its tasks are made, the other has no parameters
         _try_method(task for _, task in planner._tensors)
 
 

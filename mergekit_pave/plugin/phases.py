@@ -20,6 +20,7 @@ from mergekit_pave.errors import PaveError
 from mergekit_pave.methods import registry
 from mergekit_pave.planning.plan import Plan, announce
 from mergekit_pave.plugin.conversion import each_checkpoint_once
+from mergekit_pave.plugin.emr import architecture_for
 from mergekit_pave.plugin.inputs import check_inputs, check_name, planning_errors
 from mergekit_pave.progress import bar, no_bars_of_others
 from mergekit_pave.report.summary import kind
@@ -50,7 +51,7 @@ def _plan_merge(config: MergeConfiguration, options: MergeOptions, compares: boo
     merge_adapters(config, options)
     base = config.base_model or config.referenced_models()[0]
     with each_checkpoint_once(), planning_errors(Exception):
-        architecture = get_architecture_info(config, options)
+        architecture = architecture_for(config, options, get_architecture_info)
     planner = MergePlanner(
         config,
         architecture,

@@ -12,6 +12,7 @@ from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.plan import MergePlanner
 
 from mergekit_pave.calibration.job import Runtime
+from mergekit_pave.methods.emr import Emr
 from mergekit_pave.methods.regmean import RegMean, data_share
 from mergekit_pave.planning.merge import Merge, PlannedTensor
 from mergekit_pave.planning.names import all_names
@@ -26,6 +27,10 @@ def is_ours(planner: MergePlanner) -> bool:
 
 def is_regmean(planner: MergePlanner) -> bool:
     return isinstance(planner._method, RegMean)
+
+
+def is_emr(planner: MergePlanner) -> bool:
+    return isinstance(planner._method, Emr)
 
 
 def merge_of(planner: MergePlanner) -> Merge:
@@ -54,6 +59,8 @@ def merge_of(planner: MergePlanner) -> Merge:
         transformers_cache=options.transformers_cache,
         checkpoint=checkpoint_of,
         names_read=functools.partial(names_read, planner),
+        out_dtype=planner.config.out_dtype or planner.config.dtype,
+        base_only=planner.__dict__.get("_pave_base_only", {}),
         compares=planner.__dict__.get("_pave_compares", True),
         generates=planner.__dict__.get("_pave_generates", True),
         warnings=unread_parameters(planner),

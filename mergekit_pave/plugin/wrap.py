@@ -27,6 +27,7 @@ import json
 import logging
 import sys
 import traceback
+from pathlib import Path
 
 from mergekit.architecture import get_architecture_info
 from mergekit.graph import Executor
@@ -34,6 +35,7 @@ from mergekit.io.tasks import FinalizeModel, LoaderCache
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.plan import MergePlanner
 
+from mergekit_pave.cache import require_space
 from mergekit_pave.core.failures import is_out_of_memory, ran_out
 from mergekit_pave.methods.regmean import check_baseless, check_weights
 from mergekit_pave.planning.checks import check_present
@@ -43,11 +45,12 @@ from mergekit_pave.planning.names import all_names, own_names
 from mergekit_pave.planning.plan import announce_refinement
 from mergekit_pave.plugin.checkpoints import has, missing_from, without_aliases
 from mergekit_pave.plugin.dry_run import try_out
+from mergekit_pave.plugin.emr import architecture_for, by_emr, check_emr, restrict
 from mergekit_pave.plugin.following import following
 from mergekit_pave.plugin.inputs import check_card, check_inputs, check_layers, planning_errors
 from mergekit_pave.plugin.parameters import check_parameters
 from mergekit_pave.plugin.phases import calibrate_all, decompose_all
-from mergekit_pave.plugin.planner import data_share_of, inputs_of, is_ours, is_regmean, merge_of
+from mergekit_pave.plugin.planner import data_share_of, inputs_of, is_emr, is_ours, is_regmean, merge_of
 from mergekit_pave.plugin.references import make_writable
 from mergekit_pave.plugin.stored_names import with_stored_names
 from mergekit_pave.progress import no_bars_of_others
@@ -55,6 +58,7 @@ from mergekit_pave.report.card import with_section
 from mergekit_pave.report.licence import common_licence
 from mergekit_pave.report.page.picture import draw_ranks
 from mergekit_pave.report.stored import read_report
+from mergekit_pave.tasks.emr import WriteTasks
 from mergekit_pave.tasks.refine import refine_merge
 from mergekit_pave.tasks.regmean import ClosedForm, MergeByRegMean
 from mergekit_pave.tasks.report import WriteReport
@@ -112,7 +116,7 @@ def _with_checks(get_architecture_info):
         check_inputs(config, options)
         check_card(config, options)
         with planning_errors(Exception):
-            return get_architecture_info(config, options)
+            return architecture_for(config, options, get_architecture_info)
 
     return wrapper
 
@@ -125,8 +129,11 @@ def _noting_position(plan_tensor):
         if not is_ours(self):
             return plan_tensor(self, *args, **kwargs)
         bound = signature.bind(self, *args, **kwargs).arguments
-        models, reader = bound["models"], bound["cfg_reader"]
-        bound["weights_in"] = weights = [without_aliases(weight) for weight in bound["weights_in"]]
+        reader = bound["cfg_reader"]
+        bound["weights_in"] = [without_aliases(weight) for weight in bound["weights_in"]]
+        if is_emr(self) and not restrict(self, bound):
+            return
+        models, weights = bound["models"], bound["weights_in"]
         if bound["weight"].optional and all(map(functools.partial(has, self), models, weights)):
             # mergekit looks for it by fewer names than it reads it by, and would leave it out.
             required = {"optional": False}
@@ -145,6 +152,8 @@ def _with_purification(plan):
         check_parameters(self)
         if not is_ours(self):
             return plan(self)
+        if is_emr(self):
+            check_emr(self)
         self.arch_info = with_stored_names(self)
         check_layers(self)
         plan(self)
@@ -163,6 +172,8 @@ def _with_purification(plan):
         if is_regmean(self):
             for number, (weight, task) in enumerate(self._tensors):
                 self._tensors[number] = weight, _by_regmean(task, closed_forms.get(number))
+        if is_emr(self):
+            self._pave_masks = by_emr(self)
         if self.config.pave is None:
             return
         for number, rows in self._pave_plan.rows.items():
@@ -220,6 +231,11 @@ def _with_phases(plan_to_disk):
             header = json.dumps(plan.header)
             finalize = next(task for task in tasks if isinstance(task, FinalizeModel))
             written = {"out_path": out_path, "finalize": finalize}
+            if plan.emr:
+                self._pave_masks.open(Path(out_path))
+                of_emr = {"files": plan.emr.files, "base_only": plan.emr.base_only, "dtype": self.config.out_dtype or self.config.dtype}
+                written["emr"] = WriteTasks(**written, masks=self._pave_masks, **of_emr)
+                require_space(Path(out_path), 2 * plan.emr.size)  # while the merge runs, masks are in a file without a name
             written["following"] = following(self.config, out_path, self.options)
             tasks.append(WriteReport(**written, header=header, stats=tuple(plan.stats), closed_forms=closed))
             self.config.pave._out_path = out_path

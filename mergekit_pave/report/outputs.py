@@ -14,6 +14,8 @@ PICTURE_NAME = "pave_ranks.png"
 SCORES_NAME = "pave_scores.json"
 SCORES_PICTURE_NAME = "pave_scores.png"
 CARD = "README.md"
+EMR_FOLDER = "emr"
+EMR_FORMAT = "mergekit-pave-emr-1"
 PAGE_FOLDER = "pave_report"
 PAGE_NAME = "index.html"
 GENERATOR = "mergekit-pave report"
@@ -24,15 +26,26 @@ SCORES_END = "<!-- End of what it keeps -->"
 
 
 def remove(folder: Path) -> None:
-    """Remove the report and the scores of a merge, the pictures in its card, and its page; nothing else."""
+    """Remove the report and the scores of a merge, the pictures in its card, its page, and what `emr` restores models with."""
     names = (REPORT_NAME, PICTURE_NAME, SCORES_NAME, SCORES_PICTURE_NAME)
-    ours = [*(folder / name for name in names), *_page(folder / PAGE_FOLDER)]
+    ours = [*(folder / name for name in names), *_page(folder / PAGE_FOLDER), *_task_files(folder / EMR_FOLDER)]
     for path in ours:
         path.unlink(missing_ok=True)
     _cut_scores(folder / CARD)
-    pages = folder / PAGE_FOLDER
-    if pages.is_dir() and not any(pages.iterdir()):
-        pages.rmdir()
+    for emptied in (folder / PAGE_FOLDER, folder / EMR_FOLDER):
+        if emptied.is_dir() and not any(emptied.iterdir()):
+            emptied.rmdir()
+
+
+def _task_files(folder: Path) -> list[Path]:
+    """The files in a folder that `emr` has written."""
+    return [path for path in folder.glob("*.safetensors") if EMR_FORMAT.encode() in _beginning(path)]
+
+
+def _beginning(path: Path) -> bytes:
+    """Of a file, where a safetensors header has its metadata if they come first."""
+    with path.open("rb") as file:
+        return file.read(1000)
 
 
 def _cut_scores(card: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the tasks of one weight have in common."""
+"""What tasks have in common."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any, Optional
 
 from mergekit.common import ModelReference
 from mergekit.graph import Task
+from mergekit.io.tensor_writer import TensorWriter
 
 
 class TensorTask(Task[Any]):
@@ -23,3 +24,10 @@ class TensorTask(Task[Any]):
 
     def uses_accelerator(self) -> bool:
         return True
+
+
+def files_of(writer: TensorWriter) -> set[str]:
+    """The files that a writer has written."""
+    files = set(writer.weight_map.values())
+    # mergekit renames a single file after it has noted its name.
+    return {file.replace("-1.", ".") for file in files} if writer.shards_written == 1 else files

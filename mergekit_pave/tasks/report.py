@@ -7,7 +7,7 @@ import logging
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import tqdm
 from mergekit.graph import Task
@@ -21,6 +21,8 @@ from mergekit_pave.report.closed_form import count_weights
 from mergekit_pave.report.outputs import REPORT_NAME
 from mergekit_pave.report.stored import written_weights
 from mergekit_pave.report.summary import complete, regmean_warnings, warnings
+from mergekit_pave.tasks.base import files_of
+from mergekit_pave.tasks.emr import WriteTasks
 from mergekit_pave.tasks.purify import PurificationStats
 from mergekit_pave.tasks.regmean import MergeByRegMean
 
@@ -44,23 +46,26 @@ class WriteReport(Task[None]):
     stats: tuple[PurificationStats, ...]
     closed_forms: tuple[MergeByRegMean, ...]
     following: str
+    emr: Optional[WriteTasks] = None
 
     def __hash__(self) -> int:
         return hash((WriteReport, self.out_path))
 
     def arguments(self) -> dict[str, Task]:
         stats: dict[str, Task] = {str(i): task for i, task in enumerate(self.stats)}
-        return stats | {"finalized": self.finalize, "writer": self.finalize.writer_task}
+        return stats | {"finalized": self.finalize, "writer": self.finalize.writer_task} | ({"emr": self.emr} if self.emr else {})
 
     def main_thread_only(self) -> bool:
         return True
 
-    def execute(self, finalized: None, writer: TensorWriter, **stats: dict[str, Any]) -> None:
+    def execute(self, finalized: None, writer: TensorWriter, emr: Optional[dict[str, Any]] = None, **stats: dict[str, Any]) -> None:
         done = ((str(task.model), stats[str(i)]) for i, task in enumerate(self.stats))
         report = complete(json.loads(self.header), done)
-        folder, files = Path(self.out_path), _files_of(writer)
+        folder, files = Path(self.out_path), files_of(writer)
         if "regmean" in report:
             self._complete_regmean(report, folder, files)
+        if emr:
+            report["emr"] = emr
         content = report | {"weights": written_weights(folder, files)}
         with replacing(folder / REPORT_NAME) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n")
@@ -87,10 +92,3 @@ class WriteReport(Task[None]):
         regmean["as_task_arithmetic"] |= reasons
         report["regmean"] = regmean
         report["warnings"] += regmean_warnings(regmean)
-
-
-def _files_of(writer: TensorWriter) -> set[str]:
-    """The files that a writer has written."""
-    files = set(writer.weight_map.values())
-    # mergekit renames a single file after it has noted its name.
-    return {file.replace("-1.", ".") for file in files} if writer.shards_written == 1 else files
