@@ -10,7 +10,7 @@ The rooms, from the top. Each imports only what is below it, and `lint-imports` 
     emr           what EMR-Merging keeps for each model, and the models made of it again
     calibration   data -> samples -> batches -> model -> covariances
     report        pave_report.json, the model card, and the page with plots
-    methods       the merge methods `regmean` and `tsv`
+    methods       the merge methods `regmean`, `tsv` and `emr`
     cache         everything that is kept on the disk between two runs
     core          the mathematics: tensors in, tensors out
 

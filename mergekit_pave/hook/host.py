@@ -16,7 +16,7 @@ from mergekit_pave.errors import PaveError
 
 # By module, or module:class: the names in it that are used. Those of a class are fields, methods or attributes of instances.
 PARTS = {
-    "mergekit.architecture": "ModelArchitecture WeightInfo auto get_architecture_info",
+    "mergekit.architecture": "ModelArchitecture WeightInfo arch_info_for_config auto get_architecture_info",
     "mergekit.architecture:ModelArchitecture": "modules",
     "mergekit.architecture:WeightInfo": "name vocabulary_axis optional aliases force_dtype tied_names",
     "mergekit.architecture.auto": "RE_LAYER_INDEX can_convert_checkpoint_keys",
@@ -66,13 +66,13 @@ PARTS = {
     "mergekit.merge_methods.base:TensorGroup": "entries metadata base non_base",
     "mergekit.merge_methods.task_adapter": "ExecuteMergeMethodTask",
     "mergekit.merge_methods.task_adapter:ExecuteMergeMethodTask": (
-        "method_name gather_tensors model_order base_model output_weight parameters input_parameters"
+        "method_name gather_tensors model_order base_model output_weight parameters input_parameters out_dtype"
     ),
     "mergekit.multigpu_executor": "MultiGPUExecutor",
     "mergekit.options": "MergeOptions PrettyPrintHelp add_merge_options",
     "mergekit.options:MergeOptions": (
         "device trust_remote_code quiet transformers_cache lora_merge_cache low_cpu_memory multi_gpu write_model_card "
-        "apply_global_options random_seed lora_merge_dtype unsafe_truncate_embeddings"
+        "apply_global_options random_seed lora_merge_dtype unsafe_truncate_embeddings safe_serialization"
     ),
     "mergekit.plan": "MergePlanner",
     "mergekit.plan:MergePlanner": (
@@ -84,6 +84,7 @@ PARTS = {
 
 # What is wrapped or called, and the arguments that we know. It has to take all of them, and may not need any other.
 CALLS = {
+    "mergekit.architecture:arch_info_for_config": "config",
     "mergekit.architecture:get_architecture_info": "config options",
     "mergekit.architecture.conversion:_expanded_target_keys": "renamed_key target_patterns",
     "mergekit.architecture.conversion:can_convert_checkpoint_keys": "model_type source_keys target_key",

@@ -16,7 +16,7 @@ from mergekit_pave.emr.file import file_names
 from mergekit_pave.errors import PaveError
 from mergekit_pave.names import EMR
 from mergekit_pave.planning.merge import Merge, PlannedTensor
-from mergekit_pave.planning.names import all_names, own_names
+from mergekit_pave.planning.names import all_names
 from mergekit_pave.planning.tokenizers import load_tokenizer
 from mergekit_pave.tasks.emr import TaskFile
 

@@ -12,7 +12,9 @@ from mergekit_pave.calibration.generation import Generation
 from mergekit_pave.calibration.models import inference_dtype
 from mergekit_pave.core.exact import float64_device
 from mergekit_pave.core.linear import Linear
+from mergekit_pave.emr.file import FOLDER
 from mergekit_pave.files import readable
+from mergekit_pave.planning.emr import PlannedEmr
 from mergekit_pave.planning.plan import Plan
 from mergekit_pave.report.summary import by_model, kind, reasons_in_a_line, vocabulary_lines, warnings
 from mergekit_pave.report.tables import written
@@ -81,6 +83,7 @@ def preview(plan: Plan, device: str, samples: dict[str, list[dict[str, Any]]]) -
         **({"regmean": {"closed_form": len(plan.closed_forms)} | regmean} if regmean else {}),
         **({"vocabulary": vocabulary} if vocabulary else {}),
         **({"refined": refined} if refined else {}),
+        **({"emr": _emr(plan.emr)} if plan.emr else {}),
         "warnings": plan.warnings + of_samples,
     }
 
@@ -102,6 +105,17 @@ def _generation(generation: Generation, source: dict[str, Any], device: str) -> 
         "steps": steps,
         "seconds": steps * generation.num_weights / _reading_speed(dtype, device, generation.batch_size),
         "memory": generation.memory,
+    }
+
+
+def _emr(emr: PlannedEmr) -> dict[str, Any]:
+    """The files that models are restored with."""
+    return {
+        "base_only": emr.base_only,
+        "models": {
+            str(file.model): {"file": f"{FOLDER}/{file.name}.safetensors", "bytes": file.size, "own": list(file.own)}
+            for file in emr.files
+        },
     }
 
 
@@ -181,6 +195,14 @@ def as_text(preview: dict[str, Any]) -> str:
             f"{readable(refined['memory'])} of memory, and while the merge runs {readable(refined['disk'])} of disk; as the "
             f"merge method gives them: {reasons_in_a_line(refined['left']) or 'none'}."
         )
+    if emr := preview.get("emr"):
+        lines.append(
+            f"{preview['tensors'] - len(emr['base_only'])} will be shared by masks; the base's alone: "
+            f"{reasons_in_a_line(emr['base_only']) or 'none'}."
+        )
+        for name, file in emr["models"].items():
+            own = f", with {len(file['own'])} tensors of its own (such as {file['own'][0]})" if file["own"] else ""
+            lines.append(f"{file['file']}, about {readable(file['bytes'])}, will restore {name}{own}.")
     for name, model in preview["models"].items():
         data, counted = ", ".join(map(_data_name, model["data"])) or "not needed", ""
         if cost := model.get("generation"):

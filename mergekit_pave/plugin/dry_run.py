@@ -35,7 +35,7 @@ def try_out(planner: MergePlanner) -> None:
     if planner._tokenizer_task:
         gathers = (task.gather_tensors for _, task in planner._tensors)
         _try_tokenizer(planner._tokenizer_task, [task for task in gathers if isinstance(task, PermutedVocabulary)])
-    if not is_regmean(planner) and not is_emr(planner):  # the one is checked where its tasks are made, the other has no parameters
+    if not is_regmean(planner) and not is_emr(planner):  # their parameters, if any, are checked elsewhere
         _try_method(task for _, task in planner._tensors)
 
 

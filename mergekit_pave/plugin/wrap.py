@@ -233,9 +233,9 @@ def _with_phases(plan_to_disk):
             written = {"out_path": out_path, "finalize": finalize}
             if plan.emr:
                 self._pave_masks.open(Path(out_path))
-                of_emr = {"files": plan.emr.files, "base_only": plan.emr.base_only, "dtype": self.config.out_dtype or self.config.dtype}
-                written["emr"] = WriteTasks(**written, masks=self._pave_masks, **of_emr)
-                require_space(Path(out_path), 2 * plan.emr.size)  # while the merge runs, masks are in a file without a name
+                keeps = {"masks": self._pave_masks, "files": plan.emr.files, "base_only": plan.emr.base_only}
+                written["emr"] = WriteTasks(**written, **keeps, dtype=self.config.out_dtype or self.config.dtype)
+                require_space(Path(out_path), 2 * plan.emr.size)  # masks are stored twice while their files are written
             written["following"] = following(self.config, out_path, self.options)
             tasks.append(WriteReport(**written, header=header, stats=tuple(plan.stats), closed_forms=closed))
             self.config.pave._out_path = out_path

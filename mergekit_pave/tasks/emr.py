@@ -207,6 +207,7 @@ class WriteTasks(Task[dict[str, Any]]):
     def _own(self, file: TaskFile) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], Callable[[], Tensor]]]:
         loader = LoaderCache().get(file.model)
         for name in file.own:
+
             def read(name: str = name) -> Tensor:
                 tensor = loader.get_tensor(name)
                 return tensor.to(dtype_from_name(self.dtype)) if self.dtype and tensor.is_floating_point() else tensor

@@ -58,7 +58,9 @@ class WriteReport(Task[None]):
     def main_thread_only(self) -> bool:
         return True
 
-    def execute(self, finalized: None, writer: TensorWriter, emr: Optional[dict[str, Any]] = None, **stats: dict[str, Any]) -> None:
+    def execute(
+        self, finalized: None, writer: TensorWriter, emr: Optional[dict[str, Any]] = None, **stats: dict[str, Any]
+    ) -> None:
         done = ((str(task.model), stats[str(i)]) for i, task in enumerate(self.stats))
         report = complete(json.loads(self.header), done)
         folder, files = Path(self.out_path), files_of(writer)
