@@ -29,6 +29,7 @@ _PUBLIC = {
     "PaveConfig": "mergekit_pave.config",
     "PaveError": "mergekit_pave.errors",
     "allocate_ranks": "mergekit_pave.core.allocation",
+    "load_task": "mergekit_pave.emr.load",
     "purify": "mergekit_pave.core.purification",
     "purify_model": "mergekit_pave.in_memory",
     "register": "mergekit_pave.hook.host",

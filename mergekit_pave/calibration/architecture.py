@@ -16,7 +16,7 @@ from transformers.core_model_loading import WeightConverter, WeightTransform, ap
 from mergekit_pave.calibration.computation import computation
 from mergekit_pave.calibration.experts import part_of_experts
 from mergekit_pave.calibration.linears import backbone_prefix, find_linears
-from mergekit_pave.calibration.models import backbone, empty_model, find_blocks, model_class, renaming
+from mergekit_pave.calibration.models import backbone, empty_model, find_blocks, find_name, model_class, renaming
 from mergekit_pave.calibration.token_rows import find_token_rows
 from mergekit_pave.core.failures import is_out_of_memory
 from mergekit_pave.core.linear import Linear
@@ -97,11 +97,7 @@ class Architecture:
         return self._find(stored, self.tensors) or self._find(apply_converters(self.renamed(stored), converters)[0], self.tensors)
 
     def _find(self, stored: str, names: Container[str]) -> str | None:
-        for name in (stored, self.renamed(stored)):
-            for candidate in (name, self.prefix + name, name.removeprefix(self.prefix)):
-                if candidate in names:
-                    return candidate
-        return None
+        return find_name(stored, names, self.renamed, self.prefix)
 
     def linear(self, names: list[str]) -> Linear | None:
         """The linear layer whose weight has one of these names in a checkpoint. The weight may be that of a single expert."""

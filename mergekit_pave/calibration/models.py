@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
@@ -105,6 +105,20 @@ def renaming(model: nn.Module) -> Callable[[str], str]:
     return renamed
 
 
+def find_name(stored: str, names: Container[str], renamed: Callable[[str], str], prefix: str) -> str | None:
+    """The one of some names in transformers that a tensor with this name in a checkpoint has.
+
+    Args:
+        renamed: see `renaming`.
+        prefix: the start of each name, with its dot, that a checkpoint of the bare backbone leaves out.
+    """
+    for name in (stored, renamed(stored)):
+        for candidate in (name, prefix + name, name.removeprefix(prefix)):
+            if candidate in names:
+                return candidate
+    return None
+
+
 def find_blocks(model: nn.Module) -> dict[nn.Module, str]:
     """The children of a model's outermost `ModuleList`s, with their paths."""
     blocks: dict[nn.Module, str] = {}
@@ -148,12 +162,14 @@ def load_tensors(
     device: str,
     source: str = "the merge",
     with_head: bool = False,
+    dtype: torch.dtype | str | None = None,
 ) -> nn.Module:
     """The whole model with these tensors, which have the names that a checkpoint would have.
 
     Args:
         source: where they are from, for messages.
         with_head: the head is needed, too.
+        dtype: as `from_pretrained` takes it; see `inference_dtype` for the default.
 
     Raises:
         PaveError: weights of the backbone, or of the head, are missing.
@@ -161,7 +177,7 @@ def load_tensors(
     before = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()  # or it would tell that heads are missing, and advise to train them
     try:
-        return _load(cls, config, device, None, source, with_head, state_dict=tensors)
+        return _load(cls, config, device, None, source, with_head, dtype, state_dict=tensors)
     finally:
         transformers.utils.logging.set_verbosity(before)
 
@@ -173,9 +189,10 @@ def _load(
     folder: str | None,
     source: str,
     with_head: bool = False,
+    dtype: torch.dtype | str | None = None,
     **more: Any,
 ) -> nn.Module:
-    dtype = inference_dtype(config, device)
+    dtype = inference_dtype(config, device) if dtype is None else dtype
     try:
         model, info = cls.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True, **more)
     except (RuntimeError, OSError, ValueError) as error:

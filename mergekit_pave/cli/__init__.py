@@ -12,6 +12,7 @@ from mergekit_pave.calibration import distributed
 from mergekit_pave.cli.cache import cache
 from mergekit_pave.cli.config import is_first_process, read_config
 from mergekit_pave.cli.doctor import doctor
+from mergekit_pave.cli.restore import restore
 from mergekit_pave.cli.score import score
 from mergekit_pave.cli.tune import tune
 from mergekit_pave.hook import host
@@ -35,6 +36,7 @@ def main(context: click.Context) -> None:
 
 main.add_command(cache)
 main.add_command(doctor)
+main.add_command(restore)
 main.add_command(score)
 main.add_command(tune)
 
