@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from mergekit.options import OPTION_HELP, MergeOptions, PrettyPrintHelp, ShardSizeParamType
+from mergekit.common import parse_kmb
+from mergekit.options import OPTION_HELP, MergeOptions, PrettyPrintHelp
 
 from mergekit_pave.hook import host
 
@@ -23,7 +24,8 @@ if not host.missing():
 @click.option("--transformers-cache", help=OPTION_HELP["transformers_cache"])
 @click.option(
     "--out-shard-size",
-    type=ShardSizeParamType(),
+    type=parse_kmb,
+    metavar="SIZE",
     default=MergeOptions.model_fields["out_shard_size"].default,
     help=OPTION_HELP["out_shard_size"],
 )

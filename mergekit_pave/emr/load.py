@@ -70,7 +70,6 @@ def _config(restored: Restored, trust_remote_code: bool) -> transformers.Pretrai
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # of transformers or remote code
         raise PaveError(f"{restored.task.path}: its config cannot be used: {in_a_line(error)}") from error
-    config.name_or_path = restored.task.model
     return config
 
 
@@ -79,11 +78,13 @@ def _load(restored: Restored, config: transformers.PretrainedConfig, trust_remot
     cls = model_class(config, expert.path, trust_remote_code, expert.revision)
     source = f"{restored.folder} and {restored.task.path.name}"
     model = load_tensors(cls, config, dict(restored.tensors()), "cpu", source, with_head=True, dtype="auto")
-    _set_generation(restored, model)
+    _set_others(restored, model)
     return model.requires_grad_(True)
 
 
-def _set_generation(restored: Restored, model: transformers.PreTrainedModel) -> None:
+def _set_others(restored: Restored, model: transformers.PreTrainedModel) -> None:
+    """What a model has beside weights and the settings of its config.json."""
+    model.name_or_path = model.config.name_or_path = restored.task.model
     if restored.task.generation_config is not None and model.can_generate():
         model.generation_config = transformers.GenerationConfig.from_dict(restored.task.generation_config)
 
@@ -104,8 +105,7 @@ def _switch(restored: Restored, config: transformers.PretrainedConfig, model: tr
             setattr(model.config, name, getattr(config, name))
     if hasattr(model, "num_labels"):
         model.num_labels = config.num_labels
-    model.name_or_path = model.config.name_or_path = config.name_or_path
-    _set_generation(restored, model)
+    _set_others(restored, model)
 
 
 def _refusal(restored: Restored, reason: str) -> PaveError:
