@@ -68,6 +68,26 @@ def test_for_people(llama, tmp_path, cache):
     assert "18 of 18 weights in the cache" in after and after.count("calibration    not needed") == 2
 
 
+def test_the_first_line_tells_all_that_is_done(llama, tmp_path, cache):
+    told = plan(config_for(llama, {"refine": True, "exclude": ["k_proj"]}, merge_method="regmean"), tmp_path).splitlines()[0]
+    assert told.startswith("18 of 30 tensors will be purified, 21 merged by regmean in closed form, 21 refined.")
+    idle = [entry | {"purify": False} for entry in entries(llama)]
+    assert plan(config_for(llama, {"models": idle}), tmp_path).startswith("0 of 30 tensors will be purified.\n")
+
+
+@pytest.mark.parametrize(("samples", "left"), [(20, 20), (33, 7), (40, 0), (99, 0)])
+def test_data_without_rows_to_score_with_are_told(llama, tmp_path, cache, samples, left):
+    """Data of 40 rows, before and after the cache remembers the samples; of a stream nobody knows."""
+    config = config_for(llama, {"calibration": {"samples": samples}}, models=1)
+    hint = f"Hint: the data of {llama.tuned[0]} has {left or 'no'} rows beside its calibration samples"
+    for _ in range(2):
+        assert (hint in plan(config, tmp_path)) == (left < 8)
+        assert json.loads(plan(config, tmp_path, "--json"))["models"][str(llama.tuned[0])]["rows_left"] == left
+        merge(config, tmp_path / "out")
+    config["pave"]["models"][0]["data"]["streaming"] = True
+    assert "Hint" not in plan(config, tmp_path)
+
+
 def test_how_large_the_removed_part_is_once_the_caches_tell(llama, tmp_path, cache):
     config = config_for(llama, {"rank_ratio": 0.8})
     assert all(found["removed"] is None for found in json.loads(plan(config, tmp_path, "--json"))["models"].values())

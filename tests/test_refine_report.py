@@ -183,11 +183,12 @@ def test_plan_tells_what_will_be_refined_and_what_it_costs(llama, tmp_path, cach
     assert found["left"] == done["left"] and found["settings"] == done["settings"]
     assert found["seconds"] > 0 and found["memory"] > 0
     assert re.search(
-        rf"^{LAYERS} will be refined: about \d+ s on cpu, [\d.]+ MB of memory, and while the merge runs [\d.]+ KB of disk; as "
-        r"the merge method gives them: 7 not the weight of a linear layer\.$",
+        r"^Refining takes about \d+ s on cpu, [\d.]+ MB of memory, and while the merge runs [\d.]+ KB of disk; as the "
+        r"merge method gives them: 7 not the weight of a linear layer\.$",
         told,
         re.MULTILINE,
     )
+    assert told.startswith(f"{LAYERS} of 30 tensors will be refined.\n")
     assert "refined" not in json.loads(invoke("plan", write_config(config_for(llama, {}), path), "--json"))
 
 

@@ -429,8 +429,8 @@ def test_the_page_is_written_where_it_is_asked_for(llamas, tmp_path, undrawn):
 
 def test_samples_are_read_once_for_all_settings(llamas, tmp_path, monkeypatch):
     read = []
-    load_samples = samples.load_samples
-    monkeypatch.setattr(samples, "load_samples", lambda *args: read.append(args) or load_samples(*args))
+    draw_samples = samples.draw_samples
+    monkeypatch.setattr(samples, "draw_samples", lambda *args: read.append(args) or draw_samples(*args))
     counts = []
     monkeypatch.setattr(tuning.Tuner, "score", lambda self, variants: counts.append((len(variants), len(read))) or 1 / 0)
     config = scored_config(llamas, tmp_path / "cache", refine=True)

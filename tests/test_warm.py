@@ -31,8 +31,8 @@ def family(tmp_path):
 @pytest.fixture
 def reads(monkeypatch):
     """The models whose samples are read from their data sets, by the keys of the data."""
-    read, load_samples = [], planned.load_samples
-    monkeypatch.setattr(planned, "load_samples", lambda *args: read.append(args[-1]) or load_samples(*args))
+    read, draw_samples = [], planned.draw_samples
+    monkeypatch.setattr(planned, "draw_samples", lambda *args: read.append(args[-1]) or draw_samples(*args))
     return read
 
 

@@ -125,6 +125,7 @@ class _Samples(_Manifest):
     inputs: list[str]
     tokens: _Natural
     skipped: str
+    left: _Natural | None = None
 
 
 def parse(content: bytes) -> dict[str, Any]:

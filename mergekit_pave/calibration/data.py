@@ -68,10 +68,17 @@ def load_samples(sources: list[Data], calibration: Calibration, where: str) -> l
     Raises:
         PaveError: a data set cannot be loaded, has no rows or lacks a column that is asked for.
     """
-    samples = [sample for rows in _draw(sources, calibration, where) for sample in rows.drawn()]
+    return draw_samples(sources, calibration, where)[0]
+
+
+def draw_samples(sources: list[Data], calibration: Calibration, where: str) -> tuple[list[Sample], int | None]:
+    """As `load_samples`, and how many rows are left beside these; None where there is a stream, whose length nobody knows."""
+    drawn = _draw(sources, calibration, where)
+    samples = [sample for rows in drawn for sample in rows.drawn()]
     if len({sample.text is None and sample.messages is None for sample in samples if sample.problem is None}) > 1:
         raise PaveError(f"{where}: a model cannot be calibrated with both texts and images without a text")
-    return samples
+    left = [rows.left for rows in drawn]
+    return samples, None if None in left else sum(left)
 
 
 def load_held_out(sources: list[Data], calibration: Calibration, where: str, rows: int, used: Container[int]) -> list[Sample]:
@@ -155,6 +162,11 @@ class _Rows:
             rows = [self._rows[i] for i in chosen] if isinstance(self._rows, list) else self._rows.select(chosen)
             self._drawn |= {i: self._read(i, row) for i, row in zip(chosen, rows)}
         return count - missing
+
+    @property
+    def left(self) -> int | None:
+        """How many rows are not drawn; None of a stream."""
+        return None if isinstance(self._rows, list) else len(self._order) - len(self._drawn)
 
     def drawn(self) -> list[Sample]:
         """All rows that were drawn, also blank ones, in the order of the data set."""

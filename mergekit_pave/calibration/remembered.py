@@ -23,12 +23,14 @@ class Remembered(NamedTuple):
         counts: of their tokens, if these can be counted.
         contents: see `Sample.content`, of all that can be used.
         skipped: the warning about rows that cannot be used; empty if there are none.
+        left: how many further rows the data sets have; None where that is not known.
     """
 
     encoded: list[Encoded]
     counts: TokenCounts | None
     contents: frozenset[int]
     skipped: str
+    left: int | None
 
 
 def remember(artefact: cache.Artefact, model: str, what: Remembered) -> None:
@@ -58,6 +60,7 @@ def remember(artefact: cache.Artefact, model: str, what: Remembered) -> None:
                 "inputs": names,
                 "tokens": sum(sample.tokens for sample in what.encoded),
                 "skipped": what.skipped,
+                "left": what.left,
             }
         )
 
@@ -77,6 +80,7 @@ def recall(artefact: cache.Artefact) -> Remembered | None:
         counts=TokenCounts.from_tensors(counts) if counts else None,
         contents=frozenset(tensors[_CONTENTS].tolist()),
         skipped=manifest["skipped"],
+        left=manifest.get("left"),
     )
 
 

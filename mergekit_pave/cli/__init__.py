@@ -52,8 +52,10 @@ def calibrate(config_file: str, merge_options: MergeOptions) -> None:
     plan = fill_caches(config, merge_options)
     num_new, num_weights = len(plan.decompositions), plan.decomposed
     if is_first_process():
-        click.echo(f"{num_weights} weights ready: {num_new} decomposed now, {num_weights - num_new} were in the cache.")
-        if num_forms := sum(bool(form.measured) for form in plan.closed_forms.values()):
+        num_forms = sum(bool(form.measured) for form in plan.closed_forms.values())
+        if num_weights or not num_forms:
+            click.echo(f"{num_weights} weights ready: {num_new} decomposed now, {num_weights - num_new} were in the cache.")
+        if num_forms:
             click.echo(f"Covariances for {num_forms} tensors that regmean merges are in the cache.")
 
 

@@ -46,6 +46,7 @@ class PlannedCalibration:
         elsewhere: by precision, other covariances of the same samples that the cache has.
         to_write: how the model is to write its samples, which are not there yet; see `Samples`.
         remember: see `Tokenised`.
+        left: how many further rows the data sets have; None where that is not known.
     """
 
     source: Source
@@ -62,6 +63,7 @@ class PlannedCalibration:
     elsewhere: dict[str, Path] = field(default_factory=dict)
     to_write: Generation | None = None
     remember: Callable[[], None] | None = None
+    left: int | None = None
 
     @property
     def samples_key(self) -> str:
@@ -187,6 +189,7 @@ def _of_data(config: PaveConfig, source: Source, merge: Merge, measures_layers: 
         elsewhere=elsewhere,
         to_write=read.to_write,
         remember=read.remember,
+        left=read.what.left,
     )
 
 

@@ -109,6 +109,7 @@ def make_plan(config: PaveConfig, merge: Merge) -> Plan:
         compared=compared.is_complete,
         to_write={str(model): calibrations[model].to_write for model in used if calibrations[model].to_write},
         samples={str(model): calibration.samples_key for model, calibration in calibrations.items()},
+        left={str(model): calibration.left for model, calibration in calibrations.items()},
         remember=[calibration.remember for calibration in calibrations.values() if calibration.remember],
     )
 

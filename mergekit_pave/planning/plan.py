@@ -75,6 +75,7 @@ class Plan:
         compared: it is known of all weights whether they equal the base model's; otherwise only of those in the cache.
         samples: by model a key of the samples that it is calibrated with, or of the covariances that it is given.
         to_write: by model how it is to write its samples, where that is still to be done.
+        left: by model how many rows its data sets have beside its samples; None where that is not known.
         remember: has the cache remember what planning has read, so that it need not be read again.
     """
 
@@ -92,6 +93,7 @@ class Plan:
     warnings: list[str]
     compared: bool
     samples: dict[str, str]
+    left: dict[str, int | None]
     to_write: dict[str, Generation]
     remember: list[Callable[[], None]]
 

@@ -16,6 +16,7 @@ from mergekit_pave.emr.file import FOLDER
 from mergekit_pave.files import readable
 from mergekit_pave.planning.emr import PlannedEmr
 from mergekit_pave.planning.plan import Plan
+from mergekit_pave.planning.scoring import FEWEST
 from mergekit_pave.report.summary import by_model, kind, reasons_in_a_line, vocabulary_lines, warnings
 from mergekit_pave.report.tables import written
 from mergekit_pave.tasks.calibrate import CalibrateModel
@@ -41,6 +42,7 @@ def preview(plan: Plan, device: str, samples: dict[str, list[dict[str, Any]]]) -
             "data": source["data"],
             "samples": source["samples"],
             "tokens": source["tokens"],
+            "rows_left": plan.left[model],
             "purified": [
                 {
                     "tensor": weight.tensor,
@@ -181,17 +183,17 @@ def _operations(layer: Linear, tokens: int) -> float:
 def as_text(preview: dict[str, Any]) -> str:
     """The preview for people."""
     outputs = {row["output"] for model in preview["models"].values() for row in model["purified"]}
-    lines = [f"{len(outputs)} of {preview['tensors']} tensors will be purified."]
-    if not preview["compared"]:
+    lines = [_in_short(preview, len(outputs))]
+    if outputs and not preview["compared"]:
         lines[0] += " Weights that equal the base model's are left as they are; the merge finds out which ones do."
     if "regmean" in preview:
         others = reasons_in_a_line(preview["regmean"]["as_task_arithmetic"]) or "none"
-        lines.append(f"{preview['regmean']['closed_form']} will be merged in closed form; as task_arithmetic does: {others}.")
+        lines.append(f"Merged as task_arithmetic does: {others}.")
     if "vocabulary" in preview:
         lines += [f"{line}." for line in vocabulary_lines(preview["vocabulary"])]
     if refined := preview.get("refined"):
         lines.append(
-            f"{len(refined['layers'])} will be refined: about {_duration(refined['seconds'])} on {preview['device']}, "
+            f"Refining takes about {_duration(refined['seconds'])} on {preview['device']}, "
             f"{readable(refined['memory'])} of memory, and while the merge runs {readable(refined['disk'])} of disk; as the "
             f"merge method gives them: {reasons_in_a_line(refined['left']) or 'none'}."
         )
@@ -245,7 +247,22 @@ def as_text(preview: dict[str, Any]) -> str:
             more = f" and {len(patterns) - 3} more kinds" if len(patterns) > 3 else ""
             lines.append(f"    {len(tensors):5} {reason}: {', '.join(patterns[:3])}{more}")
     lines += [f"\nWarning: {warning}." for warning in preview["warnings"]]
+    few = {name: left for name, model in preview["models"].items() if (left := model["rows_left"]) is not None and left < FEWEST}
+    lines += [
+        f"\nHint: the data of {name} has {left or 'no'} rows beside its calibration samples, and `mergekit-pave score` needs "
+        f"{FEWEST} that the merge has not seen. To score it, add rows, or set calibration.samples lower."
+        for name, left in few.items()
+    ]
     return "\n".join(lines)
+
+
+def _in_short(preview: dict[str, Any], purified: int) -> str:
+    """What will be done to how many tensors, in a sentence."""
+    closed, refined = preview.get("regmean", {}).get("closed_form", 0), len(preview.get("refined", {}).get("layers", ()))
+    counts = {"purified": purified, "merged by regmean in closed form": closed, "refined": refined}
+    first, *others = [(count, what) for what, count in counts.items() if count] or [(0, "purified")]
+    more = "".join(f", {count} {what}" for count, what in others)
+    return f"{first[0]} of {preview['tensors']} tensors will be {first[1]}{more}."
 
 
 def _data_name(data: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from mergekit.common import ModelReference
 from mergekit_pave import cache, versions
 from mergekit_pave.calibration.batches import encode, longest_sample
 from mergekit_pave.calibration.counts import count_tokens
-from mergekit_pave.calibration.data import Sample, load_held_out, load_samples
+from mergekit_pave.calibration.data import Sample, draw_samples, load_held_out
 from mergekit_pave.calibration.drawing import RULES, default_tokens
 from mergekit_pave.calibration.generation import Generation
 from mergekit_pave.calibration.models import inference_dtype
@@ -32,7 +32,7 @@ from mergekit_pave.settings import Calibration, Data
 
 LOG = logging.getLogger(__name__)
 
-_kept: dict[tuple[str, ...], list[Sample]] | None = None  # see `each_read_once`
+_kept: dict[tuple[str, ...], tuple[list[Sample], int | None]] | None = None  # see `each_read_once`
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,14 @@ class Samples:
         processor: makes model inputs of them.
         about: the data sets, as a report shows them.
         to_write: how the model is to write them; None where they are there.
+        left: how many further rows the data sets have; None where that is not known.
     """
 
     samples: list[Sample]
     processor: Any
     about: list[dict[str, Any]]
     to_write: Generation | None = None
+    left: int | None = None
 
 
 @contextlib.contextmanager
@@ -63,13 +65,14 @@ def each_read_once() -> Iterator[None]:
         _kept = None
 
 
-def _load(sources: list[Data], settings: Calibration, data_key: str) -> list[Sample]:
+def _draw(sources: list[Data], settings: Calibration, data_key: str) -> tuple[list[Sample], int | None]:
     if _kept is None:
-        return load_samples(sources, settings, data_key)
+        return draw_samples(sources, settings, data_key)
     key = (data_key, *(block.model_dump_json() for block in (*sources, settings)))
     if key not in _kept:
-        _kept[key] = load_samples(sources, settings, data_key)
-    return list(_kept[key])
+        _kept[key] = draw_samples(sources, settings, data_key)
+    samples, left = _kept[key]
+    return list(samples), left
 
 
 def read_samples(config: PaveConfig, source: Source, reading: Reading) -> Samples:
@@ -80,8 +83,8 @@ def read_samples(config: PaveConfig, source: Source, reading: Reading) -> Sample
     """
     settings = config.calibration_of(source.model)
     if not source.entry.is_generated:
-        samples = _load(source.entry.sources, settings, source.data_key)
-        return Samples(samples, load_processor(source, samples, reading), as_reported(source.entry.sources))
+        samples, left = _draw(source.entry.sources, settings, source.data_key)
+        return Samples(samples, load_processor(source, samples, reading), as_reported(source.entry.sources), left=left)
     tokenizer = load_processor(source, [], reading)
     generation = _generation(config, source, tokenizer, reading)
     about = [{"generated": generation.start.kind}]
@@ -141,6 +144,7 @@ def tokenised_samples(config: PaveConfig, source: Source, reading: Reading) -> T
         counts=count_tokens(encoded, getattr(read.processor, "tokenizer", read.processor)),
         contents=frozenset(sample.content for sample in read.samples if sample.problem is None and not read.to_write),
         skipped="".join(skipped),
+        left=read.left,
     )
 
     def keep() -> None:

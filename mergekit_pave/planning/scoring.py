@@ -29,7 +29,7 @@ from mergekit_pave.tasks.scoring import Expert, Model, Scoring
 
 LOG = logging.getLogger(__name__)
 
-_FEWEST = 8  # rows that a score may be made of, unless fewer are asked for
+FEWEST = 8  # rows that a score may be made of, unless fewer are asked for
 _CENTRED = 3  # features are centred over the rows, so of fewer rows nothing is left
 _TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece")
 
@@ -84,7 +84,7 @@ def _expert(
     samples, processor = read_held_out(config, source, reading, rows, used)
     used |= {sample.content for sample in samples}
     form = form_of(architecture, source.config)
-    fewest = min(rows, _FEWEST) if form.places is not Places.NOWHERE else max(_CENTRED, min(rows, _FEWEST))
+    fewest = min(rows, FEWEST) if form.places is not Places.NOWHERE else max(_CENTRED, min(rows, FEWEST))
     encoded: list[Encoded] = []
     if samples:
         seen_whole = settings.model_copy(update={"max_tokens": None})
