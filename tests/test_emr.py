@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from mergekit.architecture import get_architecture_info
 from mergekit.config import MergeConfiguration
+from mergekit.graph import Executor
 from mergekit.merge_methods import merge_state_dicts
 from mergekit.options import MergeOptions
+from mergekit.plan import MergePlanner
 from merging import config_for, entries, forget_checkpoints, invoke, invoke_multi, merge
 from models import make_model, make_tokenizer, perturbed, save
 from reference import weights
@@ -321,6 +324,11 @@ def test_nothing_is_merged_where_masks_would_be_lost(llama, tmp_path):
     models = {"base": weights(llama.base), "tuned": weights(llama.tuned[0])}
     with pytest.raises(PaveError, match="masks are only written by a merge to a folder"):
         merge_state_dicts(models, "emr", base="base")
+    config = MergeConfiguration.model_validate(config_of(llama))
+    planner = MergePlanner(config, get_architecture_info(config, MergeOptions()), MergeOptions(), config.base_model.config())
+    with pytest.raises(PaveError, match="only a merge that is written to a folder has masks"):
+        planner._plan()
+        list(Executor([task for _, task in planner._tensors], math_device="cpu", storage_device="cpu").run(quiet=True))
 
 
 def test_a_plan_writes_nothing(llama, tmp_path):

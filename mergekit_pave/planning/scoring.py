@@ -19,6 +19,10 @@ from mergekit_pave.calibration.models import inference_dtype
 from mergekit_pave.calibration.recorded import DRAWN, KEPT
 from mergekit_pave.calibration.subjects import Stored
 from mergekit_pave.config import PaveConfig
+from mergekit_pave.emr.file import tasks_of
+from mergekit_pave.emr.restore import open_task
+from mergekit_pave.emr.subject import RestoredWeights
+from mergekit_pave.emr.weights import Search
 from mergekit_pave.errors import PaveError
 from mergekit_pave.planning.merge import Reading
 from mergekit_pave.planning.samples import as_reported, read_held_out, read_samples
@@ -179,12 +183,24 @@ def open_merged(scoring: Scoring, folder: Path, reading: Reading) -> Model:
     reference = ModelReference.parse(str(folder))
     checkpoint, config, architecture = open_model(reference, reading)
     _check_unseen(folder, scoring.experts)
+    if task_files := tasks_of(folder):
+        prints = [cache.weights_fingerprint(str(task.path.parent), [task.path.name]) for task in task_files]
+        identity = cache.digest("emr", weights_identity(checkpoint), *prints)
+        restored = {expert.name: _restored(folder, expert, reading) for expert in scoring.experts}
+        return Model(str(folder), architecture.cls, config, Stored(checkpoint.folder), identity, restored)
     first = scoring.experts[0]
     if first.rows.form.is_language_model:
         _check_class(str(folder), architecture.cls, scoring.experts)
     for expert in scoring.experts:
         _check_ids(expert.name, expert.rows.encoded, architecture, expert.tokenizer, reference, reading)
     return Model(str(folder), architecture.cls, config, Stored(checkpoint.folder), weights_identity(checkpoint))
+
+
+def _restored(folder: Path, expert: Expert, reading: Reading) -> Model:
+    """What an expert's model is restored to from a merge by `emr`."""
+    found = open_task(folder, expert.name, Search(cache_dir=reading.transformers_cache))
+    config = type(expert.config).from_dict(found.config)
+    return Model(f"{found.task.name} of {folder}", expert.architecture.cls, config, RestoredWeights(found), "")
 
 
 def _check_unseen(folder: Path, experts: list[Expert]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class Model:
     Attributes:
         name: for messages.
         identity: a key that differs between models.
+        restored: of a merge by `emr` what each expert's model is restored to, by the expert's name.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Model:
     config: transformers.PretrainedConfig
     weights: Weights
     identity: str
+    restored: dict[str, Model] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -114,13 +116,16 @@ class Scoring:
 
         def run() -> dict[str, Tensor]:
             records = [Record(of, Comparison(*pair), keeps=False) for of, pair in zip(rows, references)]
-            if rows[0].form.is_language_model:
+            if rows[0].form.is_language_model and not merged.restored:
                 work = [(of, record.take) for of, record in zip(rows, records)]
                 run_over(self.experts[0].subject_of(merged), work, self.runtime)
             else:
                 for expert, record in zip(self.experts, records):
-                    run_over(expert.subject_of(merged), [(expert.rows, record.take)], self.runtime)
-            return {f"{i}.{name}": values for i, record in enumerate(records) for name, values in record.by_row().items()}
+                    model = merged.restored.get(expert.name, merged)
+                    run_over(expert.subject_of(model), [(expert.rows, record.take)], self.runtime)
+            found = {f"{i}.{name}": values for i, record in enumerate(records) for name, values in record.by_row().items()}
+            # Drift is what a model does on rows of others, and a restored one is for its own.
+            return {name: values for name, values in found.items() if not merged.restored or not name.endswith(".drift")}
 
         tensors = self._recorded("score", self._score_key(merged.identity), merged.name, rows, run)
         return self._summarise(tensors, references)

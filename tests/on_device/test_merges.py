@@ -7,6 +7,7 @@ import torch
 from merging import config_for, invoke, merge
 from pretend_device import memory
 from reference import weights
+from safetensors import safe_open
 from test_methods import METHODS, method_config
 
 # How a merge may be told to use the device, and which devices that means.
@@ -69,6 +70,24 @@ def test_methods(llama, tmp_path, measured, method):
         assert_close(on_device, on_cpu, len(on_cpu))
         return
     assert all(torch.equal(tensor, on_device[name]) for name, tensor in on_cpu.items())
+
+
+@pytest.mark.parametrize("options", [{}, {"low_cpu_memory": True, "read_to_gpu": True}, {"multi_gpu": True}], ids=str)
+def test_emr(llama, tmp_path, measured, options):
+    """Masks are those of the CPU, and so are scales, in whatever order tensors are merged."""
+    config = config_for(llama, measured, models=3, merge_method="emr")
+    config["models"] = [{"model": entry["model"]} for entry in config["models"]]
+    expected = merge(config, tmp_path / "cpu", device="cpu")
+    before = memory.allocations
+    found = merge(config, tmp_path / "device", device="npu", **options)
+    assert memory.allocations > before
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+    for name in ("tuned0", "tuned1", "tuned2"):
+        ours, theirs = (tmp_path / out / "emr" / f"{name}.safetensors" for out in ("device", "cpu"))
+        with safe_open(ours, "pt") as a, safe_open(theirs, "pt") as b:
+            assert float(a.metadata()["scale"]) == pytest.approx(float(b.metadata()["scale"]), rel=1e-12)
+            assert a.keys() == b.keys()
+            assert all(torch.equal(a.get_tensor(key), b.get_tensor(key)) for key in a.keys())  # noqa: SIM118
 
 
 @pytest.mark.parametrize("options", [{}, {"low_cpu_memory": True, "read_to_gpu": True}, {"multi_gpu": True}], ids=str)

@@ -6,6 +6,7 @@
     python tests/benchmarks/quality --quick    # ten minutes: one seed, a few arms
     python tests/benchmarks/quality --refined  # an hour: only what fitting the merged model to its experts does
     python tests/benchmarks/quality --scored   # two hours: only how well a merge is chosen by what it keeps of its models
+    python tests/benchmarks/quality --emr      # half an hour: only EMR-Merging, plain and purified
     python tests/benchmarks/quality --tokens   # two to three hours: only how many tokens a covariance takes
     python tests/benchmarks/quality --table    # run nothing, print the table of what is there so far
 
@@ -44,7 +45,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import texts
 import workers
-from arms import Arm, Row, given_rows, refined_rows, rows, scored_rows
+from arms import Arm, Row, emr_rows, given_rows, refined_rows, rows, scored_rows
 from report import plot, table
 from scored_report import scored_table
 from tokens import SEEDS, token_rows
@@ -58,6 +59,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--refined", action="store_true")
     parser.add_argument("--scored", action="store_true")
+    parser.add_argument("--emr", action="store_true")
     parser.add_argument("--tokens", action="store_true")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "quality-out")
@@ -81,6 +83,8 @@ def main() -> None:
             "decoder": scored_rows(4, has_vocabulary=True),
             "encoder": scored_rows(8, has_vocabulary=False),
         }
+    elif options.emr:
+        wanted = {"decoder": emr_rows(4), "encoder": emr_rows(8)}
     elif options.tokens:
         wanted = {"decoder": token_rows("decoder", 4), "encoder": token_rows("encoder", 8)}
     failed = False

@@ -195,6 +195,31 @@ def refined_rows(models: int, counts: tuple[int, ...] = (), *, has_vocabulary: b
     return found
 
 
+EMR_RATIOS = (0.984, 0.9375, 0.875)
+
+
+def emr_rows(models: int) -> list[Row]:
+    """EMR-Merging, where each task is judged with its own restored model, plain and purified, beside merges of one model.
+
+    Args:
+        models: see `rows`.
+    """
+    plain, closed = (replace(METHODS[name], models=models) for name in (FIRST, CLOSED))
+    emr = Arm("emr", ({},), models=models)
+    refined = refining(replace(plain, pave={}, purify=False), plain.settings[1])
+    section = f"EMR-Merging beside merges of one model, against {FIRST}"
+    found = [Row(section, FIRST, plain, None), Row(section, CLOSED, closed, plain)]
+    found += [Row(section, f"{FIRST}, refined", refined, plain), Row(section, "emr", emr, plain)]
+    section = "EMR-Merging, purified, against the same without"
+    for ratio in EMR_RATIOS:
+        for target in TARGETS:
+            found.append(Row(section, f"`target: {target}`, rank_ratio {ratio}", purified(emr, ratio, target), emr))
+    papers = purified(emr, EMR_RATIOS[-1], "weights")
+    papers = replace(papers, pave=papers.pave | {"regularization": 0.1})
+    found.append(Row(section, f"`target: weights`, rank_ratio {EMR_RATIOS[-1]}, regularization 0.1", papers, emr))
+    return found
+
+
 DATA = {
     "own": "samples of each model's own task",
     "generated": "what each model writes itself",

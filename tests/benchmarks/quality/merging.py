@@ -18,6 +18,7 @@ import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
+from mergekit_pave.emr.restore import open_task, write
 from rotation import rotate
 
 from mergekit_pave import cache
@@ -176,12 +177,25 @@ class Laboratory:
             for start in range(0, len(tasks), arm.models):
                 group = tasks[start : start + arm.models]
                 out = self._merge(arm, setting, seed, group)
-                scores |= self.family.score(out, seed, part, group)
+                if arm.method == "emr":
+                    scores |= self._restored(out, seed, part, group)
+                else:
+                    scores |= self.family.score(out, seed, part, group)
                 if arm.pave is not None and arm.purify:
                     removed += [sums["removed_over_change"] for sums in by_model(read_report(str(out))).values()]
             return {"scores": scores, "removed": sum(removed) / len(removed) if removed else None}
 
         return self._once(what, measure)
+
+    def _restored(self, merged: Path, seed: int, part: str, tasks: list[str]) -> Scores:
+        """Each task's model is restored, and judged on its own task."""
+        scores = {}
+        for task in tasks:
+            out = merged.with_name(f"{merged.name}-restored")
+            shutil.rmtree(out, ignore_errors=True)
+            write(open_task(merged, str(self.family.tuned(seed, task))), out, 5 * 10**9, quiet=True)
+            scores |= self.family.score(out, seed, part, [task])
+        return scores
 
     def inspected(self, arm: Arm | None, seed: int, inspect: dict[str, Callable[[Path], dict[str, Any]]]) -> dict[str, Any]:
         """What functions find in the merge of all models with the arm's first setting, or in the base model if there is no arm.
