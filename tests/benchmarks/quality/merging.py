@@ -18,10 +18,10 @@ import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
-from mergekit_pave.emr.restore import open_task, write
 from rotation import rotate
 
 from mergekit_pave import cache
+from mergekit_pave.emr.restore import open_task, write
 from mergekit_pave.plugin.phases import fill_caches
 from mergekit_pave.report.stored import read_report
 from mergekit_pave.report.summary import by_model
