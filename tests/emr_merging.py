@@ -70,6 +70,8 @@ def write_merge(base: Path, experts: list[Path], out: Path, dtype: torch.dtype =
             "copied": json.dumps(copied),
             "config": (experts[i] / "config.json").read_text(),
         }
+        if rows:
+            metadata["config"] = json.dumps(json.loads(metadata["config"]) | {"vocab_size": rows})
         for key, other in (("generation_config", "generation_config.json"), ("chat_template", "chat_template.jinja")):
             if (experts[i] / other).is_file():
                 metadata[key] = (experts[i] / other).read_text()

@@ -19,7 +19,7 @@ from reference import weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mergekit_pave import PaveError
+from mergekit_pave import PaveError, load_task
 from mergekit_pave.plugin.phases import plan_merge
 
 NAMES = ("tuned0", "tuned1", "tuned2")
@@ -217,7 +217,7 @@ def test_heads_are_kept_for_each_model(classifiers, tmp_path):
         assert torch.equal(merged[name], of_base[name]) and not name.startswith("roberta.")
     shared = {name for name in merged if name not in report["base_only"]}
     models = [weights(model) for model in tuned]
-    _, _, scales = by_definition({name: of_base[name] for name in shared}, models)
+    change, masks, scales = by_definition({name: of_base[name] for name in shared}, models)
     for i, model in enumerate(tuned):
         found, own, metadata = task_file(tmp_path / "out", model.name)
         assert found.keys() == shared and own == models[i].keys() - shared and own
@@ -225,6 +225,11 @@ def test_heads_are_kept_for_each_model(classifiers, tmp_path):
         tensors = load_file(tmp_path / "out" / "emr" / f"{model.name}.safetensors")
         assert all(torch.equal(tensors[f"own.{name}"], models[i][name]) for name in own)
         assert float(metadata["scale"]) == pytest.approx(scales[i], rel=1e-6)
+        restored = load_task(tmp_path / "out", model.name).state_dict()
+        assert restored.keys() == models[i].keys()
+        for name, tensor in restored.items():
+            expected = models[i][name] if name in own else of_base[name] + scales[i] * masks[i][name] * change[name]
+            assert torch.allclose(tensor.double(), expected.double(), atol=1e-6), name
         config = json.loads(metadata["config"])
         assert config["architectures"] == ["RobertaForSequenceClassification"]
         assert len(config.get("id2label", {0: 0, 1: 0})) == (2, 3, 1)[i]
@@ -245,11 +250,13 @@ def test_a_larger_vocabulary_is_kept_or_brought_in_line(llama, tmp_path):
     merge(config, tmp_path / "kept")
     _, own, metadata = task_file(tmp_path / "kept", "larger")
     assert "model.embed_tokens.weight" in own
+    restored = load_task(tmp_path / "kept", "larger")
+    assert torch.equal(restored.get_input_embeddings().weight, model.get_input_embeddings().weight)
     merge(config | {"tokenizer": {"source": "base"}}, tmp_path / "in_line")
-    masks, own, metadata = task_file(tmp_path / "in_line", "larger")
+    masks, own, _ = task_file(tmp_path / "in_line", "larger")
     assert "model.embed_tokens.weight" in masks and not own
     rows = weights(llama.base)["model.embed_tokens.weight"].shape[0]
-    assert json.loads(metadata["config"])["vocab_size"] == rows
+    assert load_task(tmp_path / "in_line", "larger").get_input_embeddings().weight.shape[0] == rows
 
 
 def test_an_earlier_merge_in_the_folder(llama, tmp_path):

@@ -33,10 +33,10 @@ from torch import Tensor
 from mergekit_pave.cache.checkpoint import Stored, is_pointer
 from mergekit_pave.errors import PaveError, unknown
 from mergekit_pave.files import replacing
+from mergekit_pave.report.outputs import EMR_FOLDER as FOLDER
+from mergekit_pave.report.outputs import EMR_FORMAT as FORMAT
 from mergekit_pave.report.places import short_models
 
-FOLDER = "emr"
-FORMAT = "mergekit-pave-emr-1"
 MASK, OWN = "mask.", "own."
 
 _SUFFIX = ".safetensors"

@@ -28,7 +28,7 @@ from mergekit_pave.errors import PaveError
 from mergekit_pave.progress import bar
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_AS_MERGED = ("dtype", "torch_dtype", "vocab_size")  # settings that are the merge's, not the expert's
+_DTYPE = ("dtype", "torch_dtype")  # the same setting, by its name now and before
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 _NOT_COPIED = {"config.json", "generation_config.json", "README.md", "mergekit_config.yml"}
 
@@ -148,7 +148,7 @@ def _check_shape(restored: Restored, name: str, in_base: tuple[int, ...]) -> Non
 
 
 def _config(task: TaskFile, folder: Path) -> dict[str, Any]:
-    """The expert's config.json, with the precision and the vocabulary of the merge.
+    """The config.json of the model, with the precision of the merge.
 
     Raises:
         PaveError: the config.json of the merge cannot be read.
@@ -172,9 +172,9 @@ def _config(task: TaskFile, folder: Path) -> dict[str, Any]:
 
 
 def _take(config: dict[str, Any], merged: dict[str, Any]) -> None:
-    for name in ("dtype", "torch_dtype"):  # the same setting, by its name now and before
+    for name in _DTYPE:
         config.pop(name, None)
-    config |= {name: merged[name] for name in _AS_MERGED if name in merged}
+    config |= {name: merged[name] for name in _DTYPE if name in merged}
     for name, part in config.items():
         if isinstance(part, dict) and isinstance(merged.get(name), dict) and name.endswith("_config"):
             _take(part, merged[name])
