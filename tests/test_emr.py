@@ -248,7 +248,7 @@ def test_a_larger_vocabulary_is_kept_or_brought_in_line(llama, tmp_path):
     config = config_of(llama, models=1)
     config["models"].append({"model": str(tmp_path / "larger")})
     merge(config, tmp_path / "kept")
-    _, own, metadata = task_file(tmp_path / "kept", "larger")
+    _, own, _ = task_file(tmp_path / "kept", "larger")
     assert "model.embed_tokens.weight" in own
     restored = load_task(tmp_path / "kept", "larger")
     assert torch.equal(restored.get_input_embeddings().weight, model.get_input_embeddings().weight)
