@@ -256,6 +256,8 @@ def check_models(config: PaveConfig, merge: dict[str, Any]) -> None:
     """
     base = merge.get("base_model")
     merged = set(merged_models(merge, base))
+    if not merged:
+        raise PaveError("models: the config merges no models; list them under `models`, as in `- model: ./model`")
     for entry in config.models:
         if entry.model == base and entry.purify and base not in merged:
             raise PaveError(f"pave.models: {entry.model} is the base model, which is never purified; remove its entry")

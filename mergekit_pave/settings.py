@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -129,7 +130,18 @@ def _reject_other_strings(value: Any) -> Any:
     return value
 
 
-AnyData = Annotated[Data | list[Data] | Literal["generated"] | None, BeforeValidator(_reject_other_strings)]
+def _form_of_data(value: Any) -> str:
+    return "several" if isinstance(value, list) else "none" if value is None else "word" if isinstance(value, str) else "one"
+
+
+AnyData = Annotated[
+    Annotated[Data, Tag("one")]
+    | Annotated[list[Data], Tag("several")]
+    | Annotated[Literal["generated"], Tag("word")]
+    | Annotated[None, Tag("none")],
+    Discriminator(_form_of_data),
+    BeforeValidator(_reject_other_strings),
+]
 
 
 class Written(Block):
@@ -142,30 +154,88 @@ class Written(Block):
     generated: Literal["chat", "bos", "eos", "random"]
 
 
-def wrong_keys(value: Any, error: ValidationError) -> Iterator[str]:
-    """One line for each wrong key, with its path in the YAML. Of a union's alternatives only the first is described."""
+_EXAMPLES = {  # by the class of a mapping
+    "PaveConfig": "data: {path: rows.jsonl}",
+    "PaveModel": "- model: ./model",
+    "InputModelDefinition": "- model: ./model",
+    "Data": "{path: rows.jsonl}",
+    "Calibration": "{samples: 256}",
+    "TokenizerConfig": "{source: base}",
+}
+_WORDS = {  # by the type of a problem, as pydantic has it
+    "list_type": "must be a list, with a dash before each entry",
+    "dict_type": "must be a mapping, such as {{key: value}}",
+    "missing": "is missing",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "finite_number": "must be a finite number",
+    "string_type": "must be a text",
+    "string_too_short": "must not be empty",
+    "literal_error": "must be {expected}",
+    "greater_than": "must be greater than {gt:g}",
+    "greater_than_equal": "must be {ge:g} or more",
+    "less_than_equal": "must be {le:g} or less",
+}
+
+
+def wrong_keys(value: Any, error: ValidationError, root: str = "pave") -> Iterator[str]:
+    """One line for each wrong key, with its path in the YAML. Of a union's alternatives only the first is described.
+
+    Args:
+        root: the key of the value.
+    """
     described = set()
     for problem in error.errors():
-        if _is_of_block(problem["loc"], value):
+        if root == "pave" and _is_of_block(problem["loc"], value):
             continue
-        path, node = "pave", value
+        path, node = root, value
         for part in problem["loc"]:
             if isinstance(node, dict) and part in node:
                 path, node = f"{path}.{part}", node[part]
             elif isinstance(node, list) and isinstance(part, int) and part < len(node):
                 node = node[part]
-                is_model = isinstance(node, dict) and "model" in node
+                is_model = isinstance(node, dict) and isinstance(node.get("model"), str)
                 path += f"[{node['model']}]" if is_model else f"[{part}]"
             elif problem["type"] == "missing" and part == problem["loc"][-1]:
                 path = f"{path}.{part}"
         if path in described:
             continue
         described.add(path)
-        message = problem["msg"].removeprefix("Value error, ")
-        shown = f" (got {problem['input']!r})" if problem["type"] not in ("missing", "value_error") else ""
-        yield f"{path}: {message[0].lower()}{message[1:]}{shown}"
+        yield f"{path.removeprefix('.') or 'it'}: {wrong_value(problem)}"
+
+
+def wrong_value(problem: Any) -> str:
+    """What is wrong with a value, in our words.
+
+    Args:
+        problem: one of the errors that pydantic lists.
+    """
+    kind, given, context = problem["type"], problem["input"], problem.get("ctx", {})
+    if kind == "value_error":
+        return problem["msg"].removeprefix("Value error, ")
+    if kind == "missing":
+        close = difflib.get_close_matches(str(problem["loc"][-1]), map(str, given), n=1) if isinstance(given, dict) else []
+        return _WORDS[kind] + (f"; is {close[0]!r} meant to be it?" if close else "")
+    if kind == "model_type":
+        name = context["class_name"]
+        example = f", such as `{_EXAMPLES[name]}`" if name in _EXAMPLES else ""
+        wanted = "must be the name of a model" if name == "ModelReference" else f"must be a mapping{example}"
+    elif kind in _WORDS:
+        wanted = _WORDS[kind].format(**context).replace("True", "true").replace("False", "false")
+    else:
+        wanted = f"{problem['msg'][0].lower()}{problem['msg'][1:]}"
+    shown = {True: "true", False: "false", None: "nothing"}.get(given) if isinstance(given, bool | None) else repr(given)
+    return f"{wanted}, not {shown if len(shown) <= 60 else shown[:56] + ' ...'}"
 
 
 def _is_of_block(loc: tuple[Any, ...], value: dict[str, Any]) -> bool:
-    """Whether what is wrong in a model's `data` is that of the whole block, which is described there."""
-    return len(loc) > 2 and loc[0] == "models" and loc[2] == "data" and not value["models"][loc[1]].get("data")
+    """Whether what is wrong in a model's entry stands directly in the block, and is described there."""
+    if len(loc) < 3 or loc[0] != "models" or loc[2] not in ("data", "purify"):
+        return False
+    entry = value["models"][loc[1]]
+    return not entry.get("data") if loc[2] == "data" else "purify" not in entry

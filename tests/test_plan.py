@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -126,9 +127,27 @@ def test_few_tokens_and_shared_samples_are_told_beforehand(llama, tmp_path, cach
     "change, told",
     [
         (lambda c: c["models"][0].update(model="./nowhere"), "nowhere"),
-        (lambda c: c.pop("base_model"), "base input"),
+        (lambda c: c.pop("base_model"), "task_arithmetic needs a base_model: name the model"),
         (lambda c: c.update(Pave=c.pop("pave")), "unknown key 'Pave'; did you mean 'pave'?"),
-        (lambda c: c.update(merge_method="taskarithmetic"), "taskarithmetic"),
+        (lambda c: c.update(merge_method="taskarithmetic"), "'taskarithmetic'; did you mean 'task_arithmetic'?"),
+        (
+            lambda c: c["models"][1].pop("parameters"),
+            "has no `weight`, which task_arithmetic needs. Write `parameters: {weight: ",
+        ),
+        (lambda c: c["models"][1]["parameters"].update(weight=[1, "x"]), "must be a number, not 'x'"),
+        (lambda c: c.update(models={"model": "a"}), "models: must be a list, with a dash before each entry, not {'model': 'a'}"),
+        (lambda c: c["models"].__setitem__(0, "./a"), "models[0]: must be a mapping, such as `- model: ./model`, not './a'"),
+        (lambda c: c["models"][0].update(mdel=c["models"][0].pop("model")), "model: is missing; is 'mdel' meant to be it?"),
+        (lambda c: c.update(base_model=["./a"]), "base_model: must be the name of a model, not ['./a']"),
+        (lambda c: c.update(dtype=["float32"]), "dtype: must be a text, not ['float32']"),
+        (lambda c: c.update(tokenizer="base"), "tokenizer: must be a mapping, such as `{source: base}`, not 'base'"),
+        (lambda c: c["models"][0].update(parameters=["weight"]), ".parameters: must be a mapping, such as {key: value}"),
+        (lambda c: c.pop("merge_method"), "merge_method: is missing"),
+        (lambda c: c.pop("models"), "models: the config merges no models"),
+        (
+            lambda c: c.update(base_modle=c.pop("base_model")),
+            "unknown key 'base_modle'; did you mean 'base_model'? mergekit ignores",
+        ),
     ],
 )
 def test_what_mergekit_says_against_a_config_is_a_line(llama, tmp_path, cache, change, told):
@@ -138,6 +157,38 @@ def test_what_mergekit_says_against_a_config_is_a_line(llama, tmp_path, cache, c
     result = CliRunner().invoke(main, ["plan", str(write_config(config, tmp_path / "plan.yml"))])
     assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result.exception
     assert told in result.stderr and "Traceback" not in result.stderr
+    assert not re.search("nput should|validation error|pydantic", result.stderr)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "it is empty"),
+        ("# a comment\n", "it is empty"),
+        ("- a\n", "it holds a list, no mapping"),
+        ("models:\n\t- model: a\n", "line 2, column 1: there is a tab, and YAML is indented with spaces alone"),
+        ("dtype: a\nmodels:\n  - model: a\ndtype: b\n", "line 4, column 1: the key 'dtype' is there twice"),
+        ("pave:\n  a: {b: 1,\n    b: 2}\n", "line 3, column 5: the key 'b' is there twice"),
+        ("models:\n  - model: a\n   parameters: b\n", "line 3, column 4: "),
+        ("merge_method ties\nmodels: []\n", "line 2, column 7: mapping values are not allowed here. Entries of one list"),
+        ("merge_method: tiés", "is not a text in UTF-8"),
+    ],
+)
+def test_what_is_no_yaml_is_told_with_its_place(tmp_path, text, told):
+    (tmp_path / "config.yml").write_text(text, encoding="latin-1")
+    result = CliRunner().invoke(main, ["plan", str(tmp_path / "config.yml")])
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result.exception
+    assert told in result.stderr and result.stderr.startswith("Error: ")
+
+
+def test_a_key_may_be_in_several_mappings_and_merged_into_one(llama, tmp_path, cache):
+    """The sign `<<` of YAML takes keys of another mapping, which the mapping's own replace."""
+    text = yaml.safe_dump(config_for(llama, {})).replace("parameters:\n    weight: 0.5", "parameters: &a\n    weight: 0.5", 1)
+    text = text.replace("parameters:\n    weight: 0.5", "parameters:\n    <<: *a\n    weight: 0.4")
+    assert "&a" in text and "<<" in text
+    (tmp_path / "config.yml").write_text(text)
+    result = CliRunner().invoke(main, ["plan", str(tmp_path / "config.yml")])
+    assert result.exit_code == 0, result.output
 
 
 def test_several_merges_in_one_file(llama, tmp_path, cache):

@@ -165,7 +165,7 @@ def test_parameters_have_no_meaning_for_a_method_without_them():
         ("parameters.density=0.5", "has a density of its own; set models.0.parameters.density, models.1.parameters.density"),
         ("parameters={lamda: 1}", "parameters.lamda: unknown parameter 'lamda'; did you mean 'lambda'"),
         ("models=[{model: ./math, paramters: {weight: 1}}]", "did you mean 'parameters'.* in models.0"),
-        ("dtype=[1]", "dtype=.1.: not a mergekit config"),
+        ("dtype=[1]", r"dtype=\[1\]: dtype: must be a text, not \[1\]"),
     ],
 )
 def test_what_nobody_would_read_is_refused(choice, message):

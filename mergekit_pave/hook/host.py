@@ -61,8 +61,8 @@ PARTS = {
     "mergekit.merge_methods.base": (
         "BasePolicy GroupMergeMethod InputContract MergeMethodSpec ParameterScope ParameterSpec TensorEntry TensorGroup"
     ),
-    "mergekit.merge_methods.base:MergeMethodSpec": "name parameters",
-    "mergekit.merge_methods.base:ParameterSpec": "name default required",
+    "mergekit.merge_methods.base:MergeMethodSpec": "name parameters contract",
+    "mergekit.merge_methods.base:ParameterSpec": "name default required scope validate",
     "mergekit.merge_methods.base:TensorGroup": "entries metadata base non_base",
     "mergekit.merge_methods.task_adapter": "ExecuteMergeMethodTask",
     "mergekit.merge_methods.task_adapter:ExecuteMergeMethodTask": (

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from mergekit_pave.errors import PaveError, unknown
 from mergekit_pave.planning.settable import check_key, full_key, own_parameters, parameter_in, parts_of
 from mergekit_pave.report.tuned import shown
+from mergekit_pave.settings import wrong_keys
 
 _RANDOM = {"dare_linear", "dare_ties", "della", "della_linear", "arcee_fusion"}
 
@@ -259,7 +260,9 @@ def _validated(content: dict[str, Any], changes: dict[str, Any]) -> MergeConfigu
         return MergeConfiguration.model_validate(content)
     except PaveError as error:
         raise PaveError(f"{place}{error}") from error
-    except (ValidationError, RuntimeError) as error:  # mergekit raises both
+    except ValidationError as error:
+        raise PaveError(f"{place}{'; '.join(wrong_keys(content, error, root=''))}") from error
+    except RuntimeError as error:  # of mergekit's own checks
         raise PaveError(f"{place}not a mergekit config: {error}") from error
 
 

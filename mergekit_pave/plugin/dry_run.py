@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
@@ -70,7 +71,7 @@ def _try_chat_template(config: MergeConfiguration) -> None:
 def _try_tokenizer(task: BuildTokenizer, vocabularies: list[PermutedVocabulary]) -> None:
     """Build the output's tokenizer, and bring vocabularies in line with it: once those that many tensors have."""
     tried = set()
-    with _silent_logs():  # the merge will log it all again
+    with _silent_logs(), contextlib.redirect_stderr(io.StringIO()):  # the merge will log it all again, and draw its bar
         try:
             built = task.execute()
             for vocabulary in vocabularies:

@@ -20,6 +20,7 @@ from mergekit.plan import MergePlanner
 from mergekit_pave.cache.checkpoint import WEIGHTS, find_weights, is_pointer, stored_in
 from mergekit_pave.errors import PaveError, in_a_line
 from mergekit_pave.files import looks_local
+from mergekit_pave.plugin.parameters import check_method
 from mergekit_pave.report.tables import is_repository
 
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -31,8 +32,9 @@ def check_inputs(config: MergeConfiguration, options: MergeOptions) -> None:
     Of models on the Hub it reads only the configuration.
 
     Raises:
-        PaveError: the device cannot be used, or a model cannot be read.
+        PaveError: the merge method lacks something, the device cannot be used, or a model cannot be read.
     """
+    check_method(config)
     _check_device(options)
     LoaderCache().setup(options=options)
     for model in sorted(config.referenced_models(), key=str):
