@@ -95,6 +95,8 @@ def unify(
             masks[i][_packed(part)] = pack(agreed).to(base.device)
             own = change if originals is None else in_float64(originals[i].reshape(-1)[part]) - start
             sums[i] = sums[i] + _sums(change, own, stored * agreed, agreed)
+    if not base.numel():
+        return merged, masks, [Sums() for _ in models]
     return merged, masks, [Sums(*found, entries=base.numel()) for found in (of_model.tolist() for of_model in sums)]
 
 
@@ -107,7 +109,8 @@ def _sums(change: Tensor, own: Tensor, kept: Tensor, agreed: Tensor) -> Tensor:
 def restore(base: Tensor, merged: Tensor, mask: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
     """One tensor of model i, in the shape and the type of `merged`.
 
-    Difference, product and sum are rounded one by one, so that the result is the same bit for bit on every processor.
+    Difference, product and sum are rounded one by one, so that the result is the same bit for bit on every processor. A mask's
+    byte is looked up as eight factors, 0 or λ, which takes a third of the time of unpacking it.
 
     Args:
         base: W_base; it is taken in the type of `merged`.
@@ -118,13 +121,26 @@ def restore(base: Tensor, merged: Tensor, mask: Tensor, scale: float, out: Tenso
     """
     out = torch.empty_like(merged) if out is None else out
     exact = torch.float64 if merged.dtype == torch.float64 else torch.float32
-    for part in _parts(merged):
-        start = base.reshape(-1)[part].to(merged.dtype).to(exact)
-        change = merged.reshape(-1)[part] - start
-        change *= unpack(mask[_packed(part)], len(change))
-        change *= scale
-        out.view(-1)[part] = change.add_(start)
+    of_byte = _bits(merged.device).to(exact) * scale
+    starts, ends = base.reshape(-1), merged.reshape(-1)
+    parts = list(_parts(merged, 2))
+    # Memory that is asked for again and again is zeroed by the system each time, which would take as long as everything else.
+    width = -(-max((part.stop - part.start for part in parts), default=0) // _BITS) * _BITS
+    room = torch.empty(3, width, dtype=exact, device=merged.device)
+    for part in parts:
+        start, change, factors = room[:, : part.stop - part.start]
+        start.copy_(starts[part].to(merged.dtype))
+        change.copy_(ends[part]).sub_(start)
+        rows = mask[_packed(part)].int()
+        torch.index_select(of_byte, 0, rows, out=room[2, : len(rows) * _BITS].view(-1, _BITS))
+        out.view(-1)[part] = change.mul_(factors).add_(start)
     return out
+
+
+@functools.cache
+def _bits(device: torch.device) -> Tensor:
+    """The eight entries that each byte of a mask stands for, (256, 8)."""
+    return unpack(torch.arange(256, dtype=torch.uint8, device=device), 256 * _BITS).view(256, _BITS)
 
 
 # Eight booleans are an integer of 64 bits. This factor brings the lowest bit of each byte into the highest byte, and no two
@@ -153,9 +169,9 @@ def unpack(packed: Tensor, size: int) -> Tensor:
     return (packed.to(torch.int64).mul_(_COPY).bitwise_and_(_EACH).view(torch.uint8) != 0)[:size]
 
 
-def _parts(tensor: Tensor) -> Iterator[slice]:
-    """Entries that are worked on together: on a CPU as many as its cache holds."""
-    size = _IN_CACHE if tensor.device.type == "cpu" else _ON_DEVICE
+def _parts(tensor: Tensor, times: int = 1) -> Iterator[slice]:
+    """Entries that are worked on together: on a CPU as many as its cache holds, or some times that if they are small or few."""
+    size = times * _IN_CACHE if tensor.device.type == "cpu" else _ON_DEVICE
     for start in range(0, tensor.numel(), size):
         yield slice(start, min(start + size, tensor.numel()))
 
