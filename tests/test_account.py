@@ -4,8 +4,10 @@ import logging
 
 import pytest
 from merging import config_for, invoke, merge
+from test_page import emr_of
 
 from mergekit_pave.report.account import account
+from mergekit_pave.report.emr import emr_warnings
 from mergekit_pave.report.summary import complete
 
 
@@ -59,6 +61,51 @@ def test_never_more_than_ten_lines(models):
     assert "  regmean     1 of 5 tensors in closed form (90 % of the weights), alignment with a 0.50, b 0.70; as" in "\n".join(
         told
     )
+
+
+def test_a_merge_by_emr():
+    """Each model has a line: how close to it the restored one is. Then how to get one back."""
+    report = {"tensors": 14, "models": {}, "purified": [], "warnings": [], "emr": emr_of(3)}
+    report["emr"]["models"]["someone/model-2"]["distance"] = None
+    assert account(report, "./my merge", "next").splitlines() == [
+        "PAVE: ./my merge is merged",
+        "  emr         12 of 14 tensors shared through masks; 3 files of 4.5 MB in ./my merge/emr",
+        "              model-0  restored, it differs by 0.4 x its change",
+        "              model-1  restored, it differs by 0.41 x its change; 2 tensors of its own kept",
+        "              model-2  equals the base model",
+        "  restore     mergekit-pave restore './my merge' model-0; likewise model-1, model-2",
+        "  report      ./my merge/pave_report.json; as a page: mergekit-pave report './my merge'",
+        "  next        next",
+    ]
+
+
+@pytest.mark.parametrize("purified", [0, 1, 3, 30])
+@pytest.mark.parametrize("models", [1, 2, 3, 4, 5, 30])
+def test_never_more_than_ten_lines_by_emr(models, purified):
+    told = account(report_of(purified, emr=emr_of(models)), "./merged", "next")
+    lines = told.splitlines()
+    assert len(lines) <= 10
+    assert {line[:12].strip() for line in lines} >= {"emr", "restore", "report", "next"} | ({"purified"} if purified else set())
+    if models == 30:
+        assert (
+            "30 files of 45 MB in ./merged/emr; restored, they differ by 0.4 x (model-0) to 0.69 x (model-29) their change; "
+            "2 tensors of their own kept\n"
+        ) in told
+        assert "restore ./merged model-0; likewise 29 others\n" in told
+
+
+def test_models_that_are_restored_badly_are_warned_of():
+    emr = emr_of(5)
+    names = list(emr["models"])
+    for name, change in zip(names, ({"distance": 1.25}, {"distance": 0.999, "scale": 2.0}, {"scale": 2.5}, {"distance": 1.0})):
+        emr["models"][name] |= change
+    report = {"emr": emr, "purified": [row(names[3], "a", 1.0)]}
+    first, second, third = emr_warnings(report)
+    assert first.startswith(f"{names[0]}: restored, it is 1.25 times as far from the model as the base model is")
+    assert second.startswith(f"{names[2]}: its scale is 2.5, so at most 40 % of its change")
+    assert third.startswith(f"{names[3]}: restored, it is as far from the model as the base model is, also by what purification")
+    emr["models"]["someone/model-4"] |= {"distance": None, "scale": 1.0}
+    assert emr_warnings(report) == [first, second, third]
 
 
 def test_of_many_models_the_range_is_told():

@@ -4,6 +4,7 @@ import copy
 import html
 import http.server
 import io
+import itertools
 import re
 import shutil
 import sys
@@ -24,7 +25,7 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from merging import config_for, entries, merge
 from PIL import Image
-from test_page import report_of, rows_of
+from test_page import emr_of, report_of, rows_of
 
 import mergekit_pave
 from mergekit_pave.cache import entries as cached
@@ -188,6 +189,46 @@ def test_published_covariances_are_named(llama, tmp_path, cache):
     assert told.count("covariances from") == 1
 
 
+def table_in(text: str, *head: str) -> list[list[str]]:
+    """The rows of the table with a head in Markdown."""
+    lines = text.split(f"| {' | '.join(head)} |\n")[1].splitlines()[1:]
+    return [line.strip("| ").split(" | ") for line in itertools.takewhile(lambda line: line.startswith("|"), lines)]
+
+
+EMR_HEAD = ("model", "file", "size", "scale (λᵢ)", "share of entries", "distance", "own tensors")
+
+
+def test_what_emr_keeps_of_each_model():
+    """Nothing was purified or measured: there are no tables of that. A model that equals the base has no distance."""
+    report = report_of([]) | {
+        "emr": emr_of(3, base_only={"lm_head.bias": "not in a", "lm_head.weight": "of another shape in a_b"})
+    }
+    report["not_purified"] = list(report["emr"]["models"])
+    report["emr"]["models"]["someone/model-2"] |= {"distance": None, "own": ["a", "b", "c", "d", "e"]}
+    told = section(report)
+    assert table_in(told, *EMR_HEAD) == [
+        ["model-0", "emr/model-0.safetensors", "1.5 MB", "0.9", "62.5 %", "0.4", "-"],
+        ["model-1", "emr/model-1.safetensors", "1.5 MB", "0.91", "62.5 %", "0.41", "classifier.bias, classifier.weight"],
+        ["model-2", "emr/model-2.safetensors", "1.5 MB", "0.92", "62.5 %", "-", "a, b, c and 2 more"],
+    ]
+    assert (
+        "It is no model to use by itself" in told
+        and "the base model's own, by reason: 1 not in a, 1 of another shape in a_b." in told
+    )
+    assert "mergekit-pave restore . model-0" in told and 'mergekit_pave.load_task(".", "model-0")' in told
+    assert "Calibration" not in told and "purified" not in told and "](https://arxiv.org/abs/2405.17461)" in told
+    assert re.findall("^#### (.*)", told, re.MULTILINE) == ["To reproduce"]
+
+
+def test_emr_of_purified_models():
+    report = report_of(rows_of(2, 2)) | {"not_purified": ["someone/model-2"]}
+    told = section(report | {"emr": emr_of(3)})
+    assert len(table_in(told, *EMR_HEAD)) == 3
+    assert "With purified task vectors" in told and "with Wᵢ as it was before it was purified" in told
+    assert "| someone/model-2 | not purified | - | - |" in told and "#### Ranks" in told
+    assert "EMR" not in section(report)
+
+
 NAMES = [
     "<b>bold",
     "<img src=x onerror=alert(1)>",
@@ -218,17 +259,22 @@ def test_names_are_shown_as_they_are(name):
     of_model["settings"]["exclude"] = [f"{name} k_proj"]
     of_model["left_as_they_are"] = {"x": f"because of {name}"}
     report["regmean"] = {"closed_form": [], "as_task_arithmetic": {"x": f"unlike {name}"}}
+    report["emr"] = emr_of(1, base_only={"x": f"not in {name}"})
+    report["emr"]["models"][name] = report["emr"]["models"]["someone/model-0"] | {"own": [f"{name} own"]}
     page = MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(section(report))
     tags = set(re.findall(r"<(/?[a-z0-9]+)", page)) - {"img"}
-    known = "h3 h4 p a code pre table thead tbody tr th td blockquote"
+    known = "h3 h4 p a code pre table thead tbody tr th td blockquote ul li strong"
     assert tags <= {slash + tag for tag in known.split() for slash in ("", "/")}, tags
-    assert page.count("<img") == 0 and re.findall(r'<a href="([^"]*)"', page) == ["https://arxiv.org/abs/2510.14697"]
+    assert page.count("<img") == 0 and re.findall(r'<a href="([^"]*)"', page) == [
+        f"https://arxiv.org/abs/{paper}" for paper in ("2510.14697", "2405.17461")
+    ]
     shown = html.unescape(re.sub(r"</?[a-z][^>]*>", "", page))
     for told in (f"{name}: look, target: task_vector is safer", f"{name} too", f"{name}.jsonl / train", f"{name} k_proj"):
         assert told in shown, shown
     assert f"because of {name}" in shown and f"unlike {name}" in shown and f"For {name}: " in shown
     tables = [[len(re.findall("<t[hd]", row)) for row in table.split("<tr>")[1:]] for table in page.split("<table>")[1:]]
-    assert len(tables) == 5 and all(len(set(cells)) == 1 for cells in tables)
+    assert f"{name} own" in shown and f"not in {name}" in shown
+    assert len(tables) == 6 and all(len(set(cells)) == 1 for cells in tables)
 
 
 # --- The licence -----------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_page import report_of, rows_of
+from test_page import emr_of, report_of, rows_of
 
 from mergekit_pave.errors import PaveError
 from mergekit_pave.report import card
@@ -38,6 +38,7 @@ def whole() -> dict:
         "layers": [{"tensor": "layers.0.mlp.weight", "tokens": 100, "error_before": 0.5, "error_after": None}],
         "left": {"lm_head.weight": "vocabulary"},
     }
+    report["emr"] = emr_of(2, base_only={"lm_head.bias": "not in someone/model-1"})
     return report
 
 
@@ -108,6 +109,21 @@ def test_any_value_of_another_shape(tmp_path, monkeypatch, key):
         (("models", "someone/model-0", "settings", "target"), "all", r"models\.someone/model-0\.settings\.target: "),
         (("refined", "layers", 0, "error_before"), -0.5, r"refined\.layers\.0\.error_before: Input should be greater"),
         (("refined", "layers"), GONE, r"refined\.layers: Field required"),
+        (("emr", "models"), {}, r"emr\.models: Dictionary should have at least 1 item"),
+        (
+            ("emr", "models", "someone/model-0", "scale"),
+            "0.9",
+            r"emr\.models\.someone/model-0\.scale: Input should be a valid num",
+        ),
+        (("emr", "models", "someone/model-0", "agreed"), 1.5, r"emr\.models\.someone/model-0\.agreed: Input should be less than"),
+        (("emr", "models", "someone/model-0", "distance"), GONE, r"emr\.models\.someone/model-0\.distance: Field required"),
+        (
+            ("emr", "models", "someone/model-0", "file"),
+            "emr/a b; rm x.safetensors",
+            r"emr\.models\.someone/model-0\.file: String",
+        ),
+        (("emr", "models", "someone/model-0", "file"), "../../a.safetensors", r"emr\.models\.someone/model-0\.file: String"),
+        (("emr", "models", "someone/model-1", "own", 0), 3, r"emr\.models\.someone/model-1\.own\.0: Input should be a valid str"),
         (("weights",), ["model.safetensors"], "weights: Input should be a valid dictionary"),
         (("weights", "model.safetensors"), 3, r"weights\.model\.safetensors: Input should be a valid string"),
         (("versions", "mergekit-pave"), GONE, r"versions\.mergekit-pave: Field required"),

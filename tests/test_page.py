@@ -332,6 +332,22 @@ def report_of(rows: list[dict]) -> dict:
     }
 
 
+def emr_of(models: int, **more) -> dict:
+    """The section on a merge by `emr`. Each model differs from the others; the second has a head of its own."""
+    of_models = {
+        f"someone/model-{i}": {
+            "file": f"emr/model-{i}.safetensors",
+            "bytes": 1_500_000 + i,
+            "scale": 0.9 + i / 100,
+            "distance": 0.4 + i / 100,
+            "agreed": 0.625,
+            "own": ["classifier.bias", "classifier.weight"] if i == 1 else [],
+        }
+        for i in range(models)
+    }
+    return {"tensors": 12, "base_only": {}, "models": of_models} | more
+
+
 def test_letters_that_the_font_has_not(tmp_path, recwarn):
     """Names of models may have any; matplotlib warns of each that it cannot draw, which says nothing to our reader."""
     rows = [row | {"model": name} for name in ("模型/数学", "모델 ཨ ", "モデル") for row in rows_of(2, 1)]

@@ -11,7 +11,8 @@ from typing import Any
 
 from mergekit_pave.core.reasons import FEW_TOKENS, NEVER_CALLED, UNCHANGED
 from mergekit_pave.report.closed_form import mean_alignments, share
-from mergekit_pave.report.outputs import REPORT_NAME
+from mergekit_pave.report.emr import restore_names, size
+from mergekit_pave.report.outputs import EMR_FOLDER, REPORT_NAME
 from mergekit_pave.report.places import short_models
 from mergekit_pave.report.summary import by_model, kind, mean_errors, num_purified, reasons_in_a_line
 from mergekit_pave.report.tables import MERGED_BY
@@ -38,10 +39,14 @@ def account(report: dict[str, Any], out_path: str, following: str) -> str:
     lines += [("vocabulary", text) for text in _vocabulary(report)]
     lines += [("refined", text) for text in _refined(report)]
     lines += [("left alone", text) for text in _left(report)]
+    if "emr" in report:
+        lines.append(("restore", _restore(report["emr"], out_path)))
     if count := len(report["warnings"]):
         lines.append(("warnings", f"{count}: see above, and the report"))
     page = shlex.join(["mergekit-pave", "report", out_path])
     lines += [("report", f"{os.path.join(out_path, REPORT_NAME)}; as a page: {page}"), ("next", following)]
+    emr = _emr(report, out_path, room=_MOST - 1 - len(lines) - bool(report["purified"]))
+    lines = emr + lines
     purified = _purified(report, room=_MOST - 1 - len(lines))
     head = f"PAVE: {out_path} is merged"
     return "\n".join([head, *(f"  {word:{_COLUMN - 2}}{text}" for word, text in purified + lines)])
@@ -80,6 +85,47 @@ def _effect(sums: dict[str, Any]) -> str:
         if sums["exceeding"]:
             text += f" (more than it in {sums['exceeding']} of {sums['tensors']} tensors)"
     return text
+
+
+def _emr(report: dict[str, Any], out_path: str, room: int) -> list[tuple[str, str]]:
+    """
+    Args:
+        room: lines that it may take.
+    """
+    if "emr" not in report:
+        return []
+    emr = report["emr"]
+    models, names = emr["models"], short_models(emr["models"])
+    text = f"{emr['tensors']} of {report['tensors']} tensors shared through masks; "
+    text += f"{_count(len(models), 'file')} of {size(emr)} in {os.path.join(out_path, EMR_FOLDER)}"
+    if len(models) < room:
+        width = max(map(len, names.values()))
+        return [("emr", text)] + [("", f"{names[model]:{width}}  {_restored(of)}") for model, of in models.items()]
+    distances = {names[model]: of["distance"] for model, of in models.items() if of["distance"] is not None}
+    if distances:
+        text += f"; restored, they differ by {_range(distances, lambda distance: f'{distance:.2g} x')} their change"
+    if own := sum(len(of["own"]) for of in models.values()):
+        text += f"; {_count(own, 'tensor')} of their own kept"
+    return [("emr", text)]
+
+
+def _restored(of_model: dict[str, Any]) -> str:
+    distance, own = of_model["distance"], of_model["own"]
+    text = "equals the base model" if distance is None else f"restored, it differs by {distance:.2g} x its change"
+    return text + (f"; {_count(len(own), 'tensor')} of its own kept" if own else "")
+
+
+def _restore(emr: dict[str, Any], out_path: str) -> str:
+    """How to get a model back."""
+    name, *others = restore_names(emr).values()
+    text = shlex.join(["mergekit-pave", "restore", out_path, name])
+    if not others:
+        return text
+    return f"{text}; likewise {', '.join(others) if len(others) <= 3 else f'{len(others)} others'}"
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'s' * (number != 1)}"
 
 
 def _regmean(report: dict[str, Any]) -> Iterable[str]:

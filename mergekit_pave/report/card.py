@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from huggingface_hub import ModelCard
 
+from mergekit_pave.report.emr import FORMULAS, meaning, restore_names, restored_table
+from mergekit_pave.report.emr import PAPER as EMR_PAPER
 from mergekit_pave.report.markdown import escape, table
 from mergekit_pave.report.outputs import REPORT_NAME
 from mergekit_pave.report.places import projections, short_models
@@ -55,6 +57,8 @@ def section(report: dict, picture: str | None = None) -> str:
     if report["purified"]:
         lines += _method(report)
         lines += [f"![Share of rank kept, by model, layer and projection]({picture})", ""] if picture else []
+    if "emr" in report:
+        lines += _emr(report)
     if "regmean" in report:
         lines += _regmean(report)
     if "vocabulary" in report:
@@ -92,6 +96,31 @@ def _method(report: dict) -> list[str]:
         f"All other tensors keep their plain task vector. The figures of every tensor are in `{REPORT_NAME}`.",
         "",
     ]
+
+
+def _emr(report: dict) -> list[str]:
+    """What `merge_method: emr` did, and how to get a model back."""
+    emr, ours = report["emr"], report["versions"]["mergekit-pave"]
+    name = next(iter(restore_names(emr).values()))
+    lines = [
+        f"`emr` of mergekit-pave {ours} merged {emr['tensors']} of {report['tensors']} tensors by [EMR-Merging]({EMR_PAPER}). "
+        f"With {'purified ' * bool(report['purified'])}task vectors `τᵢ = Wᵢ - W_base`:",
+        "",
+        *(f"- `{formula}`: {words}" for formula, words in FORMULAS.items()),
+        "",
+        "**This checkpoint is `W_base + τ`, which all models share. It is no model to use by itself.** Each model is restored "
+        "from it, the base model and the model's own file:",
+        "",
+        *("```sh", f"mergekit-pave restore . {name}", "```", ""),
+        *("```python", "import mergekit_pave", "", f'model = mergekit_pave.load_task(".", "{name}")', "```", ""),
+        *table(*restored_table(emr)),
+        "",
+        meaning(report),
+        "",
+    ]
+    if reasons := reasons_in_a_line(emr["base_only"]):
+        lines += [f"Tensors of this checkpoint that are the base model's own, by reason: {escape(reasons)}.", ""]
+    return lines
 
 
 def _regmean(report: dict) -> list[str]:
@@ -163,6 +192,8 @@ def commands(report: dict) -> str:
 
 
 def _calibration(report: dict) -> list[str]:
+    if not report["models"]:
+        return []
     rows = [(model, calibration_data(source), source["samples"], source["tokens"]) for model, source in report["models"].items()]
     rows += [(model, "not purified", "-", "-") for model in report["not_purified"] if model not in report["models"]]
     return ["#### Calibration", "", *table(("model", "data", "samples", "tokens"), rows), ""]

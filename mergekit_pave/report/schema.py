@@ -109,6 +109,21 @@ class _Refined(_Strict):
     left: dict[str, str]
 
 
+class _Restored(_Strict):
+    file: Annotated[str, Field(pattern=r"^emr/[A-Za-z0-9._-]+\.safetensors$")]
+    bytes: Count
+    scale: Norm
+    distance: Optional[Norm]
+    agreed: Annotated[float, Field(ge=0, le=1)]
+    own: list[str]
+
+
+class _Emr(_Strict):
+    tensors: Count
+    base_only: dict[str, str]
+    models: Annotated[dict[str, _Restored], Field(min_length=1)]
+
+
 class _Versions(_Strict, extra="allow"):
     __pydantic_extra__: dict[str, str]
 
@@ -126,6 +141,7 @@ class _Report(_Strict):
     regmean: _RegMean = None  # not there without regmean, but never null
     vocabulary: _Vocabulary = None  # likewise
     refined: _Refined = None
+    emr: _Emr = None
     weights: Optional[dict[str, Optional[str]]] = None
 
 

@@ -18,9 +18,10 @@ from mergekit_pave.cache.checkpoint import stored_in
 from mergekit_pave.files import replacing
 from mergekit_pave.report.account import account
 from mergekit_pave.report.closed_form import count_weights
+from mergekit_pave.report.emr import emr_warnings
 from mergekit_pave.report.outputs import REPORT_NAME
 from mergekit_pave.report.stored import written_weights
-from mergekit_pave.report.summary import complete, regmean_warnings, warnings
+from mergekit_pave.report.summary import complete, regmean_warnings
 from mergekit_pave.tasks.base import files_of
 from mergekit_pave.tasks.emr import WriteTasks
 from mergekit_pave.tasks.purify import PurificationStats
@@ -62,16 +63,18 @@ class WriteReport(Task[None]):
         self, finalized: None, writer: TensorWriter, emr: Optional[dict[str, Any]] = None, **stats: dict[str, Any]
     ) -> None:
         done = ((str(task.model), stats[str(i)]) for i, task in enumerate(self.stats))
-        report = complete(json.loads(self.header), done)
+        header = json.loads(self.header)
+        report = complete(header, done)
         folder, files = Path(self.out_path), files_of(writer)
         if "regmean" in report:
             self._complete_regmean(report, folder, files)
         if emr:
             report["emr"] = emr
+            report["warnings"] += emr_warnings(report)
         content = report | {"weights": written_weights(folder, files)}
         with replacing(folder / REPORT_NAME) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n")
-        found = warnings(report) + (regmean_warnings(report["regmean"]) if "regmean" in report else [])
+        found = report["warnings"][len(header["warnings"]) :]  # the others were shown before the merge
         with tqdm.tqdm.external_write_mode(sys.stderr):  # mergekit's bar is on that line
             shown = found if len(found) <= _WARNINGS else found[: _WARNINGS - 1]
             for warning in shown:
