@@ -15,7 +15,6 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +80,7 @@ def unify(
     """
     merged = torch.empty(base.shape, dtype=dtype, device=base.device)
     masks = [torch.empty(-(-base.numel() // _BITS), dtype=torch.uint8, device=base.device) for _ in models]
-    sums: list[Any] = [0.0] * len(models)
+    sums = [in_float64(torch.zeros(6, device=base.device)) for _ in models]
     for part in _parts(base):
         start = in_float64(base.reshape(-1)[part])
         changes = [in_float64(model.reshape(-1)[part]) - start for model in models]
@@ -94,9 +93,7 @@ def unify(
             agreed = along[i] > 0
             masks[i][_packed(part)] = pack(agreed).to(base.device)
             own = change if originals is None else in_float64(originals[i].reshape(-1)[part]) - start
-            sums[i] = sums[i] + _sums(change, own, stored * agreed, agreed)
-    if not base.numel():
-        return merged, masks, [Sums() for _ in models]
+            sums[i] += _sums(change, own, stored * agreed, agreed)
     return merged, masks, [Sums(*found, entries=base.numel()) for found in (of_model.tolist() for of_model in sums)]
 
 

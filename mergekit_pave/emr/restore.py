@@ -130,10 +130,10 @@ def _stored(task: TaskFile, merged: Weights, base: Weights) -> dict[str, Stored]
                 f"{shape}; merge again"
             )
         in_base = task.names.get(name, name)
-        if in_base not in base.checkpoint.files:
+        if not base.has(in_base):
             raise PaveError(f"{base.name} has no tensor {in_base!r:.200}, which {task.path} needs")
     files = base.checkpoint.files
-    order = sorted((files[task.names.get(name, name)], merged.checkpoint.files[name], name) for name in task.masks)
+    order = sorted((files.get(task.names.get(name, name), ""), merged.checkpoint.files[name], name) for name in task.masks)
     return task.own | {name: stored[name] for name in (*task.copied, *(name for *_, name in order))}
 
 

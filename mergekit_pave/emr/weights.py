@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
-from mergekit.common import ModelReference
+from mergekit.common import ModelPath, ModelReference
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex
+from mergekit.io.tasks import LoadTensor
 from torch import Tensor
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from mergekit_pave import cache
 from mergekit_pave.cache.checkpoint import Checkpoint, find_weights
@@ -67,7 +71,20 @@ class Weights:
             PaveError: it cannot be read.
         """
         with _reading(self.name):
-            return self._loader.get_tensor(tensor)
+            if tensor in self.checkpoint.files:
+                return self._loader.get_tensor(tensor)
+            folder = ModelReference(model=ModelPath(path=self.checkpoint.folder))
+            return LoadTensor(model=folder, tensor=tensor).execute()
+
+    def has(self, tensor: str) -> bool:
+        """Whether there is a tensor, as far as names tell: mergekit makes some of others, such as experts stored one by one."""
+        return tensor in self.checkpoint.files or self._converts
+
+    @functools.cached_property
+    def _converts(self) -> bool:
+        with _reading(self.name):
+            config = json.loads(Path(self.checkpoint.folder, "config.json").read_text(encoding="utf-8"))
+            return bool(get_checkpoint_conversion_mapping(config["model_type"]))
 
 
 @contextlib.contextmanager
