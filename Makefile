@@ -8,10 +8,15 @@ READY := $(VENV)/ready
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt torch
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
-	touch $@
+	@echo "Setting up $(VENV), once. It takes some minutes, and 2 GB of disk, or several more where torch comes with CUDA."
+	@echo "1 of 3: a virtual environment (seconds)"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "2 of 3: torch, the largest download (minutes)"
+	@$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	@echo "3 of 3: mergekit, transformers and what the tests need (minutes)"
+	@$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $@
+	@echo "$(VENV) is ready."
 
 test: $(READY)
 	$(VENV)/bin/ruff check .

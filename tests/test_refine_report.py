@@ -76,6 +76,7 @@ def test_a_refined_merge_is_told_of(llama, tmp_path, cache, caplog):
     rows = report["refined"]["layers"]
     assert len(rows) == LAYERS and report["purified"] == []
     before, after = mean_errors(report["refined"])
+    assert f"{before:.2g}" != f"{after:.2g}"
     words = (
         f"  refined     {LAYERS} of 30 tensors, whose outputs now differ from the models' by {after:.2g}, before by {before:.2g} "
     )
@@ -84,10 +85,9 @@ def test_a_refined_merge_is_told_of(llama, tmp_path, cache, caplog):
     told = section_of(tmp_path / "out")
     assert f"refined {LAYERS} of 30 tensors of the merged model" in told and "purified the task vectors" not in told
     of_q = [row for row in rows if "q_proj" in row["tensor"]]
-    shown = []
-    for key in ("error_before", "error_after"):
-        errors = [row[key] for row in of_q]
-        shown.append(f"{sum(errors) / 3:.2g} ({min(errors):.2g} to {max(errors):.2g})")
+    columns = [[row[key] for row in of_q] for key in ("error_before", "error_after")]
+    digits = next(n for n in range(2, 6) if len({f"{sum(errors) / 3:.{n}g}" for errors in columns}) == 2)
+    shown = ["{:.{d}g} ({:.{d}g} to {:.{d}g})".format(sum(e) / 3, min(e), max(e), d=digits) for e in columns]
     assert f"| q_proj | 3 | {shown[0]} | {shown[1]} |" in told
     for setting, value in Refine().model_dump(by_alias=True).items():
         assert re.search(rf"\| `{setting}` \(.\) \| {value:g} \|", told)
@@ -134,6 +134,25 @@ def test_the_line_of_the_log():
     ) in told
     told = account(merged | {"refined": {"layers": layers[2:], "left": {}}}, "./merged", "next")
     assert "  refined     1 of 6 tensors\n" in told
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "tile", "cells"),
+    [
+        (0.3, 0.2, "0.3 → 0.2", "0.3 | 0.2"),
+        (0.1941, 0.1932, "0.194 → 0.193", "0.194 | 0.193"),
+        (0.19412, 0.19408, "0.19412 → 0.19408", "0.19412 | 0.19408"),
+        (0.19, 0.19, "0.19, no change", "0.19 | 0.19"),
+        (0.1900001, 0.19, "0.19, no change", "0.19 | 0.19"),
+    ],
+)
+def test_a_small_change_can_be_seen(tmp_path, before, after, tile, cells, undrawn):
+    """Nothing goes from 0.19 to 0.19."""
+    report = report_of([layer("layers.0.q_proj.weight", before, after)], {})
+    assert f">{tile}<" in render.write(tmp_path / "page", "name", report, None, None).read_text()
+    assert f"| {cells} |" in card.section(report)
+    was, now = cells.split(" | ")
+    assert f"now differ from the models' by {now}, before by {was} " in account(report, "./merged", "next")
 
 
 def test_errors_are_shown_by_projection():

@@ -15,7 +15,7 @@ from mergekit_pave.report.emr import restore_names, size
 from mergekit_pave.report.outputs import EMR_FOLDER, REPORT_NAME
 from mergekit_pave.report.places import short_models
 from mergekit_pave.report.summary import by_model, kind, mean_errors, num_purified, reasons_in_a_line
-from mergekit_pave.report.tables import MERGED_BY
+from mergekit_pave.report.tables import MERGED_BY, told_apart
 
 _MOST = 10  # lines
 _NAMED = 2  # kinds of tensors that a line names
@@ -161,7 +161,8 @@ def _refined(report: dict[str, Any]) -> Iterable[str]:
     refined = report["refined"]
     text = f"{len(refined['layers'])} of {report['tensors']} tensors"
     if errors := mean_errors(refined):
-        text += ", whose outputs now differ from the models' by {1:.2g}, before by {0:.2g} (relative, mean)".format(*errors)
+        before, after = (f"{error:.{told_apart(*errors)}g}" for error in errors)
+        text += f", whose outputs now differ from the models' by {after}, before by {before} (relative, mean)"
     if reasons := reasons_in_a_line(refined["left"]):
         text += f"; as merged: {reasons}"
     yield text

@@ -87,18 +87,27 @@ def refined_table(report: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple]]
     for row in rows:
         groups.setdefault(labels[row["tensor"]], []).append(row)
     head = ("projection", "layers", "relative error before", "after")
-    return head, [
-        (label, len(of_label), *(_errors([row[key] for row in of_label]) for key in ("error_before", "error_after")))
-        for label, of_label in groups.items()
-    ]
+    lines = []
+    for label, of_label in groups.items():
+        # An error is None where the models' outputs are zero.
+        columns = [[row[key] for row in of_label if row[key] is not None] for key in ("error_before", "error_after")]
+        digits = told_apart(*(sum(known) / len(known) if known else None for known in columns))
+        lines.append((label, len(of_label), *(_errors(known, digits) for known in columns)))
+    return head, lines
 
 
-def _errors(errors: list[float | None]) -> str:
-    """A mean with its range. An error is None where the models' outputs are zero."""
-    known = [error for error in errors if error is not None]
-    if not known:
+def told_apart(before: float | None, after: float | None) -> int:
+    """With how many digits two numbers are shown, so that one sees whether they differ: 2, or what that takes, at most 5."""
+    if before == after or None in (before, after):
+        return 2
+    return next((digits for digits in (2, 3, 4) if f"{before:.{digits}g}" != f"{after:.{digits}g}"), 5)
+
+
+def _errors(errors: list[float], digits: int) -> str:
+    """A mean with its range."""
+    if not errors:
         return "-"
-    mean, least, most = (f"{value:.2g}" for value in (sum(known) / len(known), min(known), max(known)))
+    mean, least, most = (f"{value:.{digits}g}" for value in (sum(errors) / len(errors), min(errors), max(errors)))
     return mean if least == most else f"{mean} ({least} to {most})"
 
 

@@ -132,7 +132,9 @@ def _tiles(report: dict[str, Any]) -> list[tuple[str, str]]:
     if "layers" in report.get("refined", {}):
         tiles.append((f"{len(report['refined']['layers'])} of {report['tensors']}", "tensors refined"))
         if errors := mean_errors(report["refined"]):
-            tiles.append(("{:.2g} → {:.2g}".format(*errors), "relative error of their outputs, mean"))
+            before, after = (f"{error:.{tables.told_apart(*errors)}g}" for error in errors)
+            shown = f"{before} → {after}" if before != after else f"{after}, no change"
+            tiles.append((shown, "relative error of their outputs, mean"))
     ratios = [sums["removed_over_change"] for sums in by_model(report).values() if sums["change_norm"]]
     if ratios:
         tiles.append((f"{max(ratios):.2g} x", "removed / change of a model, at most"))
