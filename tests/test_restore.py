@@ -624,6 +624,21 @@ def test_a_model_with_a_weight_that_is_not_restored_is_refused(llama, tmp_path):
         load_task(out, "tuned0")
 
 
+def test_weights_that_have_another_form_in_memory_are_only_loaded_anew(tmp_path):
+    """The merge has each expert of a mixture by itself, and transformers all of them in one tensor."""
+    config = transformers.MixtralConfig(
+        vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_local_experts=3
+    )
+    base = make_model("MixtralForCausalLM", config)
+    tuned = [save(perturbed(base, seed), None, tmp_path / f"tuned{seed}") for seed in (1, 2)]
+    out = write_merge(save(base, None, tmp_path / "base"), tuned, tmp_path / "out")
+    assert any(".experts.2.w1." in name for name in weights(out))
+    model = load_task(out, "tuned1")
+    run(out, "tuned1", "-o", tmp_path / "again")
+    assert_same_model(model, loaded(tmp_path / "again", model))
+    refused(out, "tuned2", model, "in another form in memory")
+
+
 def test_a_model_keeps_its_precision_its_mode_and_its_device(llama, tmp_path):
     out = write_merge(llama.base, llama.tuned[:2], tmp_path / "out", torch.bfloat16)
     model = load_task(out, "tuned0").float().train()

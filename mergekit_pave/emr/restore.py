@@ -107,7 +107,7 @@ def open_task(folder: Path, task: str, search: Search = Search()) -> Restored:  
     restored = Restored(found, folder, _config(found, folder), _stored(found, merged, base), merged, base)
     for name in found.masks:
         in_base = base.checkpoint.stored.get(found.names.get(name, name))
-        if in_base is not None:  # of other files than safetensors the shape is seen once they are read
+        if in_base is not None:  # otherwise the shape is seen once it is read
             _check_shape(restored, name, in_base.shape)
     return restored
 

@@ -11,14 +11,13 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
-from mergekit.common import ModelPath, ModelReference
+from mergekit.common import ModelReference
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex
-from mergekit.io.tasks import LoadTensor
 from torch import Tensor
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from mergekit_pave import cache
 from mergekit_pave.cache.checkpoint import Checkpoint, find_weights
+from mergekit_pave.calibration.conversion import Conversions
 from mergekit_pave.errors import PaveError, in_a_line
 from mergekit_pave.files import looks_local
 
@@ -41,7 +40,7 @@ class Search:
 
 
 class Weights:
-    """A checkpoint that is read tensor by tensor.
+    """A checkpoint that is read tensor by tensor, as mergekit reads it.
 
     Attributes:
         name: for messages.
@@ -64,27 +63,33 @@ class Weights:
         self.checkpoint = Checkpoint(str(folder), index.tensor_paths)
         self._loader = LazyTensorLoader(index, lazy_unpickle=False)
 
+    @functools.cached_property
+    def _conversions(self) -> Conversions:
+        """What mergekit makes of the tensors, such as all experts of those of single ones.
+
+        Raises:
+            PaveError: config.json cannot be read.
+        """
+        with _reading(self.name):
+            config = json.loads(Path(self.checkpoint.folder, "config.json").read_text(encoding="utf-8"))
+            return Conversions(config.get("model_type"), self.checkpoint.files)
+
+    def has(self, tensor: str) -> bool:
+        """Whether a tensor can be read."""
+        return tensor in self.checkpoint.files or self._conversions.can_make(tensor)
+
     def read(self, tensor: str) -> Tensor:
         """One tensor, which may be a view of a file.
 
         Raises:
             PaveError: it cannot be read.
         """
+        if tensor not in self.checkpoint.files:
+            conversions = self._conversions
+            with _reading(self.name):
+                return conversions.make(tensor, self._loader.get_tensor)
         with _reading(self.name):
-            if tensor in self.checkpoint.files:
-                return self._loader.get_tensor(tensor)
-            folder = ModelReference(model=ModelPath(path=self.checkpoint.folder))
-            return LoadTensor(model=folder, tensor=tensor).execute()
-
-    def has(self, tensor: str) -> bool:
-        """Whether there is a tensor, as far as names tell: mergekit makes some of others, such as experts stored one by one."""
-        return tensor in self.checkpoint.files or self._converts
-
-    @functools.cached_property
-    def _converts(self) -> bool:
-        with _reading(self.name):
-            config = json.loads(Path(self.checkpoint.folder, "config.json").read_text(encoding="utf-8"))
-            return bool(get_checkpoint_conversion_mapping(config["model_type"]))
+            return self._loader.get_tensor(tensor)
 
 
 @contextlib.contextmanager

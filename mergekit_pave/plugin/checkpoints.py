@@ -12,8 +12,8 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.plan import MergePlanner
 
 from mergekit_pave.cache.checkpoint import Checkpoint
+from mergekit_pave.calibration.conversion import Conversions
 from mergekit_pave.planning.names import all_names, own_names
-from mergekit_pave.plugin.conversion import Conversions
 
 
 def checkpoint_of(model: ModelReference) -> Checkpoint:

@@ -12,9 +12,9 @@ from mergekit.architecture.json_definitions import JsonModuleArchDef, JsonModule
 from mergekit.plan import MergePlanner
 
 from mergekit_pave.calibration.architecture import describe
+from mergekit_pave.calibration.conversion import Conversions
 from mergekit_pave.planning.names import all_names
 from mergekit_pave.plugin.checkpoints import checkpoint_of
-from mergekit_pave.plugin.conversion import Conversions
 from mergekit_pave.plugin.planner import is_regmean
 
 
