@@ -626,9 +626,8 @@ def test_a_model_with_a_weight_that_is_not_restored_is_refused(llama, tmp_path):
 
 def test_weights_that_have_another_form_in_memory_are_only_loaded_anew(tmp_path):
     """The merge has each expert of a mixture by itself, and transformers all of them in one tensor."""
-    config = transformers.MixtralConfig(
-        vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_local_experts=3
-    )
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.MixtralConfig(vocab_size=320, num_hidden_layers=1, num_local_experts=3, **sizes)
     base = make_model("MixtralForCausalLM", config)
     tuned = [save(perturbed(base, seed), None, tmp_path / f"tuned{seed}") for seed in (1, 2)]
     out = write_merge(save(base, None, tmp_path / "base"), tuned, tmp_path / "out")
