@@ -77,6 +77,9 @@ def workplace(tmp_path, monkeypatch, cache):
     purified = yaml.safe_load(Path("config.yml").read_text())
     purified["pave"] |= {"purify": True, "refine": False}
     Path("purified.yml").write_text(yaml.safe_dump(purified | {"merge_method": "task_arithmetic", "parameters": {"weight": 0.5}}))
+    shared = purified | {"merge_method": "emr"}
+    del shared["pave"]
+    Path("emr.yml").write_text(yaml.safe_dump(shared))
     return tmp_path
 
 
