@@ -1,11 +1,9 @@
 """The whole way on a laptop: train a small model, fine-tune it three ways, merge with and without `pave:`.
 
 Everything is made here: the texts come from Python and the installed packages, the models from the texts. The merges
-are what a user would run, such as `mergekit-yaml plain.yml ./plain` and `mergekit-yaml refined.yml ./refined`: task
-arithmetic, the same with purification, `regmean`, and the same refined. What each keeps of its models is told by
-`mergekit-pave score`, and their scores on held-out text are printed, good or bad. Run it with `make demo`, which takes five
-to ten minutes; the configs, texts, models and caches stay in `demo-out/`,
-where you can run them again.
+are what a user would run, such as `mergekit-yaml plain.yml ./plain`: task arithmetic, the same with purification, `regmean`,
+and the same refined. Their scores on held-out text are printed, good or bad. Run it with `make demo`, which takes about
+four minutes; the configs, texts, models and caches stay in `demo-out/`, where you can run them again.
 """
 
 from __future__ import annotations
@@ -28,8 +26,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# Nothing is downloaded, and `mergekit-yaml` is the one installed beside this interpreter.
-os.environ["HF_HUB_OFFLINE"] = "1"
+# For this process and the commands that it runs: nothing is downloaded, transformers says only what went wrong, and
+# `mergekit-yaml` is the one installed beside this interpreter.
+os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 import scipy
@@ -42,17 +41,24 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 OUT = Path(__file__).resolve().parent.parent / "demo-out"
+LOG = OUT / "log.txt"  # what the commands say
+WIDTH = 100  # of the terminal
 SEED = 0
 VOCABULARY = 2048
 LENGTH = 128  # tokens in a window, in training and when scoring
 BATCH = 8  # windows in a training step
 DOMAIN_BYTES = 1_200_000  # text taken per domain at most
 CALIBRATION_ROWS = 256 + 64  # as many as `pave.calibration.samples` takes by default, and some to score with
-SCORED_WINDOWS = 96  # per domain
-BASE_STEPS, BASE_RATE = 320, 3e-3
+SCORED_WINDOWS = 64  # per domain
+BASE_STEPS, BASE_RATE = 200, 6e-3
 TUNE_STEPS, TUNE_RATE = 60, 1e-3
-MERGES = ["plain", "purified", "regmean", "refined"]
-WEIGHT = 0.4  # of each task vector; best for the plain merge on the calibration texts, of 0.3 to 1.0
+WEIGHT = 0.4  # of each task vector; best for the plain merge on the calibration texts, of 0.2 to 0.8
+MERGES = {
+    "plain": "task_arithmetic",
+    "purified": "the same, purified as published",
+    "regmean": "regmean: layers by what they see",
+    "refined": "the same, fitted to its models",
+}
 
 
 # --- The texts -------------------------------------------------------------------------------------------------------
@@ -186,25 +192,33 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """Five Newton-Schulz steps, which bring all singular values near 1."""
+    """Three Newton-Schulz steps, which bring the singular values nearer to 1. With five, training takes a quarter longer."""
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     x = wide / wide.norm().clamp(min=1e-7)
-    for _ in range(5):
+    for _ in range(3):
         square = x @ x.T
         x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
     return x if wide is matrix else x.T
 
 
-def train(model: LlamaForCausalLM, streams: list[torch.Tensor], steps: int, rate: float) -> None:
-    """Next-token training on random windows, each drawn from one of the streams in turn."""
-    generator = torch.Generator().manual_seed(SEED)
-    # With Muon for the hidden matrices, two minutes of CPU time are enough; AdamW alone needs far longer.
+def pretrain(model: LlamaForCausalLM, streams: list[torch.Tensor]) -> None:
+    """With Muon for the hidden matrices, 100 seconds of CPU time are enough; AdamW alone needs longer."""
     hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    optimizers = [
-        Muon(hidden, lr=rate),
-        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.01),
-    ]
+    train(model, streams, BASE_STEPS, [Muon(hidden, lr=BASE_RATE), adamw(others, 2 * BASE_RATE)])
+
+
+def finetune(model: LlamaForCausalLM, stream: torch.Tensor) -> None:
+    train(model, [stream], TUNE_STEPS, [adamw(model.parameters(), TUNE_RATE)])
+
+
+def adamw(weights: Iterable[torch.nn.Parameter], rate: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
+
+
+def train(model: LlamaForCausalLM, streams: list[torch.Tensor], steps: int, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Next-token training on random windows, each drawn from one of the streams in turn."""
+    generator = torch.Generator().manual_seed(SEED)
     warmup = steps // 10
 
     def factor(step: int) -> float:
@@ -216,83 +230,17 @@ def train(model: LlamaForCausalLM, streams: list[torch.Tensor], steps: int, rate
         sources = [streams[(step * BATCH + i) % len(streams)] for i in range(BATCH)]
         starts = [int(torch.randint(len(source) - LENGTH, (1,), generator=generator)) for source in sources]
         windows = torch.stack([source[start : start + LENGTH] for source, start in zip(sources, starts)])
-        loss = model(input_ids=windows, labels=windows).loss
-        loss.backward()
+        model(input_ids=windows, labels=windows).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, schedule in zip(optimizers, schedules):
             optimizer.step()
             schedule.step()
         model.zero_grad()
-        if (step + 1) % (steps // 5) == 0:
-            print(f"  step {step + 1:4d} of {steps}: loss {loss.item():.3f}", flush=True)
 
 
-# --- The scores ------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Score:
-    """One model on one domain. Windows stay apart, so that two models can be compared window by window."""
-
-    bits: torch.Tensor
-    correct: torch.Tensor
-    bytes: torch.Tensor
-
-    @property
-    def bits_per_byte(self) -> float:
-        return (self.bits.sum() / self.bytes.sum()).item()
-
-    @property
-    def accuracy(self) -> float:
-        return 100 * self.correct.sum().item() / (len(self.correct) * (LENGTH - 1))
-
-
-def scored_windows(tokens: torch.Tensor) -> torch.Tensor:
-    """Windows spread evenly over the held-out text."""
-    starts = torch.linspace(0, len(tokens) - LENGTH, SCORED_WINDOWS).long()
-    windows = tokens.unfold(0, LENGTH, 1)[starts]
-    assert starts.diff().min() >= LENGTH, "held-out windows overlap"
-    return windows
-
-
-@torch.inference_mode()
-def score(folder: Path, windows: torch.Tensor, token_bytes: torch.Tensor) -> Score:
-    """Score a model that was saved."""
-    model = load(folder)
-    bits, correct = [], []
-    for batch in windows.split(32):
-        logits = model(input_ids=batch).logits[:, :-1]
-        targets = batch[:, 1:]
-        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
-        bits.append(losses.double().sum(1) / math.log(2))
-        correct.append((logits.argmax(-1) == targets).sum(1))
-    return Score(torch.cat(bits), torch.cat(correct), token_bytes[windows[:, 1:]].sum(1).double())
-
-
-def load(folder: Path) -> LlamaForCausalLM:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def gain(scores: list[Score], reference: list[Score]) -> tuple[float, float]:
-    """By how many bits per byte a model beats another, mean over the domains, and the standard error over the windows."""
-    means, variances = [], []
-    for a, b in zip(scores, reference):
-        per_window = (b.bits - a.bits) / a.bytes.mean()
-        means.append(per_window.mean())
-        variances.append(per_window.var() / len(per_window))
-    return torch.stack(means).mean().item(), torch.stack(variances).sum().sqrt().item() / len(means)
-
-
-def signed(measured: tuple[float, float]) -> str:
-    return "{:+.5f} ± {:.5f}".format(*measured)
-
-
-def print_table(title: str, tuned: list[str], other: str, rows: dict[str, list[float]]) -> None:
-    """A row of scores for each model, with the mean over the kinds of text that have a fine-tune."""
-    print(f"\n{title}")
-    print(" " * 26 + "".join(f"{name:>9}" for name in [*tuned, "mean", f"({other})"]))
-    for label, (*values, last) in rows.items():
-        print(f"{label:26}" + "".join(f"{value:9.3f}" for value in [*values, sum(values) / len(values), last]))
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+    model.save_pretrained(OUT / name)
+    tokenizer.save_pretrained(OUT / name)
 
 
 # --- The merges ------------------------------------------------------------------------------------------------------
@@ -306,9 +254,8 @@ def write_calibration(domain: Domain) -> None:
     (OUT / "calibration" / f"{domain.name}.jsonl").write_text("".join(lines))
 
 
-def write_configs(domains: list[Domain]) -> None:
+def write_configs(names: list[str]) -> None:
     """The YAML of each merge. Paths are relative to `demo-out/`, where the merges run."""
-    names = [domain.name for domain in domains]
     plain = {
         "merge_method": "task_arithmetic",
         "base_model": "./base",
@@ -320,93 +267,149 @@ def write_configs(domains: list[Domain]) -> None:
     data = [{"model": f"./{name}", "data": {"path": f"./calibration/{name}.jsonl"}} for name in names]
     block = {"cache_dir": "./pave-cache", "models": data}
     regmean = plain | {"merge_method": "regmean", "models": [{"model": f"./{name}"} for name in names]}
-    write_config("plain", plain)
-    write_config("purified", plain | {"pave": block})
-    write_config("regmean", regmean | {"pave": {"purify": False} | block})
-    write_config("refined", regmean | {"pave": {"purify": False, "refine": True} | block})
+    configs = {
+        "plain": plain,
+        "purified": plain | {"pave": block},
+        "regmean": regmean | {"pave": {"purify": False} | block},
+        "refined": regmean | {"pave": {"purify": False, "refine": True} | block},
+    }
+    for name, config in configs.items():
+        (OUT / f"{name}.yml").write_text(yaml.safe_dump(config, sort_keys=False))
 
 
-def write_config(name: str, config: dict) -> None:
-    (OUT / f"{name}.yml").write_text(yaml.safe_dump(config, sort_keys=False))
+def run(command: str, remark: str = "") -> None:
+    """Run a command in `demo-out/`, as one would type it there. What it says goes to the log, and is shown if it fails."""
+    with step(f"  $ {command:48}{remark}"), LOG.open("a") as log:
+        print(f"$ {command}", file=log, flush=True)
+        code = subprocess.run(command.split(), cwd=OUT, stdout=log, stderr=subprocess.STDOUT).returncode
+        if code:
+            end = "\n".join(LOG.read_text().splitlines()[-20:])
+            sys.exit(f"`{command}` failed with exit code {code}. The end of {LOG}:\n{end}")
 
 
-def merge(name: str) -> None:
-    print("".join(f"    {line}" for line in (OUT / f"{name}.yml").read_text().splitlines(keepends=True)))
-    run("mergekit-yaml", f"{name}.yml", f"./{name}")
-
-
-def run(*command: str) -> None:
-    print(f"  demo-out$ {' '.join(command)}", flush=True)
-    subprocess.run(command, cwd=OUT, check=True)
-
-
-def show_work(name: str) -> None:
-    """What a merge with a block says about itself. Without the plugin, mergekit silently ignores `pave:`."""
-    card, report = OUT / name / "README.md", OUT / name / "pave_report.json"
+def check_work(name: str) -> None:
+    """Without the plugin, mergekit silently ignores `pave:`."""
+    report = OUT / name / "pave_report.json"
     content = json.loads(report.read_text()) if report.exists() else {}
-    closed, refined = content.get("regmean", {}).get("closed_form", []), content.get("refined", {}).get("layers", [])
-    done = {"purified": content.get("purified", []), "merged in closed form": closed, "refined": refined}
-    print(
-        f"\ndemo-out/{name}/pave_report.json: {', '.join(f'{len(rows)} weights {what}' for what, rows in done.items() if rows)}"
-    )
-    section = card.read_text().partition("### PAVE")
-    if not section[1] or not any(done.values()):
-        sys.exit(f"the block of {name} did nothing; ask `mergekit-pave doctor` why")
-    table = section[2].partition("#### What it did")[2].partition("####")[0]
-    print("\n".join(f"    {line}" for line in table.strip().splitlines()))
+    if not (content.get("purified") or content.get("regmean", {}).get("closed_form")):
+        sys.exit(f"The block of {name}.yml did nothing; ask `mergekit-pave doctor` why.")
 
 
-# --- The whole --------------------------------------------------------------------------------------------------------
+# --- The scores ------------------------------------------------------------------------------------------------------
 
 
-def report(tuned: list[str], other: str, scores: dict[str, list[Score]]) -> None:
-    """The tables, then what follows from them.
+@dataclass
+class Score:
+    """One model on one domain. Windows stay apart, so that two models can be compared window by window."""
 
-    Args:
+    bits: torch.Tensor
+    bytes: torch.Tensor
+
+    @property
+    def bits_per_byte(self) -> float:
+        return (self.bits.sum() / self.bytes.sum()).item()
+
+
+def scored_windows(tokens: torch.Tensor) -> torch.Tensor:
+    """Windows spread evenly over the held-out text."""
+    starts = torch.linspace(0, len(tokens) - LENGTH, SCORED_WINDOWS).long()
+    windows = tokens.unfold(0, LENGTH, 1)[starts]
+    assert starts.diff().min() >= LENGTH, "held-out windows overlap"
+    return windows
+
+
+@torch.inference_mode()
+def score(folder: Path, domains: list[torch.Tensor], token_bytes: torch.Tensor) -> list[Score]:
+    """Score a model that was saved, on the windows of each domain."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    scores = []
+    for windows in domains:
+        targets = windows[:, 1:]
+        logits = model(input_ids=windows).logits[:, :-1]
+        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        bits = losses.view(targets.shape).double().sum(1) / math.log(2)
+        scores.append(Score(bits, token_bytes[targets].sum(1).double()))
+    return scores
+
+
+def gain(scores: list[Score], reference: list[Score]) -> tuple[float, float]:
+    """By how many bits per byte a model beats another, mean over the domains, and the standard error over the windows."""
+    means, variances = [], []
+    for a, b in zip(scores, reference):
+        per_window = (b.bits - a.bits) / a.bytes.mean()
+        means.append(per_window.mean())
+        variances.append(per_window.var() / len(per_window))
+    return torch.stack(means).mean().item(), torch.stack(variances).sum().sqrt().item() / len(means)
+
+
+# --- What they say ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Results:
+    """
+    Attributes:
         tuned: the kinds of text that have a fine-tune. Only these are compared.
-        other: the kind that the base knows best, to show what the fine-tunes forget of it.
+        other: the kind that the base knows best, to show what is forgotten of it.
         scores: by model, on each of `tuned` and then on `other`.
     """
-    labels = {"base": "base"} | {name: f"fine-tune on {name}" for name in tuned} | {name: f"merge: {name}" for name in MERGES}
-    bits = {label: [s.bits_per_byte for s in scores[name]] for name, label in labels.items()}
-    hits = {label: [s.accuracy for s in scores[name]] for name, label in labels.items()}
-    print_table("Held-out bits per byte (lower is better)", tuned, other, bits)
-    print_table("Held-out next-token accuracy, % (higher is better)", tuned, other, hits)
 
-    for name in MERGES[1:]:
-        show_work(name)
+    tuned: list[str]
+    other: str
+    scores: dict[str, list[Score]]
 
-    print("\nGain over the base in bits per byte, ± standard error over the held-out windows:")
-    compared = {name: row[: len(tuned)] for name, row in scores.items()}
-    base = compared["base"]
-    own = [scores[name][i] for i, name in enumerate(tuned)]
-    for name, after, before in zip(tuned, own, base):
-        print(f"  fine-tune on {name}, on {name}: {signed(gain([after], [before]))}")
-    whole = gain(own, base)[0]
-    print(f"  mean over the {len(tuned)} kinds of text, each fine-tune on its own kind: {signed(gain(own, base))}")
-    for name in MERGES:
-        measured = gain(compared[name], base)
-        print(f"  mean over the {len(tuned)} kinds of text, merge {name}: {signed(measured)} ({measured[0] / whole:.1%} of that)")
+    def __post_init__(self) -> None:
+        self.base = self.scores["base"][:-1]
+        self.own = [self.scores[name][i] for i, name in enumerate(self.tuned)]  # each fine-tune on its own kind
 
-    print("\nGain over the plain merge in bits per byte:")
-    for name in MERGES[1:]:
-        mean, error = gain(compared[name], compared["plain"])
-        verdict = "not distinguishable from zero" if abs(mean) < 2 * error else "better" if mean > 0 else "worse"
-        print(f"  {name}: {verdict}, {signed((mean, error))} ({mean / whole:+.2%} of the gain of fine-tuning)")
+    def shares(self, name: str) -> list[float]:
+        """The gain over the base as a share of the fine-tunes' own, in %: on each kind of text, and in the mean."""
+        pairs = [([a], [b], [c]) for a, b, c in zip(self.scores[name], self.base, self.own)]
+        pairs.append((self.scores[name][:-1], self.base, self.own))
+        return [100 * gain(a, b)[0] / gain(c, b)[0] for a, b, c in pairs]
+
+    def bits(self, name: str) -> list[float]:
+        """Bits per byte on each kind of text, in the mean of those that have a fine-tune, and on the other."""
+        *values, other = [score.bits_per_byte for score in self.scores[name]]
+        return [*values, sum(values) / len(values), other]
+
+
+def print_table(results: Results) -> None:
+    kinds = "".join(f"{name:>7}" for name in [*results.tuned, "mean"])
+    print("\n" + " " * 19 + "share of the fine-tunes' gain, %" + " " * 12 + "held-out bits per byte (lower is better)")
+    print(f"{'':17}{kinds}{'`score` says':>14}{kinds}{results.other:>9}")
+    labels = {"base": "base"} | {name: f"fine-tune {name}" for name in results.tuned} | {name: name for name in MERGES}
+    for name, label in labels.items():
+        told = ""
+        if name in MERGES:
+            mean = json.loads((OUT / name / "pave_scores.json").read_text())["mean"]
+            told = f"{100 * mean['kept']:.1f} ± {100 * mean['error']:.1f}"
+        shares = "".join(f"{share:7.1f}" for share in results.shares(name))
+        *bits, other = results.bits(name)
+        print(f"{label:17}{shares}{told:>14}{''.join(f'{value:7.3f}' for value in bits)}{other:9.3f}")
+    print("\n100 % is each fine-tune on its own kind of text. `score` tells the share without labels, from other rows.")
+    print(f"The last column shows what is forgotten: no fine-tune was trained further on {results.other}.")
+
+
+def print_verdicts(results: Results) -> None:
+    whole = gain(results.own, results.base)[0]
+    plain = results.scores["plain"][:-1]
+    print("\nAgainst the plain merge, in points of the mean share, ± one standard error of the difference:")
+    for name in list(MERGES)[1:]:
+        mean, error = gain(results.scores[name][:-1], plain)
+        verdict = "not distinguishable" if abs(mean) < 2 * error else "better" if mean > 0 else "worse"
+        print(f"  {name:10}{100 * mean / whole:+7.2f} ± {100 * error / whole:.2f}  {verdict}")
     print("This is one small model, one seed and one setting; another may come out differently.")
-    if weak := [name for name, after, before in zip(tuned, own, base) if gain([after], [before])[0] <= 0]:
+    if weak := [name for name, a, b in zip(results.tuned, results.own, results.base) if gain([a], [b])[0] <= 0]:
         sys.exit(f"Fine-tuning did not help on {', '.join(weak)}, so the comparison above means nothing.")
 
 
-def draw(tuned: list[str], scores: dict[str, list[Score]], path: Path) -> None:
-    """A bar for each merge: its gain over the base as a share of the fine-tunes', on all kinds of text and on each."""
-    base = [scores["base"][i].bits_per_byte for i in range(len(tuned))]
-    own = [scores[name][i].bits_per_byte for i, name in enumerate(tuned)]
+def draw(results: Results, path: Path) -> None:
+    """A bar for each merge: its gain over the base as a share of the fine-tunes', in the mean over the kinds of text."""
     figure = Figure(figsize=(7.5, 2.4), layout="constrained")
     axes = figure.subplots()
     for row, name in enumerate(reversed(MERGES)):
-        gains = [before - scores[name][i].bits_per_byte for i, before in enumerate(base)]
-        share = 100 * sum(gains) / sum(before - after for before, after in zip(base, own))
+        share = results.shares(name)[-1]
         axes.barh(row, share, height=0.6, color="#9aa2ad" if name in ("plain", "purified") else "#2563eb")
         axes.text(share + 1, row, f"{share:.0f} %", va="center")
     labels = {"plain": "task_arithmetic", "purified": "the same, purified", "refined": "regmean, refined"}
@@ -417,17 +420,31 @@ def draw(tuned: list[str], scores: dict[str, list[Score]], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, name: str) -> None:
-    model.save_pretrained(OUT / name)
-    tokenizer.save_pretrained(OUT / name)
+# --- The whole -------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def stage(title: str) -> Iterator[None]:
-    print(f"\n== {title}", flush=True)
+def step(text: str) -> Iterator[None]:
+    """A line that says what is done, and when it is finished, how long it took."""
+    print(f"{text:{WIDTH - 6}}", end="", flush=True)
     start = time.perf_counter()
-    yield
-    print(f"   ({time.perf_counter() - start:.0f} s)", flush=True)
+    try:
+        yield
+    except BaseException:
+        print()
+        raise
+    print(f"{time.perf_counter() - start:4.0f} s", flush=True)
+
+
+def print_next() -> None:
+    activate = Path(sys.executable).with_name("activate")
+    print(f"""Look at    demo-out/refined/pave_report/index.html        what the refined merge keeps, and what was done
+           demo-out/gains.svg                             the shares as a picture
+Go on      cd demo-out{f"; source {os.path.relpath(activate, OUT)}" if activate.exists() else ""}
+           mergekit-pave tune purified.yml -o best.yml    tries settings, and writes the best as a config
+Your own   copy refined.yml to yours.yml, change its models and data, and type
+           mergekit-pave plan yours.yml                   what will be done, and what it costs
+           mergekit-yaml yours.yml ./merged               as always""")
 
 
 def main() -> None:
@@ -435,8 +452,10 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     shutil.rmtree(OUT, ignore_errors=True)
     (OUT / "calibration").mkdir(parents=True)
+    print("A small model is trained and fine-tuned on three kinds of text, the fine-tunes are merged in four ways,")
+    print("and scored: about four minutes on two idle cores. No downloads; everything stays in demo-out/.\n")
 
-    with stage("Texts and tokenizer"):
+    with step("Gather texts from this Python and its packages: Python, C++, prose and YAML"):
         domains = [
             split("python", python_source()),
             split("cpp", cpp_headers()),
@@ -447,44 +466,41 @@ def main() -> None:
         streams = [encode(tokenizer, domain.train) for domain in domains]
         windows = [scored_windows(encode(tokenizer, domain.held_out)) for domain in domains]
         token_bytes = torch.tensor([len(token) for token in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))])
-        for domain, stream in zip(domains, streams):
+        for domain in domains:
             write_calibration(domain)
-            parts = (domain.train, domain.calibration, domain.held_out)
-            sizes = "train {:,}, calibration {:,}, held out {:,} characters".format(*map(len, parts))
-            print(f"  {domain.name:7} {sizes}; {len(stream):,} tokens to train on")
 
     # The base has seen some of everything, but mostly Python, so the fine-tunes have something left to learn.
     mixture = [streams[0]] * 5 + streams[1:]
-    tuned = domains[1:]
-    with stage("Base model, pre-trained on a mixture that is mostly Python"):
-        base = make_base()
-        print(f"  {base.num_parameters() / 1e6:.1f} million parameters")
-        train(base, mixture, BASE_STEPS, BASE_RATE)
+    other, *tuned = [domain.name for domain in domains]
+    base = make_base()
+    with step(f"Train the base, {base.num_parameters() / 1e6:.1f} million parameters, mostly on {other}"):
+        pretrain(base, mixture)
         save(base, tokenizer, "base")
-
-    for domain, stream in zip(tuned, streams[1:]):
-        with stage(f"Fine-tune on {domain.name}"):
+    for name, stream in zip(tuned, streams[1:]):
+        with step(f"Fine-tune it on {name}"):
             model = copy.deepcopy(base)
-            train(model, [stream], TUNE_STEPS, TUNE_RATE)
-            save(model, tokenizer, domain.name)
+            finetune(model, stream)
+            save(model, tokenizer, name)
 
+    print("\nMerge the fine-tunes, in demo-out/:")
     write_configs(tuned)
-    for name in MERGES:
-        with stage(f"Merge: {name}"):
-            merge(name)
+    for name, method in MERGES.items():
+        run(f"mergekit-yaml {name}.yml ./{name} --quiet", method)
+        if name != "plain":
+            check_work(name)
 
-    with stage("What each merge keeps of its models, as `mergekit-pave score` tells without labels"):
-        run("mergekit-pave", "score", "refined.yml", *(f"./{name}" for name in MERGES), "--quiet")
+    print("\nSee what the merges keep:")
+    run(f"mergekit-pave score refined.yml {' '.join(f'./{name}' for name in MERGES)} --quiet")
+    run("mergekit-pave report ./refined --quiet", "a page with plots")
+    with step(f"  all models on held-out text, {SCORED_WINDOWS * LENGTH:,} tokens of each kind"):
+        ordered = windows[1:] + windows[:1]
+        results = Results(tuned, other, {name: score(OUT / name, ordered, token_bytes) for name in ["base", *tuned, *MERGES]})
+        draw(results, OUT / "gains.svg")
 
-    with stage(f"Scoring on {SCORED_WINDOWS * LENGTH:,} held-out tokens of each kind"):
-        folders = ["base", *(domain.name for domain in tuned), *MERGES]
-        scores = {name: [score(OUT / name, w, token_bytes) for w in windows[1:] + windows[:1]] for name in folders}
-
-    report([domain.name for domain in tuned], domains[0].name, scores)
-    draw([domain.name for domain in tuned], scores, OUT / "gains.svg")
-    print("\ndemo-out/gains.svg shows it; demo-out/refined/README.md is a model card, with what was done")
-    print("\nTo look for a better setting: cd demo-out; ../.venv/bin/mergekit-pave tune purified.yml -o best.yml")
-    print(f"\nTotal time: {time.perf_counter() - start:.0f} s")
+    print_table(results)
+    print_verdicts(results)
+    print(f"\nAll of it took {time.perf_counter() - start:.0f} s.\n")
+    print_next()
 
 
 if __name__ == "__main__":
