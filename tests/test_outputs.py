@@ -10,7 +10,7 @@ import datasets
 import pytest
 import yaml
 from click.testing import CliRunner
-from commands import command
+from commands import command, finish, fresh
 from huggingface_hub import ModelCard
 from merging import config_for, entries, merge, write_config
 from reference import purify
@@ -179,6 +179,23 @@ def test_doctor(llama, tmp_path, cache, monkeypatch):
     assert off.exit_code != 0
     assert "NOT HONOURED" in off.output
     assert "TORCH_DEVICE_BACKEND_AUTOLOAD" in off.output
+
+
+def test_doctor_speaks_before_anything_large_is_imported():
+    """torch, transformers and mergekit take seconds."""
+    code = "import sys; from mergekit_pave.cli import main; from mergekit_pave.cli.doctor import doctor; print(*sys.modules)"
+    done = finish(fresh("python", "-c", code))
+    assert done.returncode == 0 and not {"torch", "transformers", "mergekit"} & set(done.stdout.split()), done.stderr
+    done = command("python", "-c", "from mergekit_pave.cli import main; main(['doctor'])")
+    lines = [line.split()[0] for line in done.stdout.splitlines()]
+    assert lines == ["mergekit-pave", "mergekit", "torch", "transformers", "datasets", "cache", "pave:", "methods"]
+
+
+def test_every_command_is_there():
+    told = CliRunner().invoke(cli.main, ["--help"]).output
+    for name in ("cache", "calibrate", "doctor", "plan", "report", "restore", "score", "tune"):
+        assert re.search(rf"^  {name} +\w", told, re.MULTILINE) and CliRunner().invoke(cli.main, [name, "--help"]).exit_code == 0
+    assert "No such command 'plann'" in CliRunner().invoke(cli.main, ["plann"]).output
 
 
 def test_doctor_on_merge_methods_that_cannot_be_loaded(tmp_path, monkeypatch):

@@ -9,8 +9,7 @@ import sys
 
 import click
 
-from mergekit_pave import cache, versions
-from mergekit_pave.files import readable
+from mergekit_pave import versions
 
 _PROBE = """
 import sys
@@ -49,24 +48,34 @@ def doctor() -> None:
     click.get_current_context().call_on_close(lambda: logging.disable(before))
     for package, version in versions.installed().items():
         click.echo(f"{package:14} {version}")
-    root = cache.cache_root(None)
-    click.echo(f"{'cache':14} {root} ({readable(sum(entry.size for entry in cache.entries(root)))})")
-    # Only a fresh interpreter shows what `mergekit-yaml` will do, because this one has registered the plugin itself.
-    live = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True)
-    click.echo(f"{'pave: blocks':14} {'honoured' if live.returncode in (0, 4) else 'NOT HONOURED'}")
-    click.echo(f"{'methods':14} {live.stdout.strip() if live.returncode == 0 else 'NOT USABLE'}")
-    if live.returncode == 0:
-        for line in live.stderr.splitlines():
+    # Only a fresh interpreter shows what `mergekit-yaml` will do, because this one has registered the plugin itself. It takes
+    # seconds, in which the cache is looked at.
+    probe = subprocess.Popen([sys.executable, "-c", _PROBE], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    click.echo(f"{'cache':14} {_cache()}")
+    out, err = probe.communicate()
+    click.echo(f"{'pave: blocks':14} {'honoured' if probe.returncode in (0, 4) else 'NOT HONOURED'}")
+    click.echo(f"{'methods':14} {out.strip() if probe.returncode == 0 else 'NOT USABLE'}")
+    if probe.returncode == 0:
+        for line in err.splitlines():
             if line.endswith("would ignore a `pave:` block"):
                 click.echo(line, err=True)
         return
     if message := switched_off():
         click.echo(message, err=True)
-    elif live.returncode == 3:
+    elif probe.returncode == 3:
         click.echo("PyTorch did not load the plugin; it needs torch >= 2.5 and mergekit-pave installed beside it.", err=True)
     else:
-        click.echo(live.stderr.strip().splitlines()[-1], err=True)
+        click.echo(err.strip().splitlines()[-1], err=True)
     raise SystemExit(1)
+
+
+def _cache() -> str:
+    """Where it is, and its size."""
+    from mergekit_pave import cache  # which imports torch
+    from mergekit_pave.files import readable
+
+    root = cache.cache_root(None)
+    return f"{root} ({readable(sum(entry.size for entry in cache.entries(root)))})"
 
 
 def switched_off() -> str | None:
