@@ -3,11 +3,12 @@
 import json
 
 import pytest
+from matplotlib.figure import Figure
 from test_page import emr_of, report_of, rows_of
 
 from mergekit_pave.errors import PaveError
 from mergekit_pave.report import card
-from mergekit_pave.report.page import fits, render, sections
+from mergekit_pave.report.page import distances, drawing, fits, render, sections
 from mergekit_pave.report.stored import read_report
 
 OTHER_VALUES = [None, [], {}, -1, 1.5, True, "text", [[]], {"a": None}, 10**400, float("nan"), 1e300, "\ud800", "~nobody/x"]
@@ -75,7 +76,7 @@ def show(folder, report) -> None:
 
 def test_the_whole_one_is_shown(tmp_path):
     show(tmp_path, read(tmp_path, whole()))
-    assert all((tmp_path / "page" / f"{name}.png").is_file() for name in ("kept-rank", "errors"))
+    assert all((tmp_path / "page" / f"{name}.png").is_file() for name in ("kept-rank", "errors", "restored"))
 
 
 SLOW = ("models", "settings")  # they have the most values
@@ -86,6 +87,7 @@ def test_any_value_of_another_shape(tmp_path, monkeypatch, key):
     """Also deep inside. Plots are not drawn here, as they take numbers that the check has passed."""
     monkeypatch.setattr(sections, "_purified", lambda _: [])
     monkeypatch.setattr(fits, "plot_errors", lambda _: [])
+    monkeypatch.setattr(distances, "plot_distances", lambda _: drawing.Plot("restored", "", "", Figure()))
     refused = 0
     for path in [path for path in places(whole()) if path[0] == key]:
         for value in [GONE, *OTHER_VALUES]:

@@ -22,7 +22,7 @@ from test_experts import family_of  # noqa: F401, a fixture
 from mergekit_pave import cli
 from mergekit_pave.planning.measured import measure
 from mergekit_pave.plugin.phases import plan_merge
-from mergekit_pave.report.page import drawing, render
+from mergekit_pave.report.page import distances, drawing, render
 from mergekit_pave.report.stored import read_report
 
 
@@ -346,6 +346,34 @@ def emr_of(models: int, **more) -> dict:
         for i in range(models)
     }
     return {"tensors": 12, "base_only": {}, "models": of_models} | more
+
+
+def test_what_emr_restores(tmp_path, undrawn):
+    """A section with its table and its picture; nothing is told of calibration or purification that was not done."""
+    report = report_of([]) | {"emr": emr_of(3, base_only={"lm_head.bias": "not in a"}), "warnings": ["look"]}
+    report["not_purified"] = list(report["emr"]["models"])
+    page = render.write(tmp_path / "page", "merged", report, None, "merge_method: emr").read_text()
+    assert {file.name for file in (tmp_path / "page").iterdir()} == {"index.html", "restored.png"}
+    rows = [re.findall("<td[^>]*>(.*?)</td>", row) for row in re.findall("<tr>(.*?)</tr>", page)]
+    for i, own in enumerate(("-", "classifier.bias, classifier.weight", "-")):
+        file = f"emr/model-{i}.safetensors"
+        assert [f"model-{i}", file, "1.5 MB", f"{0.9 + i / 100:.3g}", "62.5 %", f"{0.4 + i / 100:.3g}", own] in rows
+    assert "mergekit-pave restore OUT model-0" in page and ["not in a", "1"] in rows and "Look here.</b> look" in page
+    assert "<b>12 of 5</b><span>tensors shared through masks" in page and "<b>0.42</b><span>distance of a restored" in page
+    assert "No model was purified." in page and "Merged, but not purified" not in page and "setting</th>" not in page
+    purified = report_of(rows_of(2, 2)) | {"emr": report["emr"], "not_purified": ["someone/model-2"]}
+    page = render.write(tmp_path / "both", "merged", purified, None, "merge_method: emr").read_text()
+    assert all(f'id="{key}"' in page for key in ("restored", "models", "kept")) and "not purified: someone/model-2" in page
+
+
+def test_bars_are_the_distances_of_the_restored_models():
+    models = emr_of(4)["models"]
+    models["someone/model-2"]["distance"], models["someone/model-3"]["distance"] = None, 1.5
+    panel = distances.plot_distances(models).figure.axes[0]
+    assert [bar.get_width() for bar in panel.patches] == pytest.approx([0.4, 0.41, 0.0, 1.5])
+    assert [label.get_text() for label in panel.get_yticklabels()] == [f"model-{i}" for i in range(4)]
+    assert {"0.4", "0.41", "equals the base model", "1.5"} <= {text.get_text() for text in panel.texts}
+    assert panel.get_xlim()[1] > 1.5 and panel.get_ylim()[0] > panel.get_ylim()[1]
 
 
 def test_letters_that_the_font_has_not(tmp_path, recwarn):

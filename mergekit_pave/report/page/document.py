@@ -20,7 +20,7 @@ from mergekit_pave.report.page.drawing import Plot, png, svg
 Table = tuple[Sequence[str], list[Sequence[Any]]]  # head, rows
 
 # A number, with its error or with others in brackets, and with a unit.
-_NUMBER = re.compile(r"-|best|[-+]?[\d.,]+(e[-+]?\d+)?( ± [\d.]+| \([\d., e+-]+\))?( %| of \d+)?( \*)?")
+_NUMBER = re.compile(r"-|best|[-+]?[\d.,]+(e[-+]?\d+)?( ± [\d.]+| \([\d., e+-]+\))?( %| of \d+| bytes| [KMGT]B)?( \*)?")
 
 
 @dataclass(frozen=True)

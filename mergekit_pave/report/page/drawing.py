@@ -61,6 +61,7 @@ STYLE = {
     "text.parse_math": False,  # a dollar in a name is a dollar
 }
 WIDTH = 10.0  # inches
+_LONGEST = 56  # letters of a label
 _NOT_XML = re.compile("[^\t\n\r\x20-\ufffd\U00010000-\U0010ffff]")  # characters that a name may have, but XML may not
 _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
@@ -126,6 +127,12 @@ def colours(models: Sequence[str]) -> dict[str, Any]:
     if len(models) <= len(COLOURS):
         return dict(zip(models, COLOURS))
     return dict(zip(models, matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, len(models)))))
+
+
+def shortened(name: str) -> str:
+    """A name as a label: in one line, and without its middle if it is long."""
+    name = " ".join(name.split())
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST // 2]}…{name[-_LONGEST // 2 + 1 :]}"
 
 
 def panels_of(columns: int, rows: int, height: float, **more: Any) -> tuple[Figure, np.ndarray]:

@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 
 from mergekit_pave.errors import PaveError
-from mergekit_pave.report import card, closed_form, tables
+from mergekit_pave.names import EMR
+from mergekit_pave.report import card, closed_form, emr, tables
 from mergekit_pave.report.page import document, scored
 from mergekit_pave.report.page.document import Table
 from mergekit_pave.report.page.measure import Measurements
@@ -40,16 +41,17 @@ def write(
     Raises:
         PaveError: there is nothing to show, a file of somebody else is in the way, or the folder cannot be written.
     """
-    if not report or not (report["purified"] or _merged(report) or _only_vocabulary(report)):
+    if not report or not (report["purified"] or "emr" in report or _merged(report) or _only_vocabulary(report)):
         if score:
             return scored.write(folder, name, score, config)
-        raise PaveError(f"{name}: {_nothing(report)}")
+        raise PaveError(f"{name}: {_nothing(report, config)}")
     notes = left_experts(report) + left_weights(report)
     return document.write(
         folder,
         "page.html",
         ([scored.section(score)] if score else []) + sections_of(report, measured),
         paper=card.PAPER,
+        emr_paper=emr.PAPER,
         name=name,
         method=_merge_method(config),
         report=report,
@@ -74,10 +76,12 @@ def _merged(report: dict[str, Any]) -> bool:
 
 def _only_vocabulary(report: dict[str, Any]) -> bool:
     """Whether the vocabulary was merged by token counts, and nothing else was done."""
-    return not report["purified"] and "vocabulary" in report and not report.keys() & {"regmean", "refined"}
+    return not report["purified"] and "vocabulary" in report and not report.keys() & {"regmean", "refined", "emr"}
 
 
-def _nothing(report: dict[str, Any]) -> str:
+def _nothing(report: dict[str, Any], config: str | None) -> str:
+    if _merge_method(config) == EMR:
+        return "this config purifies nothing. To see what emr keeps of each model, give the folder of the finished merge"
     if "refined" in report:
         return "this config purifies nothing. To see what was refined, give the folder of the finished merge"
     if "regmean" in report:
@@ -120,6 +124,8 @@ def _tiles(report: dict[str, Any]) -> list[tuple[str, str]]:
         tiles.append((f"{len(report['regmean']['closed_form'])} of {report['tensors']}", "tensors merged in closed form"))
         if (of_weights := closed_form.share(report["regmean"])) is not None:
             tiles.append((f"{100 * of_weights:.0f} %", "of all weights merged in closed form"))
+    if "emr" in report:
+        tiles += _emr_tiles(report)
     if rows:
         kept = sum(row["kept"] for row in rows) / sum(row["components"] for row in rows)
         tiles += [
@@ -138,6 +144,18 @@ def _tiles(report: dict[str, Any]) -> list[tuple[str, str]]:
     ratios = [sums["removed_over_change"] for sums in by_model(report).values() if sums["change_norm"]]
     if ratios:
         tiles.append((f"{max(ratios):.2g} x", "removed / change of a model, at most"))
+    return tiles
+
+
+def _emr_tiles(report: dict[str, Any]) -> list[tuple[str, str]]:
+    kept = report["emr"]
+    tiles = [
+        (f"{kept['tensors']} of {report['tensors']}", "tensors shared through masks"),
+        (emr.size(kept), "in the models' files"),
+    ]
+    known = [of_model["distance"] for of_model in kept["models"].values() if of_model["distance"] is not None]
+    if known:
+        tiles.append((f"{max(known):.2g}", "distance of a restored model, at most; the base model's is 1"))
     return tiles
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-from mergekit_pave.report import tables
-from mergekit_pave.report.page import alignments, curves, fits, heatmaps, overlaps
+from mergekit_pave.report import emr, tables
+from mergekit_pave.report.page import alignments, curves, distances, fits, heatmaps, overlaps
 from mergekit_pave.report.page.document import Section, Table
 from mergekit_pave.report.page.drawing import Plot
 from mergekit_pave.report.page.measure import Interference, Measurements, Overlap
@@ -18,6 +18,8 @@ _TOP = 8  # rows of the table of the weights that lost most
 
 def sections_of(report: dict[str, Any], measured: Measurements | None) -> list[Section]:
     sections = []
+    if "emr" in report:
+        sections.append(_emr(report))
     if "closed_form" in report.get("regmean", {}):
         sections.append(_closed_form(report))
     if "vocabulary" in report:
@@ -29,6 +31,23 @@ def sections_of(report: dict[str, Any], measured: Measurements | None) -> list[S
     if report["purified"] and measured is not None:
         sections += _measured(report, measured)
     return sections
+
+
+def _emr(report: dict[str, Any]) -> Section:
+    """What `merge_method: emr` keeps of each model."""
+    kept = report["emr"]
+    of_base = tables.count_reasons(kept["base_only"])
+    others = [(("as in the base model, because it is", "tensors"), of_base)] if of_base else []
+    name = next(iter(emr.restore_names(kept).values()))
+    text = (
+        "The merged checkpoint holds the change that all models share, and is no model to use by itself. Each model is restored "
+        f"from it, the base model and the model's own file: mergekit-pave restore OUT {name}, or "
+        f'mergekit_pave.load_task("OUT", "{name}"), with OUT the folder of this merge.'
+    )
+    formulas = [f"{formula}: {words}." for formula, words in emr.FORMULAS.items()]
+    plots = [distances.plot_distances(kept["models"])]
+    notes = [emr.meaning(report), "τᵢ = Wᵢ - W_base: the task vector of model i.", *formulas]
+    return Section("restored", "What is restored", text, plots, [emr.restored_table(kept), *others], notes)
 
 
 def _closed_form(report: dict[str, Any]) -> Section:

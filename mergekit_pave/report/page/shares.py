@@ -11,11 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from mergekit_pave.report.page.drawing import COLOURS, INK, LINE, MUTED, STYLE, WIDTH, Plot, colours
+from mergekit_pave.report.page.drawing import COLOURS, INK, LINE, MUTED, STYLE, WIDTH, Plot, colours, shortened
 from mergekit_pave.report.places import short_models
 from mergekit_pave.report.scores import with_error
 
-_LONGEST = 56  # letters of a label
 _LETTERS = 125  # that are as wide as a figure
 _LEAST, _MOST = -1.0, 1.1  # no axis begins with a smaller share, or ends with a larger one
 _OUTSIDE = " A point at the left edge: less than the axis shows."
@@ -41,7 +40,7 @@ def plot_score(score: Mapping[str, Any]) -> Plot:
             text = f"mean {with_error(mean, None)}"
             panel.text(np.clip(mean, left, right), 1.01, text, transform=over, ha="center", va="bottom", color=MUTED)
         _points(panel, values, np.arange(len(models)), COLOURS[0], left, size=6)
-        _finish(panel, [_label(name) for name in names.values()], left, right)
+        _finish(panel, [shortened(name) for name in names.values()], left, right)
     caption = "Each point is the share kept of one model with its standard error; the grey line is their mean, with its own."
     return Plot("share-kept", "Share kept of each model", caption + _outside(values, left), figure)
 
@@ -61,7 +60,7 @@ def plot_settings(labels: Sequence[str], scores: Sequence[Mapping[str, Any]], by
     values = np.array([[of_score["kept"], of_score["error"]] for of_score in summary], dtype=float)  # (settings, 2)
     every = np.concatenate([values, np.stack([shares.ravel(), np.zeros(shares.size)], axis=1)])
     left, right = _limits(every)
-    columns = min(len(models) + 1, 6, _LETTERS // (max(len(_label(name)) for name in names.values()) + 6))
+    columns = min(len(models) + 1, 6, _LETTERS // (max(len(shortened(name)) for name in names.values()) + 6))
     height = 1.0 + 0.3 * len(scores) + 0.2 * -(-(len(models) + 1) // columns)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, min(height, 100)), layout="constrained")
@@ -70,12 +69,12 @@ def plot_settings(labels: Sequence[str], scores: Sequence[Mapping[str, Any]], by
         lines = np.insert(rows.astype(float), 1, np.nan)  # none goes from the first to the others, which are sorted
         panel.axhline(0.5, color=LINE, linewidth=0.8)
         for model, of_model in zip(models, shares.T):
-            line = {"color": palette[model], "label": _label(names[model]), "marker": "o", "markersize": 3.5, "linewidth": 1.1}
+            line = {"color": palette[model], "label": shortened(names[model]), "marker": "o", "markersize": 3.5, "linewidth": 1.1}
             panel.plot(np.insert(np.maximum(of_model, left), 1, np.nan), lines, **line)
         thick = np.insert(np.maximum(values[:, 0], left), 1, np.nan)
         panel.plot(thick, lines, color=INK, linewidth=2.4, label=by, zorder=3)
         _points(panel, values, rows, INK, left, size=4)
-        _finish(panel, [_label(label) for label in labels], left, right)
+        _finish(panel, [shortened(label) for label in labels], left, right)
         handles, texts = panel.get_legend_handles_labels()
         figure.legend(
             [handles[-1], *handles[:-1]], [texts[-1], *texts[:-1]], loc="outside upper left", ncols=columns, fontsize=8.5
@@ -121,8 +120,3 @@ def _limits(values: np.ndarray) -> tuple[float, float]:
 
 def _outside(values: np.ndarray, left: float) -> str:
     return _OUTSIDE if (values[:, 0] < left).any() else ""
-
-
-def _label(name: str) -> str:
-    name = " ".join(name.split())
-    return name if len(name) <= _LONGEST else f"{name[: _LONGEST // 2]}…{name[-_LONGEST // 2 + 1 :]}"
