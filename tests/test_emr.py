@@ -7,19 +7,21 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from click.testing import CliRunner
 from mergekit.architecture import get_architecture_info
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor
 from mergekit.merge_methods import merge_state_dicts
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
-from merging import config_for, entries, forget_checkpoints, invoke, invoke_multi, merge
+from merging import config_for, entries, forget_checkpoints, invoke, invoke_multi, merge, write_config
 from models import make_model, make_tokenizer, perturbed, save
 from reference import weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mergekit_pave import PaveError, load_task
+from mergekit_pave.cli import main
 from mergekit_pave.plugin.phases import plan_merge
 
 NAMES = ("tuned0", "tuned1", "tuned2")
@@ -344,3 +346,16 @@ def test_a_plan_writes_nothing(llama, tmp_path):
     assert [file.name for file in plan.emr.files] == list(NAMES)
     entries_of_model = sum(map(torch.numel, weights(llama.base).values()))
     assert plan.emr.size == pytest.approx(3 * entries_of_model / 8, rel=0.01)
+
+
+def test_what_a_plan_says(classifiers, tmp_path):
+    base, tuned = classifiers
+    config = {"merge_method": "emr", "base_model": str(base), "models": [{"model": str(m)} for m in tuned]}
+    result = CliRunner().invoke(main, ["plan", str(write_config(config, tmp_path / "emr.yml"))])
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    left = 5 if "MaskedLM" in json.loads((base / "config.json").read_text())["architectures"][0] else 2
+    assert lines[0] == f"{len(weights(base)) - left} of {len(weights(base))} tensors will be shared by emr."
+    assert lines[1].startswith(f"Of the base model alone: {left} ")
+    for line, model in zip(lines[2:5], tuned):
+        assert line.startswith(f"emr/{model.name}.safetensors, about ") and f"will restore {model}, with " in line

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from typing import Any
 
@@ -17,6 +16,7 @@ from mergekit_pave.files import readable
 from mergekit_pave.planning.emr import PlannedEmr
 from mergekit_pave.planning.plan import Plan
 from mergekit_pave.planning.scoring import FEWEST
+from mergekit_pave.planning.speed import reading_speed, speed
 from mergekit_pave.report.summary import by_model, kind, reasons_in_a_line, vocabulary_lines, warnings
 from mergekit_pave.report.tables import written
 from mergekit_pave.tasks.calibrate import CalibrateModel
@@ -30,7 +30,7 @@ def preview(plan: Plan, device: str, samples: dict[str, list[dict[str, Any]]]) -
 
     Seconds are operations over the speed of this machine, measured on the spot.
     """
-    exact = _speed(torch.float64, float64_device(torch.device(device)))
+    exact = speed(torch.float64, float64_device(torch.device(device)))
     to_do = {task.job.name: task for task in plan.to_calibrate}
     cached = {task.model for task in plan.calibrations if task.is_done}
     models = {}
@@ -59,7 +59,7 @@ def preview(plan: Plan, device: str, samples: dict[str, list[dict[str, Any]]]) -
             **({"generation": _generation(plan.to_write[model], source, device)} if model in plan.to_write else {}),
             "calibration": cost
             and {
-                "seconds": cost.operations / _speed(inference_dtype(to_do[model].job.config, device), device),
+                "seconds": cost.operations / speed(inference_dtype(to_do[model].job.config, device), device),
                 "memory": cost.peak,
                 "cache": cost.cache,
             },
@@ -105,7 +105,7 @@ def _generation(generation: Generation, source: dict[str, Any], device: str) -> 
         "texts": source["samples"],
         "max_length": generation.longest,
         "steps": steps,
-        "seconds": steps * generation.num_weights / _reading_speed(dtype, device, generation.batch_size),
+        "seconds": steps * generation.num_weights / reading_speed(dtype, device, generation.batch_size),
         "memory": generation.memory,
     }
 
@@ -128,12 +128,12 @@ def _refined(plan: Plan, device: str, exact: float) -> dict[str, Any]:
         exact: operations a second in float64.
     """
     refinement, cost = plan.refinement, plan.refinement.estimate()
-    speed = _speed(inference_dtype(refinement.config, device), device)
+    passes = cost.passes / speed(inference_dtype(refinement.config, device), device)
     return {
         "settings": plan.header["refined"]["settings"],
         "layers": [layer.name for layer in refinement.layers.values()],
         "left": plan.header["refined"]["left"],
-        "seconds": cost.passes / speed + cost.sums / _speed(torch.float32, device) + cost.fits / exact,
+        "seconds": passes + cost.sums / speed(torch.float32, device) + cost.fits / exact,
         "memory": cost.peak,
         "disk": refinement.size,
     }
@@ -146,30 +146,6 @@ def _removed(rows: list[dict[str, Any]]) -> dict[str, float] | None:
             weights = len({row["tensor"] for row in rows})
             return {"share_of_change": sums["removed_over_change"], "weights": weights}
     return None
-
-
-def _speed(dtype: torch.dtype, device: str | torch.device) -> float:
-    """Operations a second in a product of matrices."""
-    width = 1024
-    x = torch.randn(width, width, device=device).to(dtype)
-    best = 0.0
-    for _ in range(4):
-        start = time.perf_counter()
-        (x @ x)[0, 0].item()
-        best = max(best, 2 * width**3 / (time.perf_counter() - start))
-    return best
-
-
-def _reading_speed(dtype: torch.dtype, device: str, rows: int) -> float:
-    """Weights a second in a product with a few rows. The matrix is too large for most caches."""
-    width = 4096
-    x, w = torch.randn(rows, width, device=device).to(dtype), torch.randn(width, width, device=device).to(dtype)
-    best = 0.0
-    for _ in range(4):
-        start = time.perf_counter()
-        (x @ w)[0, 0].item()
-        best = max(best, width**2 / (time.perf_counter() - start))
-    return best
 
 
 def _operations(layer: Linear, tokens: int) -> float:
@@ -198,10 +174,7 @@ def as_text(preview: dict[str, Any]) -> str:
             f"merge method gives them: {reasons_in_a_line(refined['left']) or 'none'}."
         )
     if emr := preview.get("emr"):
-        lines.append(
-            f"{preview['tensors'] - len(emr['base_only'])} will be shared by masks; the base's alone: "
-            f"{reasons_in_a_line(emr['base_only']) or 'none'}."
-        )
+        lines.append(f"Of the base model alone: {reasons_in_a_line(emr['base_only']) or 'none'}.")
         for name, file in emr["models"].items():
             own = f", with {len(file['own'])} tensors of its own (such as {file['own'][0]})" if file["own"] else ""
             lines.append(f"{file['file']}, about {readable(file['bytes'])}, will restore {name}{own}.")
@@ -259,7 +232,8 @@ def as_text(preview: dict[str, Any]) -> str:
 def _in_short(preview: dict[str, Any], purified: int) -> str:
     """What will be done to how many tensors, in a sentence."""
     closed, refined = preview.get("regmean", {}).get("closed_form", 0), len(preview.get("refined", {}).get("layers", ()))
-    counts = {"purified": purified, "merged by regmean in closed form": closed, "refined": refined}
+    shared = preview["tensors"] - len(preview["emr"]["base_only"]) if "emr" in preview else 0
+    counts = {"purified": purified, "merged by regmean in closed form": closed, "refined": refined, "shared by emr": shared}
     first, *others = [(count, what) for what, count in counts.items() if count] or [(0, "purified")]
     more = "".join(f", {count} {what}" for count, what in others)
     return f"{first[0]} of {preview['tensors']} tensors will be {first[1]}{more}."
