@@ -40,29 +40,40 @@ class _Lines:
 
 
 @contextlib.contextmanager
-def no_bars_of_others(hidden: bool) -> Iterator[None]:
-    """Hide the bars of datasets, of transformers and of the client of the Hub, too."""
+def no_bars_of_others(hidden: bool, downloads: bool = True) -> Iterator[None]:
+    """Hide the bars of datasets, of transformers and of the client of the Hub, too.
+
+    Args:
+        downloads: otherwise the client of the Hub shows its bars, because a model may take it an hour.
+    """
     global _show_again
-    if not hidden or _show_again is not None:
+    if not hidden:
         yield
         return
-    _show_again = []
+    mine: list[Callable[[], None]] = []
+    is_first = _show_again is None
+    if is_first:
+        _show_again = mine
     try:
         if transformers.utils.logging.is_progress_bar_enabled():
-            _show_again.append(transformers.utils.logging.enable_progress_bar)
-            transformers.utils.logging.disable_progress_bar()
-        for library in filter(None, (huggingface_hub.utils, sys.modules.get("datasets"))):
-            _hide_bars(library)
+            mine.append(transformers.utils.logging.enable_progress_bar)
+            shows_downloads = not (downloads or huggingface_hub.utils.are_progress_bars_disabled())
+            transformers.utils.logging.disable_progress_bar()  # and with its own those of the Hub's client
+            if shows_downloads:
+                huggingface_hub.utils.enable_progress_bars()
+        for library in filter(None, (downloads and huggingface_hub.utils, sys.modules.get("datasets"))):
+            _hide_bars(library, mine)
         yield
     finally:
-        for show in _show_again:
+        for show in mine:
             show()
-        _show_again = None
+        if is_first:
+            _show_again = None
 
 
-def _hide_bars(library: Any) -> None:
+def _hide_bars(library: Any, show_again: list[Callable[[], None]]) -> None:
     if not library.are_progress_bars_disabled():
-        _show_again.append(library.enable_progress_bars)
+        show_again.append(library.enable_progress_bars)
         library.disable_progress_bars()
 
 
@@ -71,5 +82,5 @@ def datasets_library() -> Any:
     import datasets
 
     if _show_again is not None:
-        _hide_bars(datasets)
+        _hide_bars(datasets, _show_again)
     return datasets

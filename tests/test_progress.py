@@ -4,6 +4,8 @@ import io
 import sys
 import time
 
+import datasets
+import huggingface_hub.utils
 import pytest
 import torch
 import tqdm.notebook
@@ -111,6 +113,41 @@ def test_quiet_is_quiet(llama, tmp_path, cache):
     result = invoke(config_for(llama, {"models": models}), tmp_path / "out", "--quiet")
     assert result.exit_code == 0
     assert "\r" not in result.output and "Calibrating" not in result.output and "Decomposing" not in result.output
+
+
+@pytest.fixture
+def others(monkeypatch):
+    """Libraries that draw bars, as in a user's terminal."""
+    monkeypatch.setattr(sys.modules["datasets.utils.tqdm"], "HF_DATASETS_DISABLE_PROGRESS_BARS", None)
+    libraries = {"datasets": datasets, "hub": huggingface_hub.utils}
+    for library in libraries.values():
+        library.enable_progress_bars()
+    yield lambda: {name for name, library in libraries.items() if not library.are_progress_bars_disabled()}
+    for library in libraries.values():
+        library.enable_progress_bars()
+
+
+def test_a_download_may_be_watched_unless_all_is_hidden(others):
+    with progress.no_bars_of_others(hidden=True, downloads=False):
+        assert others() == {"hub"}
+        with progress.no_bars_of_others(hidden=True):
+            assert others() == set()
+        assert others() == {"hub"}
+    assert others() == {"hub", "datasets"}
+
+
+@pytest.mark.parametrize("words", [("plan",), ("calibrate",), ("score",), ("tune", "--set", "lambda=2")])
+def test_commands_show_no_bars_of_others(llama, tmp_path, cache, others, words):
+    """`datasets` draws one for a file that it has not seen."""
+    config = config_for(llama, {"calibration": {"samples": 20}}, models=1)
+    data = tmp_path / f"{words[0]}.jsonl"
+    data.write_text(llama.data[0].read_text())
+    config["pave"]["models"][0]["data"]["path"] = str(data)
+    forget_checkpoints()
+    done = CliRunner().invoke(cli.main, [words[0], str(write_config(config, tmp_path / "config.yml")), *words[1:]])
+    assert done.exit_code == 0, done.output
+    assert "Generating" not in done.output and "examples/s" not in done.output
+    assert others() == {"hub", "datasets"}
 
 
 def test_planning_says_nothing_of_what_it_does_not_do(llama, tmp_path, cache, caplog):

@@ -46,6 +46,30 @@ def changed(family, folder, change):
     return dataclasses.replace(family, tuned=(copy, *family.tuned[1:]))
 
 
+def test_data_that_are_not_there_are_refused_before_a_model_writes(llama, tmp_path, cache):
+    config = config_for(llama, {"calibration": {"samples": 2, "max_length": 16}})
+    config["pave"]["models"][0]["data"], config["pave"]["models"][1]["data"] = "generated", {"path": "./missing.jsonl"}
+    assert "missing.jsonl" in refused(config, tmp_path, cache)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("tune", "--set", "lamda=1"), "--set lamda: unknown key"),
+        (("score", "empty"), "there is no config.json in empty"),
+        (("score", "--card", "merged"), "has no README.md to put the scores into"),
+    ],
+)
+def test_mistakes_of_the_command_line_are_told_before_data_are_read(llama, tmp_path, cache, monkeypatch, words, told):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(llama.base, tmp_path / "merged")
+    config = config_for(llama, {})
+    config["pave"]["models"][0]["data"] = {"path": "./missing.jsonl"}
+    done = CliRunner().invoke(main, [words[0], str(write_config(config, tmp_path / "config.yml")), *words[1:]])
+    assert done.exit_code == 1 and told in " ".join(done.stderr.split()), done.output
+
+
 def test_a_tensor_that_is_not_there(llama, tmp_path, cache):
     def remove(folder):
         tensors = {name: tensor for name, tensor in weights(folder).items() if name != LAST}

@@ -38,5 +38,7 @@ def main(context: click.Context) -> None:
     """PAVE for mergekit: purify task vectors before they are merged."""
     if context.invoked_subcommand not in ("doctor", "cache"):
         from mergekit_pave.hook import host
+        from mergekit_pave.progress import no_bars_of_others
 
         host.register()
+        context.with_resource(no_bars_of_others(hidden=True, downloads=False))  # each phase has one of ours

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 import yaml
+from mergekit.common import ModelReference
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 from mergekit_pave.cli.config import read_config
@@ -19,6 +20,7 @@ from mergekit_pave.report.stored import write_scores
 
 if not host.missing():
     from mergekit_pave.planning.variants import make_variants
+    from mergekit_pave.plugin.inputs import check_merged
     from mergekit_pave.plugin.scoring import plan_scoring
     from mergekit_pave.plugin.tune import Tuner
 
@@ -55,6 +57,10 @@ def score(
     merge_options.apply_global_options()
     if card and not merged:
         raise PaveError("--card adds to the model cards of finished merges; name their folders")
+    for folder in merged:
+        check_merged(ModelReference.parse(str(folder)), merge_options.trust_remote_code)
+        if card:
+            check_card(str(folder))
     config = read_config(config_file)
     scorer = plan_scoring(config, merge_options, rows, base)
     if not merged:
@@ -66,9 +72,6 @@ def score(
         click.echo(json.dumps(scores, indent=1) if as_json else as_text(scores))
         return
     opened = {str(folder): scorer.open(folder) for folder in merged}
-    if card:
-        for folder in opened:
-            check_card(folder)
     scores = {folder: scorer.scoring.score(model) for folder, model in opened.items()}
     click.echo(json.dumps(scores, indent=1) if as_json else as_text(scores))
     for folder, of_merge in scores.items():

@@ -23,7 +23,7 @@ if not host.missing():
     from mergekit_pave.planning.samples import each_read_once
     from mergekit_pave.planning.variants import Variant, combinations, default_combinations, in_full, make_variants, parse_choice
     from mergekit_pave.planning.weights import as_changes, weights_of
-    from mergekit_pave.plugin.scoring import plan_scoring
+    from mergekit_pave.plugin.scoring import check_block, plan_scoring
     from mergekit_pave.plugin.tune import Tuner, tune_weights
 
 
@@ -92,15 +92,16 @@ def tune(
     config = read_config(str(config_file))
     text = config_file.read_bytes().decode("utf-8")  # with the ends of lines that it has
     content = yaml.safe_load(text)
-    chosen = combinations(in_full(map(parse_choice, choices), content))
-    with each_read_once():
-        scorer = plan_scoring(config, merge_options, rows, base)
-        variants = make_variants(content, chosen if choices else default_combinations(config, content))
-        tuner = Tuner(config, merge_options, scorer, lambda line: merge_options.quiet or click.echo(line, err=True))
-        variants = [variant for variant in variants if _can_be_tried(tuner, variant, is_asked_for=bool(choices))]
+    check_block(config, base)
+    chosen = combinations(in_full(map(parse_choice, choices), content)) if choices else default_combinations(config, content)
+    variants = make_variants(content, chosen)
     of_weights = [weights_of(variant.config) for variant in variants] if weights else []  # any of them may be the best
     if output:
         _check_rewriting(text, content, variants, of_weights)
+    with each_read_once():
+        scorer = plan_scoring(config, merge_options, rows, base)
+        tuner = Tuner(config, merge_options, scorer, lambda line: merge_options.quiet or click.echo(line, err=True))
+        variants = [variant for variant in variants if _can_be_tried(tuner, variant, is_asked_for=bool(choices))]
     click.echo(f"{len(variants)} settings to try, on {rows} held-out rows of each model", err=True)
     tried = tuner.score(variants)
     if weights:

@@ -20,7 +20,7 @@ from mergekit_pave.planning.merge import Merge
 from mergekit_pave.planning.plan import Plan, PlannedWeight, Reasons
 from mergekit_pave.planning.refine import models_to_refine, plan_refinement
 from mergekit_pave.planning.select import models_to_purify, select
-from mergekit_pave.planning.source import open_sources
+from mergekit_pave.planning.source import Source, open_sources
 from mergekit_pave.planning.unchanged import leave_never_called, leave_unchanged
 from mergekit_pave.planning.vocabulary import models_to_count, plan_vocabulary
 from mergekit_pave.planning.warnings import base_is_merged, idle_block, precision_warnings, sample_warnings, unchanged_warnings
@@ -47,11 +47,12 @@ def make_plan(config: PaveConfig, merge: Merge) -> Plan:
 
     selected, reasons = select(config, merge, {model: sources[model] for model in to_purify})
     regmean = find_layers(merge, sources)
-    calibrations = {
+    planned = {
         model: plan_calibration(config, source, layers, regmean.measured_of(model), merge)
-        for model, source in sources.items()
+        for model, source in sorted(sources.items(), key=_writes)  # what cannot be read is refused before a model writes
         if (layers := _layers_of(model, selected)) or regmean.measured_of(model) or model in counted or model in to_refine
     }
+    calibrations = {model: planned[model] for model in sources if model in planned}
     vocabulary = plan_vocabulary(config, merge, sources, calibrations)
     refinement, unrefined = plan_refinement(config, merge, calibrations)
     refined = [layer.linear for layer in refinement.layers.values()] if refinement else []
@@ -112,6 +113,11 @@ def make_plan(config: PaveConfig, merge: Merge) -> Plan:
         left={str(model): calibration.left for model, calibration in calibrations.items()},
         remember=[calibration.remember for calibration in calibrations.values() if calibration.remember],
     )
+
+
+def _writes(pair: tuple[ModelReference, Source]) -> bool:
+    """Whether a model writes its own samples."""
+    return pair[1].entry.is_generated
 
 
 def _layers_of(model: ModelReference, weights: list[PlannedWeight]) -> list[Linear]:

@@ -57,7 +57,7 @@ def plan_scoring(config: PaveConfig, base: ModelReference, reading: Reading, row
     every = open_sources(config, with_data, reading)
     sources = [every[entry.model] for entry in entries]
     used: set[int] = set()
-    for source in every.values():
+    for source in sorted(every.values(), key=lambda source: source.entry.is_generated):  # see `make._writes`
         used |= {sample.content for sample in read_samples(config, source, reading).samples if sample.problem is None}
     opened = open_model(base, reading)
     # Each row is held out for one expert only, or the errors of experts with the same data would not be independent.

@@ -49,6 +49,17 @@ class Scorer:
         return self.scoring.score(self.open(folder))
 
 
+def check_block(config: MergeConfiguration, base: str | None) -> None:
+    """
+    Raises:
+        PaveError: the config has no `pave:` block or no base model.
+    """
+    if config.pave is None:
+        raise PaveError("the config has no `pave:` block, which says what data each model is scored with")
+    if not (base or config.base_model):
+        raise PaveError("the config has no base_model, and a score needs a model that counts as 0 %: name it with --base MODEL")
+
+
 def plan_scoring(config: MergeConfiguration, options: MergeOptions, rows: int, base: str | None = None) -> Scorer:
     """Check everything that scores of merges of a config need. No model is run, unless it has yet to write its own rows.
 
@@ -61,12 +72,9 @@ def plan_scoring(config: MergeConfiguration, options: MergeOptions, rows: int, b
     Raises:
         PaveError: the config has no `pave:` block or no base model, or its data or models do not fit.
     """
-    if config.pave is None:
-        raise PaveError("the config has no `pave:` block, which says what data each model is scored with")
+    check_block(config, base)
     if base:
         config = config.model_copy(update={"base_model": ModelReference.parse(base)})
-    if config.base_model is None:
-        raise PaveError("the config has no base_model, and a score needs a model that counts as 0 %: name it with --base MODEL")
     remove_abandoned(cache.cache_root(config.pave.cache_dir))
     check_inputs(config, options)
     merge_adapters(config, options)
