@@ -118,7 +118,7 @@ def restore(base: Tensor, merged: Tensor, mask: Tensor, scale: float, out: Tenso
     """
     out = torch.empty_like(merged) if out is None else out
     exact = torch.float64 if merged.dtype == torch.float64 else torch.float32
-    of_byte = _bits(merged.device).to(exact) * scale
+    of_byte = _bits().to(merged.device, exact) * scale
     starts, ends = base.reshape(-1), merged.reshape(-1)
     parts = list(_parts(merged, 2))
     # Memory that is asked for again and again is zeroed by the system each time, which would take as long as everything else.
@@ -135,9 +135,9 @@ def restore(base: Tensor, merged: Tensor, mask: Tensor, scale: float, out: Tenso
 
 
 @functools.cache
-def _bits(device: torch.device) -> Tensor:
+def _bits() -> Tensor:
     """The eight entries that each byte of a mask stands for, (256, 8)."""
-    return unpack(torch.arange(256, dtype=torch.uint8, device=device), 256 * _BITS).view(256, _BITS)
+    return unpack(torch.arange(256, dtype=torch.uint8, device="cpu"), 256 * _BITS).view(256, _BITS)
 
 
 # Eight booleans are an integer of 64 bits. This factor brings the lowest bit of each byte into the highest byte, and no two
