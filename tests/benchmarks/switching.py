@@ -1,7 +1,7 @@
 """What a model costs that is kept as a task's file of `merge_method: emr`: bytes, and the time to become it in memory.
 
     python tests/benchmarks/switching.py               # Llamas of 0.3 GB, in bfloat16 and in float32: 3 GB of disk, two minutes
-    python tests/benchmarks/switching.py --threads 2
+    python tests/benchmarks/switching.py --cpu-time    # of one thread: good on a machine that does other things
 
 Columns, in seconds, the median of rounds in turn:
 
@@ -36,13 +36,7 @@ from mergekit_pave.emr.restore import open_task, write
 LAYERS = {"bfloat16": 14, "float32": 7}  # of 1024 to 2816: 0.3 GB each
 
 
-def seconds(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def measure(place: Path, dtype: str, rounds: int) -> dict[str, Any]:
+def measure(place: Path, dtype: str, rounds: int, clock: Callable[[], float]) -> dict[str, Any]:
     make_models(place, 2, 1024, 2816, LAYERS[dtype], getattr(torch, dtype))
     out, tasks = place / "out", ["tuned0", "tuned1"]
     config = {"merge_method": "emr", "base_model": str(place / "base"), "dtype": dtype}
@@ -58,6 +52,11 @@ def measure(place: Path, dtype: str, rounds: int) -> dict[str, Any]:
         loaded = LlamaForCausalLM.from_pretrained(place / f"{task}-again")
         for parameter in loaded.parameters():  # until then they are only mapped
             parameter.detach().clone()
+
+    def seconds(run: Callable[[], Any]) -> float:
+        start = clock()
+        run()
+        return clock() - start
 
     times: dict[str, list[float]] = {name: [] for name in ("switch", "copy", "load", "anew")}
     for i in range(rounds):
@@ -76,17 +75,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--dtype", nargs="+", default=list(LAYERS), choices=LAYERS)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cpu-time", action="store_true")
     parser.add_argument("--place", type=Path, help="a folder for the models; default: a temporary one")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    if arguments.cpu_time:
+        torch.set_num_threads(1)
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     rows = []
     for dtype in arguments.dtype:
         with tempfile.TemporaryDirectory(dir=arguments.place) as place:
-            rows.append(measure(Path(place), dtype, arguments.rounds))
+            rows.append(measure(Path(place), dtype, arguments.rounds, clock))
     if arguments.json:
         print(json.dumps(rows, indent=1))
         return
