@@ -376,7 +376,7 @@ class Results:
 
 def print_table(results: Results) -> None:
     kinds = "".join(f"{name:>7}" for name in [*results.tuned, "mean"])
-    print("\n" + " " * 19 + "share of the fine-tunes' gain, %" + " " * 12 + "held-out bits per byte (lower is better)")
+    print("\n" + " " * 19 + "share of the fine-tunes' gain, %" + " " * 12 + "held-out bits per byte")
     print(f"{'':17}{kinds}{'`score` says':>14}{kinds}{results.other:>9}")
     labels = {"base": "base"} | {name: f"fine-tune {name}" for name in results.tuned} | {name: name for name in MERGES}
     for name, label in labels.items():
@@ -387,7 +387,7 @@ def print_table(results: Results) -> None:
         shares = "".join(f"{share:7.1f}" for share in results.shares(name))
         *bits, other = results.bits(name)
         print(f"{label:17}{shares}{told:>14}{''.join(f'{value:7.3f}' for value in bits)}{other:9.3f}")
-    print("\n100 % is each fine-tune on its own kind of text. `score` tells the share without labels, from other rows.")
+    print("\n100 % is each fine-tune on its own kind of text. `score` needs no labels; it reads other rows.")
     print(f"The last column shows what is forgotten: no fine-tune was trained further on {results.other}.")
 
 
@@ -438,13 +438,13 @@ def step(text: str) -> Iterator[None]:
 
 def print_next() -> None:
     activate = Path(sys.executable).with_name("activate")
-    print(f"""Look at    demo-out/refined/pave_report/index.html        what the refined merge keeps, and what was done
-           demo-out/gains.svg                             the shares as a picture
+    print(f"""Look at    demo-out/refined/pave_report/index.html      what the refined merge keeps, and how
+           demo-out/gains.svg                           the shares as a picture
 Go on      cd demo-out{f"; source {os.path.relpath(activate, OUT)}" if activate.exists() else ""}
-           mergekit-pave tune purified.yml -o best.yml    tries settings, and writes the best as a config
+           mergekit-pave tune purified.yml -o best.yml  tries settings, and writes the best
 Your own   copy refined.yml to yours.yml, change its models and data, and type
-           mergekit-pave plan yours.yml                   what will be done, and what it costs
-           mergekit-yaml yours.yml ./merged               as always""")
+           mergekit-pave plan yours.yml                 what will be done, and what it costs
+           mergekit-yaml yours.yml ./merged             as always""")
 
 
 def main() -> None:
@@ -452,8 +452,8 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     shutil.rmtree(OUT, ignore_errors=True)
     (OUT / "calibration").mkdir(parents=True)
-    print("A small model is trained and fine-tuned on three kinds of text, the fine-tunes are merged in four ways,")
-    print("and scored: about four minutes on two idle cores. No downloads; everything stays in demo-out/.\n")
+    print("A small model is trained and fine-tuned on three kinds of text, the fine-tunes are merged in four")
+    print("ways and scored: about four minutes on two idle cores. Everything stays in demo-out/.\n")
 
     with step("Gather texts from this Python and its packages: Python, C++, prose and YAML"):
         domains = [
