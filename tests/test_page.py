@@ -350,7 +350,7 @@ def emr_of(models: int, **more) -> dict:
 
 def test_what_emr_restores(tmp_path, undrawn):
     """A section with its table and its picture; nothing is told of calibration or purification that was not done."""
-    report = report_of([]) | {"emr": emr_of(3, base_only={"lm_head.bias": "not in a"}), "warnings": ["look"]}
+    report = report_of([]) | {"emr": emr_of(3, base_only={"lm_head.bias": "not in a"}), "tensors": 14, "warnings": ["look"]}
     report["not_purified"] = list(report["emr"]["models"])
     page = render.write(tmp_path / "page", "merged", report, None, "merge_method: emr").read_text()
     assert {file.name for file in (tmp_path / "page").iterdir()} == {"index.html", "restored.png"}
@@ -359,7 +359,7 @@ def test_what_emr_restores(tmp_path, undrawn):
         file = f"emr/model-{i}.safetensors"
         assert [f"model-{i}", file, "1.5 MB", f"{0.9 + i / 100:.3g}", "62.5 %", f"{0.4 + i / 100:.3g}", own] in rows
     assert "mergekit-pave restore OUT model-0" in page and ["not in a", "1"] in rows and "Look here.</b> look" in page
-    assert "<b>12 of 5</b><span>tensors shared through masks" in page and "<b>0.42</b><span>distance of a restored" in page
+    assert "<b>12 of 14</b><span>tensors shared through masks" in page and "<b>0.42</b><span>distance of a restored" in page
     assert "No model was purified." in page and "Merged, but not purified" not in page and "setting</th>" not in page
     purified = report_of(rows_of(2, 2)) | {"emr": report["emr"], "not_purified": ["someone/model-2"]}
     page = render.write(tmp_path / "both", "merged", purified, None, "merge_method: emr").read_text()
