@@ -118,13 +118,11 @@ def test_quiet_is_quiet(llama, tmp_path, cache):
 @pytest.fixture
 def others(monkeypatch):
     """Libraries that draw bars, as in a user's terminal."""
-    monkeypatch.setattr(sys.modules["datasets.utils.tqdm"], "HF_DATASETS_DISABLE_PROGRESS_BARS", None)
+    for name, value in (("HF_DATASETS_DISABLE_PROGRESS_BARS", None), ("_hf_datasets_progress_bars_disabled", False)):
+        monkeypatch.setattr(sys.modules["datasets.utils.tqdm"], name, value)
+    huggingface_hub.utils.enable_progress_bars()
     libraries = {"datasets": datasets, "hub": huggingface_hub.utils}
-    for library in libraries.values():
-        library.enable_progress_bars()
-    yield lambda: {name for name, library in libraries.items() if not library.are_progress_bars_disabled()}
-    for library in libraries.values():
-        library.enable_progress_bars()
+    return lambda: {name for name, library in libraries.items() if not library.are_progress_bars_disabled()}
 
 
 def test_a_download_may_be_watched_unless_all_is_hidden(others):
