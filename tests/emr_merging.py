@@ -1,5 +1,6 @@
 """A small dense writer of merges by EMR-Merging, built on `core.emr` and `emr.file` alone, for tests of what restores them."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -10,11 +11,20 @@ from safetensors.torch import save_file
 
 from mergekit_pave import cache
 from mergekit_pave.core import emr
-from mergekit_pave.emr import file
+from mergekit_pave.emr import file, writing
 
 
 def fingerprint(folder: Path) -> str:
     return cache.weights_fingerprint(str(folder), [path.name for path in folder.glob("*.safetensors")])
+
+
+def sealed(metadata: dict, tensors: dict) -> dict:
+    """Tensors with the hashes that a file has of them and of its metadata."""
+    hashes = {"": hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).digest()}
+    for name, tensor in tensors.items():
+        hashes[name] = hashlib.sha256(bytes(tensor.contiguous().reshape(-1).view(torch.uint8))).digest()
+    rows = [list(hashes[name]) for name in sorted(hashes)]
+    return tensors | {"sha256": torch.tensor(rows, dtype=torch.uint8)}
 
 
 def write_merge(base: Path, experts: list[Path], out: Path, dtype: torch.dtype = torch.float32, rows: int | None = None) -> Path:
@@ -78,5 +88,5 @@ def write_merge(base: Path, experts: list[Path], out: Path, dtype: torch.dtype =
         tensors = {file.MASK + tensor: mask for tensor, mask in masks[i].items()}
         tensors |= {file.OWN + tensor: value for tensor, value in own[i].items()}
         entries = [(key, value.dtype, tuple(value.shape), lambda value=value: value) for key, value in tensors.items()]
-        file.write(out / "emr" / f"{name}.safetensors", metadata, entries)
+        writing.write(out / "emr" / f"{name}.safetensors", metadata, entries)
     return out

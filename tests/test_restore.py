@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
-from emr_merging import fingerprint, write_merge
+from emr_merging import fingerprint, sealed, write_merge
 from huggingface_hub.constants import HF_HUB_CACHE
 from models import make_model, make_tokenizer, model_config, perturbed, save
 from reference import weights
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from mergekit_pave import load_task
 from mergekit_pave.cache import weights_fingerprint
 from mergekit_pave.cli import main
-from mergekit_pave.emr import file
+from mergekit_pave.emr import file, writing
 from mergekit_pave.emr.restore import open_task
 from mergekit_pave.emr.weights import Search
 from mergekit_pave.errors import PaveError
@@ -38,7 +38,7 @@ METADATA = {
 }
 
 
-def entries(**tensors: torch.Tensor) -> list[file.Entry]:
+def entries(**tensors: torch.Tensor) -> list[writing.Entry]:
     """Tensors as `write` takes them; `__` in a keyword is a dot."""
     named = {name.replace("__", "."): tensor for name, tensor in tensors.items()}
     return [(name, tensor.dtype, tuple(tensor.shape), lambda tensor=tensor: tensor) for name, tensor in named.items()]
@@ -48,10 +48,10 @@ SOUND = {"mask__x": torch.tensor([1, 255, 3], dtype=torch.uint8), "own__head": t
 
 
 def test_a_file_gives_back_what_was_written(tmp_path):
-    own = {f"own__{dtype}".replace("torch.", ""): torch.arange(5).to(dtype) for dtype in file._TYPES.values()}
+    own = {f"own__{dtype}".replace("torch.", ""): torch.arange(5).to(dtype) for dtype in file.TYPES.values()}
     path = tmp_path / "emr" / "math.safetensors"
     texts = {"generation_config": '{"eos_token_id": [1, 2]}', "chat_template": "{{ messages }}", "names": '{"x": "y"}'}
-    file.write(path, METADATA | texts, entries(**SOUND, **own, own__number=torch.tensor(7)))
+    writing.write(path, METADATA | texts, entries(**SOUND, **own, own__number=torch.tensor(7)))
     (task,) = file.tasks_of(tmp_path)
     assert (task.name, task.model, task.scale, task.base) == ("math", "./math", 1.25, "./base")
     assert (task.names, task.copied, task.config) == ({"x": "y"}, ["steps"], {"model_type": "llama"})
@@ -74,13 +74,13 @@ def test_tensors_are_made_one_after_the_other(tmp_path):
         alive.append(weakref.ref(tensor))
         return tensor
 
-    file.write(tmp_path / "a.safetensors", METADATA, [(f"mask.{i}", torch.uint8, (100,), make) for i in range(5)])
+    writing.write(tmp_path / "a.safetensors", METADATA, [(f"mask.{i}", torch.uint8, (100,), make) for i in range(5)])
     assert len(alive) == 5
 
 
 def test_a_file_is_written_as_a_whole_or_not_at_all(tmp_path):
     path = tmp_path / "emr" / "math.safetensors"
-    file.write(path, METADATA, entries(**SOUND))
+    writing.write(path, METADATA, entries(**SOUND))
     before = path.read_bytes()
 
     def fail():
@@ -88,25 +88,27 @@ def test_a_file_is_written_as_a_whole_or_not_at_all(tmp_path):
 
     for make, kind in ((fail, RuntimeError), (lambda: torch.zeros(2), ValueError)):
         with pytest.raises(kind):
-            file.write(path, METADATA, [*entries(mask__y=torch.ones(3, dtype=torch.uint8)), ("own.a", torch.float32, (3,), make)])
+            writing.write(path, METADATA, [*entries(**SOUND), ("own.a", torch.float32, (3,), make)])
         assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
 
 
 def test_names_are_those_of_files_on_every_system():
-    models = ["./a/math", "./b/Math", "someone/code+other/lo ra:x", "./.hidden", "./..", "./c/math-2", f"./{'x' * 300}"]
+    models = ["./a/math", "./b/Math", "someone/code+other/lo ra:x", "./.hidden", "./-o", "./..", "./c/math-2", f"./{'x' * 300}"]
     names = file.file_names(models)
     assert list(names) == models
     assert len({name.lower() for name in names.values()}) == len(models)
     for name in names.values():
-        assert name and set(name) <= set("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-") and name[0] != "."
+        assert (
+            name and set(name) <= set("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-") and name[0] not in ".-"
+        )
         assert len(name) < 120
     assert file.file_names(["./a/math", "./a/code"]) == {"./a/math": "math", "./a/code": "code"}
 
 
 def test_a_task_is_found_by_its_name_or_its_model(tmp_path):
     for name, model in (("math", "./models/math"), ("code", "someone/code")):
-        file.write(tmp_path / "emr" / f"{name}.safetensors", METADATA | {"model": model}, entries(**SOUND))
+        writing.write(tmp_path / "emr" / f"{name}.safetensors", METADATA | {"model": model}, entries(**SOUND))
     (tmp_path / "emr" / ".math.safetensors.1-2").write_bytes(b"left by a run that was killed")
     (tmp_path / "emr" / ".math.safetensors").write_bytes(b"hidden")
     assert [task.name for task in file.tasks_of(tmp_path)] == ["code", "math"]
@@ -124,7 +126,7 @@ def spoil(tmp_path, metadata: dict | None = None, tensors: dict | None = None) -
     path.parent.mkdir()
     texts = {key: text for key, text in (METADATA | (metadata or {})).items() if text is not None}
     named = {name.replace("__", "."): tensor for name, tensor in (SOUND | (tensors or {})).items()}
-    save_file(named, path, texts)
+    save_file(sealed(texts, named), path, texts)
     return path
 
 
@@ -213,6 +215,33 @@ def test_a_pointer_of_git_lfs_is_told(tmp_path):
     path = spoil(tmp_path)
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9085698\n")
     with pytest.raises(PaveError, match="git lfs pull"):
+        file.tasks_of(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["mask.x", "own.head"])
+def test_damage_is_seen_by_who_reads_it(tmp_path, key):
+    """Each single bit of a tensor counts, and all others can still be read."""
+    path = tmp_path / "emr" / "math.safetensors"
+    writing.write(path, METADATA, entries(**SOUND))
+    with safe_open(path, "pt") as opened:
+        content = opened.get_tensor(key).numpy().tobytes()
+    at = path.read_bytes().index(content)
+    damaged = bytearray(path.read_bytes())
+    damaged[at + 1] ^= 4
+    path.write_bytes(damaged)
+    (task,) = file.tasks_of(tmp_path)
+    with pytest.raises(PaveError, match=rf"math.safetensors is damaged: {key}"):
+        task.mask("x") if key == "mask.x" else task.own_tensor("head")
+    assert torch.equal(
+        *((task.own_tensor("head"), SOUND["own__head"]) if key == "mask.x" else (task.mask("x"), SOUND["mask__x"]))
+    )
+
+
+def test_changed_metadata_are_seen(tmp_path):
+    path = tmp_path / "emr" / "math.safetensors"
+    writing.write(path, METADATA, entries(**SOUND))
+    path.write_bytes(path.read_bytes().replace(b'"scale": "1.25"', b'"scale": "1.75"'))
+    with pytest.raises(PaveError, match="its metadata are not what was written"):
         file.tasks_of(tmp_path)
 
 
@@ -411,7 +440,8 @@ def rewrite(out: Path, task: str, change=lambda metadata, tensors: None) -> None
     tensors = load_file(path)
     metadata["merged_weights"] = fingerprint(out)
     change(metadata, tensors)
-    save_file(tensors, path, metadata)
+    del tensors["sha256"]
+    save_file(sealed(metadata, tensors), path, metadata)
 
 
 def test_names_that_the_base_model_has_otherwise_and_buffers(llama, tmp_path):

@@ -4,23 +4,23 @@ OUT/emr/NAME.safetensors is an ordinary safetensors file. Its metadata are `_Met
 
     mask.T   bytes, (⌈n / 8⌉,): where the model agrees with the merge, for OUT's tensor T of n entries; see `core.emr.pack`
     own.T    a tensor that only this model has, or has in another shape than the base model
+    sha256   bytes, (1 + other tensors, 32): the hash of the metadata, as JSON with sorted keys; then of each other tensor's
+             bytes, in the order of their names
 
 Tensors of wide types come first, so that each is aligned where the file is mapped to memory. NAME is the model's short name with
-a `-` for all but letters, digits, `.`, `_` and `-`. It does not begin with a dot, and differs from every other NAME also where
-capitals do not count.
+a `-` for all but letters, digits, `.`, `_` and `-`. It begins neither with a dot nor with a `-`, and differs from every other NAME
+also where capitals do not count.
 
 Such files are published, so they may come from anybody. `TaskFile.read` checks everything that the file alone can tell, and
-`emr.restore` the rest. Further metadata are ignored, further tensors are refused.
+`emr.restore` the rest. A tensor's hash is checked when it is read. Further metadata are ignored, further tensors are refused.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,8 +31,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mergekit_pave.cache.checkpoint import Stored, is_pointer
+from mergekit_pave.emr import hashes
 from mergekit_pave.errors import PaveError, unknown
-from mergekit_pave.files import replacing
 from mergekit_pave.report.outputs import EMR_FOLDER as FOLDER
 from mergekit_pave.report.outputs import EMR_FORMAT as FORMAT
 from mergekit_pave.report.places import short_models
@@ -41,15 +41,10 @@ MASK, OWN = "mask.", "own."
 
 _SUFFIX = ".safetensors"
 _LONGEST = 100  # characters of a NAME; file systems allow 255
-_ALIGNED = 8  # bytes that the header is a multiple of
-_TYPES = {
+TYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool},
 }
-_TYPE_NAMES = {dtype: name for name, dtype in _TYPES.items()}
-
-# Name, type and shape of a tensor, and a function that makes it.
-Entry = tuple[str, torch.dtype, tuple[int, ...], Callable[[], Tensor]]
 
 
 def file_names(models: Iterable[str]) -> dict[str, str]:
@@ -57,64 +52,13 @@ def file_names(models: Iterable[str]) -> dict[str, str]:
     names: dict[str, str] = {}
     taken: set[str] = set()
     for model, short in short_models(models).items():
-        stem = re.sub(r"[^A-Za-z0-9._-]", "-", short).lstrip(".")[:_LONGEST] or "model"
+        stem = re.sub(r"[^A-Za-z0-9._-]", "-", short).lstrip(".-")[:_LONGEST] or "model"
         name, number = stem, 2
         while name.lower() in taken:
             name, number = f"{stem}-{number}", number + 1
         taken.add(name.lower())
         names[model] = name
     return names
-
-
-@contextlib.contextmanager
-def writable(path: Path) -> Iterator[None]:
-    """Turns failures to write into errors that say what to do."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise PaveError(f"{path} cannot be written: {error}. Free some space, or choose another folder") from error
-
-
-def write(path: Path, metadata: dict[str, str], tensors: Iterable[Entry]) -> None:
-    """Write a task's file, as a whole or not at all. One tensor at a time is in memory.
-
-    Args:
-        path: OUT/emr/NAME.safetensors. The folder is made if it is not there.
-        metadata: as `_Metadata` has them, in text.
-        tensors: by their names in the file. They are made one after the other, those of wide types first.
-
-    Raises:
-        PaveError: the disk is full, or cannot be written to.
-        ValueError: a tensor has another type or shape than announced.
-    """
-    entries = sorted(tensors, key=lambda entry: -entry[1].itemsize)
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for name, dtype, shape, _ in entries:
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _TYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % _ALIGNED)
-    with writable(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        with writable(path):
-            file = temporary.open("wb")
-        try:
-            _put(file, len(text).to_bytes(8, "little") + text, path)
-            for name, dtype, shape, make in entries:
-                tensor = make()
-                if tensor.dtype != dtype or tensor.shape != shape:
-                    raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {dtype} {tuple(shape)}")
-                _put(file, tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), path)
-        finally:
-            with writable(path):
-                file.close()
-
-
-def _put(file: Any, content: Any, path: Path) -> None:
-    with writable(path):
-        file.write(content)
 
 
 class _Metadata(BaseModel):
@@ -175,6 +119,7 @@ class TaskFile:
     chat_template: str | None
     masks: dict[str, int]
     own: dict[str, Stored]
+    _hashes: dict[str, bytes] = field(repr=False)
     _file: Any = field(repr=False)
 
     @classmethod
@@ -188,19 +133,36 @@ class TaskFile:
             metadata = _parse(file.metadata() or {})
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             stored = {name: Stored(found.get_dtype(), tuple(found.get_shape())) for name, found in slices.items()}
+            of_tensors = hashes.taken_from(stored, file)
+            if of_tensors.pop("") != hashes.of_metadata(file.metadata()):
+                raise ValueError("its metadata are not what was written")
             masks, own = _sort(stored, metadata)
         except (OSError, SafetensorError, ValueError) as error:
             if is_pointer(path):
                 raise PaveError(f"{path} is a pointer of Git LFS, not the file itself; run `git lfs pull` there") from error
             raise PaveError(f"{path} cannot be used: {error}. Fetch it again, or merge again") from error
-        return cls(path, path.name.removesuffix(_SUFFIX), **dict(metadata), masks=masks, own=own, _file=file)
+        return cls(path, path.name.removesuffix(_SUFFIX), **dict(metadata), masks=masks, own=own, _hashes=of_tensors, _file=file)
 
     def mask(self, tensor: str) -> Tensor:
-        """The packed mask of one of OUT's tensors, bytes."""
-        return self._file.get_tensor(MASK + tensor)
+        """The packed mask of one of OUT's tensors, bytes.
+
+        Raises:
+            PaveError: it is damaged.
+        """
+        return self._read(MASK + tensor)
 
     def own_tensor(self, name: str) -> Tensor:
-        return self._file.get_tensor(OWN + name)
+        """
+        Raises:
+            PaveError: it is damaged.
+        """
+        return self._read(OWN + name)
+
+    def _read(self, key: str) -> Tensor:
+        tensor = self._file.get_tensor(key)
+        if hashes.of_tensor(tensor) != self._hashes[key]:
+            raise PaveError(f"{self.path} is damaged: {key} is not what was written. Fetch it again, or merge again")
+        return tensor
 
 
 def _parse(metadata: dict[str, str]) -> _Metadata:
@@ -236,7 +198,7 @@ def _sort(stored: dict[str, Stored], metadata: _Metadata) -> tuple[dict[str, int
             if found.dtype != "U8" or len(found.shape) != 1:
                 raise ValueError(f"{name!r:.200} is {found.dtype} of shape {found.shape}, where a mask is bytes in a row")
             masks[name.removeprefix(MASK)] = found.shape[0]
-        elif name.startswith(OWN) and name != OWN and found.dtype in _TYPES:
+        elif name.startswith(OWN) and name != OWN and found.dtype in TYPES:
             own[name.removeprefix(OWN)] = found
         else:
             raise ValueError(f"{name!r:.200} ({found.dtype}) is no tensor that such a file has")

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from mergekit_pave.cache.checkpoint import Stored
 from mergekit_pave.core import emr
-from mergekit_pave.emr.file import TaskFile, find, writable
+from mergekit_pave.emr.file import TaskFile, find
 from mergekit_pave.emr.weights import Search, Weights, find_base
+from mergekit_pave.emr.writing import writable
 from mergekit_pave.errors import PaveError
 from mergekit_pave.progress import bar
 

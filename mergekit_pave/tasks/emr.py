@@ -20,7 +20,8 @@ from torch import Tensor
 from mergekit_pave.cache import weights_fingerprint
 from mergekit_pave.core.emr import Sums, unify
 from mergekit_pave.core.failures import advising
-from mergekit_pave.emr.file import FOLDER, FORMAT, write
+from mergekit_pave.emr.file import FOLDER, FORMAT
+from mergekit_pave.emr.writing import write
 from mergekit_pave.errors import PaveError
 from mergekit_pave.tasks.base import files_of
 from mergekit_pave.tasks.store import TensorStore
