@@ -8,8 +8,8 @@ OUT/emr/NAME.safetensors is an ordinary safetensors file. Its metadata are `_Met
              bytes, in the order of their names
 
 Tensors of wide types come first, so that each is aligned where the file is mapped to memory. NAME is the model's short name with
-a `-` for all but letters, digits, `.`, `_` and `-`. It begins neither with a dot nor with a `-`, and differs from every other NAME
-also where capitals do not count.
+a `-` for all but letters, digits, `.`, `_` and `-`. It begins neither with a dot nor with a `-`. Where capitals do not count it
+differs from every other NAME, too.
 
 Such files are published, so they may come from anybody. `TaskFile.read` checks everything that the file alone can tell, and
 `emr.restore` the rest. A tensor's hash is checked when it is read. Further metadata are ignored, further tensors are refused.
