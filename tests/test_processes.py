@@ -61,7 +61,7 @@ def test_one_process_merges_adapters_for_all(llama, tmp_path, cache):
     "change, told",
     [
         ({"pave": {"exclud": []}}, "did you mean 'exclude'"),
-        ({"merge_method": "taskarithmetic"}, "mergekit cannot plan this merge"),
+        ({"merge_method": "taskarithmetic"}, "did you mean 'task_arithmetic'?"),
     ],
 )
 def test_what_fails_before_the_calibration_ends_all_processes_with_one_message(llama, tmp_path, cache, change, told):
