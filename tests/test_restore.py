@@ -509,6 +509,25 @@ def test_a_base_model_in_the_hubs_cache(llama, tmp_path):
         load_task(out, "tuned0")
 
 
+def test_a_merge_on_the_hub(llama, tmp_path, monkeypatch):
+    """As it is cached here, by its name alone or with a revision."""
+    out = write_merge(llama.base, llama.tuned[:2], tmp_path / "out")
+    wanted = load_task(out, "tuned0")
+    snapshot = Path(HF_HUB_CACHE) / "models--someone--shared" / "snapshots" / ("b" * 40)
+    shutil.copytree(out, snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("b" * 40)
+    for name in ("someone/shared", f"someone/shared@{'b' * 40}"):
+        assert_same_model(load_task(name, "tuned0"), wanted)
+    monkeypatch.chdir(tmp_path)
+    assert run("someone/shared", "tuned0").exit_code == 0
+    assert_same_model(loaded(tmp_path / "tuned0", wanted), wanted)
+    shutil.rmtree(snapshot.parents[1])
+    for name in ("someone/shared", "./shared"):
+        result = run(name, "tuned1")
+        assert result.exit_code == 1 and f"no merge at {name}" in result.output and not Path("tuned1").exists()
+
+
 def test_a_base_model_with_an_adapter_needs_a_place(llama, tmp_path):
     out = write_merge(llama.base, llama.tuned[:2], tmp_path / "out")
     rewrite(out, "tuned0", lambda metadata, tensors: metadata.update(base=f"{llama.base}+someone/adapter"))

@@ -16,7 +16,7 @@ if not host.missing():
 
 
 @click.command(cls=PrettyPrintHelp)
-@click.argument("merged", metavar="OUT", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("merged", metavar="OUT")
 @click.argument("name")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for the model. Default: ./NAME.")
 @click.option("--base", metavar="MODEL", help="The base model, where it is not where the config of the merge says.")
@@ -32,7 +32,7 @@ if not host.missing():
 @click.option("--trust-remote-code/--no-trust-remote-code", help=OPTION_HELP["trust_remote_code"])
 @click.option("--quiet/--no-quiet", help=OPTION_HELP["quiet"])
 def restore(
-    merged: Path,
+    merged: str,
     name: str,
     output: Path | None,
     base: str | None,
@@ -44,6 +44,7 @@ def restore(
 ) -> None:
     """Write the model NAME of OUT, a merge by `merge_method: emr`, as an ordinary checkpoint.
 
+    OUT is a folder, or a repository on the Hub: of the tasks' files there only the one of NAME is fetched.
     NAME is that of a file OUT/emr/NAME.safetensors, or the model as the config of the merge names it. The base model of the merge
     is needed, too, with the same weights.
     """

@@ -36,7 +36,7 @@ def load_task(
     """One model of a merge by `merge_method: emr`, in memory.
 
     Args:
-        out: the folder of the merge.
+        out: the folder of the merge, or its repository on the Hub.
         name: of the model: that of its file `emr/NAME.safetensors`, or as the config of the merge has it.
         into: a model that this function gave for the same merge, or `from_pretrained` for a restored folder. It becomes the one
             named `name`, in place, on its device, and in its precision. A head of another shape is replaced by a new parameter.
@@ -51,7 +51,7 @@ def load_task(
         PaveError: something is missing or damaged, or belongs to another merge; or `into` cannot become this model.
     """
     search = Search(base=None if base is None else str(base), trust_remote_code=trust_remote_code)
-    restored = open_task(Path(out), name, search)
+    restored = open_task(out, name, search)
     config = _config(restored, trust_remote_code)
     if into is None:
         return _load(restored, config, trust_remote_code)

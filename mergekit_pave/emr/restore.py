@@ -23,7 +23,7 @@ from torch import Tensor
 from mergekit_pave.cache.checkpoint import Stored
 from mergekit_pave.core import emr
 from mergekit_pave.emr.file import TaskFile, find
-from mergekit_pave.emr.weights import Search, Weights, find_base
+from mergekit_pave.emr.weights import Search, Weights, find_base, find_merge
 from mergekit_pave.emr.writing import writable
 from mergekit_pave.errors import PaveError
 from mergekit_pave.progress import bar
@@ -83,16 +83,17 @@ class Restored:
         return emr.restore(*parts, self.task.scale, out)
 
 
-def open_task(folder: Path, task: str, search: Search = Search()) -> Restored:  # noqa: B008
+def open_task(out: str | Path, task: str, search: Search = Search()) -> Restored:  # noqa: B008
     """Find and compare everything that a model is restored from. No weights are read but samples.
 
     Args:
-        folder: of a merge by `merge_method: emr`.
+        out: the folder of a merge by `merge_method: emr`, or its repository on the Hub.
         task: its NAME, or its model as the config of the merge names it.
 
     Raises:
         PaveError: something is missing or damaged, or belongs to another merge.
     """
+    folder = find_merge(out, task, search.cache_dir)
     found = find(folder, task)
     merged = Weights(folder, str(folder))
     if not merged.is_safetensors:

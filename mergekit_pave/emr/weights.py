@@ -11,13 +11,14 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
-from mergekit.common import ModelReference
+from mergekit.common import ModelPath, ModelReference
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex
 from torch import Tensor
 
 from mergekit_pave import cache
 from mergekit_pave.cache.checkpoint import Checkpoint, find_weights
 from mergekit_pave.calibration.conversion import Conversions
+from mergekit_pave.emr.file import FOLDER
 from mergekit_pave.errors import PaveError, in_a_line
 from mergekit_pave.files import looks_local
 
@@ -99,6 +100,32 @@ def _reading(name: str) -> Iterator[None]:
         yield
     except Exception as error:  # safetensors, pickle and PyTorch have errors of their own
         raise PaveError(f"the weights of {name} cannot be read ({in_a_line(error)}); fetch them again") from error
+
+
+def find_merge(out: str | Path, task: str, cache_dir: str | None) -> Path:
+    """The folder of a merge: on this machine, or of a repository on the Hub, of which other tasks' files are left there.
+
+    Args:
+        out: a folder, or the name of a repository, with `@revision` behind it for one that is not the newest.
+        task: the NAME of the task, or its model.
+
+    Raises:
+        PaveError: there is no such folder, and no such repository that can be fetched.
+    """
+    if Path(out).is_dir():
+        return Path(out)
+    try:
+        if looks_local(str(out)):
+            raise ValueError("no such folder")
+        repository = ModelPath.model_validate(str(out))
+        fetch = functools.partial(snapshot_download, repository.path, revision=repository.revision, cache_dir=cache_dir)
+        fetch(ignore_patterns=f"{FOLDER}/*")
+        return Path(fetch(allow_patterns=f"{FOLDER}/{'*' if '/' in task else task}.safetensors"))
+    except Exception as error:  # of the Hub, or of the network
+        raise PaveError(
+            f"there is no merge at {out} (looked in {Path.cwd()}), and none of that name can be fetched from the Hub: "
+            f"{in_a_line(error)}"
+        ) from error
 
 
 def find_base(named: str, search: Search) -> Weights:
