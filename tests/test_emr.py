@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -359,3 +360,30 @@ def test_what_a_plan_says(classifiers, tmp_path):
     assert lines[1].startswith(f"Of the base model alone: {left} ")
     for line, model in zip(lines[2:5], tuned):
         assert line.startswith(f"emr/{model.name}.safetensors, about ") and f"will restore {model}, with " in line
+
+
+def test_a_step_of_mergekit_multi_may_be_one_of_the_models(llama, tmp_path):
+    step = config_for(llama) | {"name": "step"}
+    config = config_of(llama, models=1)
+    config["models"].append({"model": "step"})
+    result = invoke_multi([step, config], tmp_path / "multi")
+    assert result.exit_code == 0, (result.output, result.exception)
+    report = json.loads((tmp_path / "multi" / "final" / "pave_report.json").read_text())["emr"]["models"]
+    assert len(report) == 2
+    for model, told in report.items():
+        restored = load_task(tmp_path / "multi" / "final", told["file"].removeprefix("emr/").removesuffix(".safetensors"))
+        expected, base = weights(Path(model)), weights(llama.base)
+        found = {name: tensor for name, tensor in restored.state_dict().items() if name in expected}
+        assert distance(found, {name: expected[name] for name in found}, base) == pytest.approx(told["distance"], rel=1e-4)
+
+
+def test_the_base_may_be_among_the_models_and_a_model_may_be_there_twice(llama, tmp_path):
+    config = config_of(llama, models=2)
+    config["models"].insert(0, {"model": str(llama.base)})
+    shutil.copytree(llama.tuned[0], tmp_path / "TUNED0")
+    config["models"].append({"model": str(tmp_path / "TUNED0")})
+    merge(config, tmp_path / "out")
+    names = {path.stem for path in (tmp_path / "out" / "emr").iterdir()}
+    assert names == {"tuned0", "tuned1", "TUNED0-2"}
+    first, second = (load_task(tmp_path / "out", name).state_dict() for name in ("tuned0", "TUNED0-2"))
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
