@@ -466,6 +466,29 @@ def test_names_that_the_base_model_has_otherwise_and_buffers(llama, tmp_path):
     assert_equal(weights(tmp_path / "again"), wanted | {"steps": torch.tensor([1, 2])})
 
 
+def test_a_class_that_comes_with_the_expert(llama, tmp_path):
+    """Its code is where the expert is, and is run only if it is trusted."""
+    base = shutil.copytree(llama.base, tmp_path / "base")
+    experts = [shutil.copytree(model, tmp_path / model.name) for model in llama.tuned[:2]]
+    for folder in (base, *experts):
+        (folder / "own_code.py").write_text("import transformers\nclass OwnLlama(transformers.LlamaForCausalLM):\n    pass\n")
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"architectures": ["OwnLlama"], "auto_map": {"AutoModelForCausalLM": "own_code.OwnLlama"}}
+        (folder / "config.json").write_text(json.dumps(config))
+    out = write_merge(base, experts, tmp_path / "out")
+    with pytest.raises(PaveError, match="--trust-remote-code"):
+        load_task(out, "tuned0")
+    model = load_task(out, "tuned0", trust_remote_code=True)
+    assert type(model).__name__ == "OwnLlama" and model.__class__.__module__.startswith("transformers_modules")
+    assert_equal(model.state_dict(), expected(out, "tuned0", base))
+    run(out, "tuned0", "-o", tmp_path / "again", "--trust-remote-code")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    assert type(again).__name__ == "OwnLlama"
+    assert_equal(again.state_dict(), model.state_dict())
+    load_task(out, "tuned1", into=model, trust_remote_code=True)
+    assert_equal(model.state_dict(), expected(out, "tuned1", base))
+
+
 # Finding the base model
 
 
@@ -576,6 +599,29 @@ def test_a_file_that_does_not_fit_the_models_is_refused(llama, tmp_path, change,
         open_task(out, "tuned0")
     assert told in error.value.message
     assert run(out, "tuned1", "-o", tmp_path / "again").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"architectures": odd} for odd in (None, [], "LlamaForCausalLM", [1], ["Trainer"], ["AutoTokenizer"], ["pipeline"])),
+        *({"model_type": odd} for odd in (None, 1, "no such type")),
+        *({"hidden_size": odd} for odd in ("x", -1, 0, 52, None)),
+        {"auto_map": {"AutoModelForCausalLM": "code.Model", "AutoConfig": 1}, "architectures": ["Model"]},
+        {"rope_parameters": [], "auto_map": []},
+        {"num_attention_heads": 0},
+    ],
+    ids=str,
+)
+def test_a_config_that_makes_no_model_is_refused(llama, tmp_path, settings):
+    out = write_merge(llama.base, llama.tuned[:2], tmp_path / "out")
+    model = load_task(out, "tuned1")
+    config = json.dumps(json.loads((llama.tuned[0] / "config.json").read_text()) | settings)
+    rewrite(out, "tuned0", lambda metadata, tensors: metadata.update(config=config))
+    for into in (None, model):
+        with pytest.raises(PaveError):
+            load_task(out, "tuned0", into=into)
+    assert_same_model(model, load_task(out, "tuned1"))
 
 
 def test_a_merge_in_bin_files_or_with_files_elsewhere_is_refused(llama, tmp_path):

@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from mergekit.common import ModelReference
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -89,6 +90,15 @@ class _Metadata(BaseModel):
     config: dict[str, Any]
     generation_config: dict[str, Any] | None = None
     chat_template: str | None = None
+
+    @field_validator("model", "base")
+    @classmethod
+    def _is_a_model(cls, name: str) -> str:
+        try:
+            ModelReference.parse(name)
+        except RuntimeError as error:  # mergekit's own
+            raise ValueError(f"{name!r:.200} is no name of a model") from error
+        return name
 
 
 _JSON = ("names", "copied", "config", "generation_config")

@@ -70,6 +70,8 @@ def _config(restored: Restored, trust_remote_code: bool) -> transformers.Pretrai
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # of transformers or remote code
         raise PaveError(f"{restored.task.path}: its config cannot be used: {in_a_line(error)}") from error
+    if not isinstance(config.architectures, list) or not all(isinstance(name, str) for name in config.architectures):
+        raise PaveError(f"{restored.task.path}: `architectures` in its config is not a list of classes")
     return config
 
 
@@ -77,7 +79,15 @@ def _load(restored: Restored, config: transformers.PretrainedConfig, trust_remot
     expert = ModelReference.parse(restored.task.model).model
     cls = model_class(config, expert.path, trust_remote_code, expert.revision)
     source = f"{restored.folder} and {restored.task.path.name}"
-    model = load_tensors(cls, config, dict(restored.tensors()), "cpu", source, with_head=True, dtype="auto")
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        raise PaveError(f"{restored.task.path}: {config.architectures[0]} in its config is no class of models")
+    tensors = dict(restored.tensors())
+    try:
+        model = load_tensors(cls, config, tensors, "cpu", source, with_head=True, dtype="auto")
+    except (TypeError, KeyError, AttributeError, IndexError, ZeroDivisionError) as error:  # of a config that fits no model
+        raise PaveError(
+            f"{restored.task.path}: transformers cannot make a {cls.__name__} of its config: {in_a_line(error)}"
+        ) from error
     _set_others(restored, model)
     return model.requires_grad_(True)
 

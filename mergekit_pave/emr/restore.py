@@ -167,9 +167,10 @@ def _config(task: TaskFile, folder: Path) -> dict[str, Any]:
     _take(config, merged)
     # Code that comes with the expert is still there.
     home = ModelReference.parse(task.model).model.path
-    for name, place in (config.get("auto_map") or {}).items():
+    places = config.get("auto_map")
+    for name, place in places.items() if isinstance(places, dict) else ():
         if isinstance(place, str) and "--" not in place:
-            config["auto_map"][name] = f"{home}--{place}"
+            places[name] = f"{home}--{place}"
     return config
 
 
