@@ -83,7 +83,7 @@ def under_a_model(family) -> dict:
 
 CONFIGS = {
     "no base": (baseless, r"linear merges without a base model here; set base_model"),
-    "slerp": (between_two, r"slerp merges a model with the base model"),
+    "slerp": (between_two, r"slerp merges one model with the base model, and refining needs several"),
     "passthrough": (passthrough, r"no tensor of this merge would be refined \(.*21 the base model's weight is not part"),
     "a negative weight": (lambda f: refined(f, weight=(0.5, -0.2)), r"tuned1 has a negative weight \(-0\.2 in model\."),
     "weights of 0": (lambda f: refined(f, weight=(0.0, 0.0)), r"no tensor of this merge would be refined \(.*every weight is 0"),
@@ -103,11 +103,11 @@ CONFIGS = {
     ),
     "covariance": (
         lambda f: refined(f, refine={"covariance": 2}),
-        r"pave\.refine\.covariance: .*less than or equal to 1 \(got 2\)",
+        r"pave\.refine\.covariance: must be 1 or less, not 2",
     ),
-    "lambda": (lambda f: refined(f, refine={"lambda": 0}), r"pave\.refine\.lambda: .*greater than 0 \(got 0\)"),
+    "lambda": (lambda f: refined(f, refine={"lambda": 0}), r"pave\.refine\.lambda: must be greater than 0, not 0"),
     "an unknown key": (lambda f: refined(f, refine={"lamda": 1}), r"pave\.refine: unknown key 'lamda'; did you mean 'lambda'\?"),
-    "a word": (lambda f: refined(f, refine="layers"), r"pave\.refine: .*boolean.*\(got 'layers'\)"),
+    "a word": (lambda f: refined(f, refine="layers"), r"pave\.refine: must be true or false, not 'layers'"),
     "under a model": (under_a_model, r"tuned0\]: refine is about the merged model: put it directly under `pave`"),
 }
 
