@@ -6,12 +6,14 @@ import weakref
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
 from click.testing import CliRunner
 from emr_merging import fingerprint, sealed, write_merge
 from huggingface_hub.constants import HF_HUB_CACHE
+from merging import merge
 from models import make_model, make_tokenizer, model_config, perturbed, save
 from reference import weights
 from safetensors import safe_open
@@ -551,11 +553,28 @@ def test_a_merge_on_the_hub(llama, tmp_path, monkeypatch):
         assert result.exit_code == 1 and f"no merge at {name}" in result.output and not Path("tuned1").exists()
 
 
-def test_a_base_model_with_an_adapter_needs_a_place(llama, tmp_path):
-    out = write_merge(llama.base, llama.tuned[:2], tmp_path / "out")
-    rewrite(out, "tuned0", lambda metadata, tensors: metadata.update(base=f"{llama.base}+someone/adapter"))
+def test_a_base_model_with_an_adapter(llama, tmp_path):
+    """mergekit merges it into the model, in a cache of its own."""
+    model = peft.get_peft_model(
+        transformers.AutoModelForCausalLM.from_pretrained(llama.base),
+        peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False),
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    base, place = f"{llama.base}+{tmp_path / 'adapter'}", tmp_path / "cache"
+    merge(
+        {"merge_method": "emr", "base_model": base, "models": [{"model": str(m)} for m in llama.tuned[:2]], "dtype": "float32"},
+        tmp_path / "out",
+        lora_merge_cache=str(place),
+    )
     with pytest.raises(PaveError, match="--lora-merge-cache"):
-        load_task(out, "tuned0")
+        load_task(tmp_path / "out", "tuned0")
+    (folder,) = place.iterdir()
+    wanted = expected(tmp_path / "out", "tuned0", folder)
+    assert_equal(load_task(tmp_path / "out", "tuned0", base=folder).state_dict(), wanted)
+    for cache in (place, tmp_path / "another"):  # the second is filled
+        result = run(tmp_path / "out", "tuned0", "-o", tmp_path / f"by-{cache.name}", "--lora-merge-cache", cache)
+        assert result.exit_code == 0, result.output
+        assert_equal(weights(tmp_path / f"by-{cache.name}"), wanted)
 
 
 # What is refused
@@ -708,6 +727,26 @@ def test_models_that_cannot_become_another_are_refused_unchanged(families, tmp_p
         hollow = type(model)(model.config)
     with pytest.raises(PaveError, match="not in memory"):
         load_task(out, "tuned0", into=hollow)
+
+
+def test_settings_of_tokens_are_taken_over_unless_positions_depend_on_them(llama, tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    config = transformers.RobertaConfig(vocab_size=320, max_position_embeddings=66, **sizes)
+    base = make_model("RobertaForSequenceClassification", config)
+    tuned = [save(perturbed(base, seed), None, tmp_path / f"tuned{seed}") for seed in (0, 1)]
+    roberta = write_merge(save(base, None, tmp_path / "base"), tuned, tmp_path / "roberta")
+    out = write_merge(llama.base, llama.tuned[:2], tmp_path / "out")
+
+    def other_tokens(metadata, tensors):
+        metadata["config"] = json.dumps(json.loads(metadata["config"]) | {"pad_token_id": 7, "eos_token_id": 9})
+
+    for folder in (out, roberta):
+        rewrite(folder, "tuned0", other_tokens)
+    model = load_task(out, "tuned1")
+    load_task(out, "tuned0", into=model)
+    assert (model.config.pad_token_id, model.config.eos_token_id) == (7, 9)
+    assert_same_model(model, load_task(out, "tuned0"))
+    refused(roberta, "tuned0", load_task(roberta, "tuned1"), "pad_token_id")
 
 
 def test_a_model_with_a_weight_that_is_not_restored_is_refused(llama, tmp_path):

@@ -35,16 +35,14 @@ def model_class(config: transformers.PretrainedConfig, path: str, trust_remote_c
         return getattr(transformers, name)
     remote = next((ref for ref in getattr(config, "auto_map", {}).values() if str(ref).endswith(f".{name}")), None)
     if remote is None:
-        raise PaveError(f"{path}: transformers {transformers.__version__} has no architecture {name}, so it cannot be calibrated")
+        raise PaveError(f"{path}: transformers {transformers.__version__} has no architecture {name}, so it cannot be run")
     if not trust_remote_code:
-        raise PaveError(f"{path}: {name} is remote code; calibration has to run it, so pass --trust-remote-code")
+        raise PaveError(f"{path}: {name} is remote code, which has to be run; pass --trust-remote-code")
     try:
         return get_class_from_dynamic_module(remote, path, revision=revision)
     except (OSError, ImportError, AttributeError, SyntaxError) as error:
         reason = in_a_line(error)
-        raise PaveError(
-            f"{path}: the code of {name} ({remote}) cannot be loaded, and calibration has to run it: {reason}"
-        ) from error
+        raise PaveError(f"{path}: the code of {name} ({remote}) cannot be loaded, and it has to be run: {reason}") from error
 
 
 def empty_model(cls: Any, config: transformers.PretrainedConfig, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -19,8 +19,8 @@ from mergekit_pave.emr.restore import Restored, open_task
 from mergekit_pave.emr.weights import Search
 from mergekit_pave.errors import PaveError, in_a_line
 
-# Settings that change nothing that is computed before the head. Those of the head are taken over.
-_OF_HEAD = ("id2label", "label2id", "problem_type", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache")
+# Settings that may differ, and are taken over; settings that may differ because nothing is computed with them.
+_TAKEN_OVER = ("id2label", "label2id", "problem_type", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache")
 _OF_NOTHING = {"_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "num_labels"}
 _DROPOUT = ("dropout", "drop_rate", "pdrop")  # parts of names of settings for training
 
@@ -110,7 +110,7 @@ def _switch(restored: Restored, config: transformers.PretrainedConfig, model: tr
             if tensor.shape != shape:
                 tensor = _replace(model, path, tensor, shape)
             restored.tensor(name, tensor.detach())
-    for name in _OF_HEAD:
+    for name in _TAKEN_OVER:
         if hasattr(config, name):
             setattr(model.config, name, getattr(config, name))
     if hasattr(model, "num_labels"):
@@ -134,13 +134,22 @@ def _check_model(restored: Restored, config: transformers.PretrainedConfig, mode
         raise _refusal(restored, "it has adapters, or is quantised")
     if any(tensor.is_meta for tensor in model.state_dict(keep_vars=True).values()):
         raise _refusal(restored, "some of its weights are not in memory (offloaded)")
-    if setting := _difference(model.config.to_dict(), config.to_dict()):
+    setting = _difference(model.config.to_dict(), config.to_dict())
+    if setting is None and model.config.pad_token_id != config.pad_token_id and _counts_from_padding(model):
+        setting = "pad_token_id"
+    if setting:
         raise _refusal(restored, f"{setting} in its config differs")
+
+
+def _counts_from_padding(model: nn.Module) -> bool:
+    """Whether positions are counted from the padding's index, as RoBERTa's are."""
+    embeddings = (module for path, module in model.named_modules() if path.endswith("position_embeddings"))
+    return any(getattr(module, "padding_idx", None) is not None for module in embeddings)
 
 
 def _difference(now: dict[str, Any], then: dict[str, Any]) -> str | None:
     """A setting that matters and differs."""
-    for name in sorted({*now, *then} - _OF_NOTHING - {*_OF_HEAD}):
+    for name in sorted({*now, *then} - _OF_NOTHING - {*_TAKEN_OVER}):
         a, b = now.get(name), then.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
             if inner := _difference(a, b):
