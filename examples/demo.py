@@ -36,6 +36,7 @@ import torch
 import torchgen
 import transformers
 import yaml
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -417,7 +418,8 @@ def draw(results: Results, path: Path) -> None:
     axes.set_xlim(min(0, axes.get_xlim()[0]), 108)
     axes.set_xlabel("gain over the base model on held-out text, as a share of the fine-tunes' own gain (%)")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, metadata={"Date": None})
+    with rc_context({"svg.hashsalt": path.stem}):  # the same picture has the same bytes
+        figure.savefig(path, metadata={"Date": None})
 
 
 # --- The whole -------------------------------------------------------------------------------------------------------

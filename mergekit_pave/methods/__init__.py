@@ -1,4 +1,4 @@
-"""The merge methods `regmean` and `tsv`, as mergekit knows them.
+"""The merge methods `regmean`, `tsv` and `emr`, as mergekit knows them.
 
 mergekit's own come first: once they are complete, `registry` adds these, whichever of the two packages somebody imports.
 """
