@@ -291,6 +291,7 @@ REFUSED = {
     "slices": (None, {"models": None, "slices": True}, "uses? whole models|takes whole models"),
     "union": (None, {"tokenizer": {"source": "union"}}, "source: base"),
     "padded": (None, {"tokenizer": {"source": "base", "pad_to_multiple_of": 64}}, "source: base"),
+    "rounded base": (None, {"dtype": "bfloat16", "out_dtype": "float32"}, "set `dtype: float32`"),
     "no base": (None, {"base_model": None}, "base"),
     "parameter": (None, {"parameters": {"weight": 1}}, "unknown parameter 'weight'"),
 }

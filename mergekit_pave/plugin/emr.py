@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from mergekit.architecture import ModelArchitecture, WeightInfo, arch_info_for_config
-from mergekit.common import ModelReference
+from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import GatherTensors, LoadTensor
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
@@ -103,7 +104,18 @@ def _shape(model: ModelReference, info: WeightInfo) -> tuple[int, ...] | None:
 
 
 def by_emr(planner: MergePlanner) -> Masks:
-    """Put tasks that keep masks in the place of mergekit's."""
+    """Put tasks that keep masks in the place of mergekit's.
+
+    Raises:
+        PaveError: the base would be merged as it is not.
+    """
+    config = planner.config
+    dtype, out_dtype = dtype_from_name(config.dtype), dtype_from_name(config.out_dtype)
+    if dtype and out_dtype and torch.finfo(out_dtype).eps < torch.finfo(dtype).eps:
+        raise PaveError(
+            f"emr: with `dtype: {config.dtype}` the base model would be rounded before it is written in {config.out_dtype}, but "
+            f"models are restored from it as it is; set `dtype: {config.out_dtype}`, or leave out_dtype out"
+        )
     models = dict.fromkeys(model for _, task in planner._tensors for model in task.model_order if model != task.base_model)
     masks = Masks(list(models))
     for number, (weight, task) in enumerate(planner._tensors):
