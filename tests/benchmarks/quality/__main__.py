@@ -6,7 +6,7 @@
     python tests/benchmarks/quality --quick    # ten minutes: one seed, a few arms
     python tests/benchmarks/quality --refined  # an hour: only what fitting the merged model to its experts does
     python tests/benchmarks/quality --scored   # two hours: only how well a merge is chosen by what it keeps of its models
-    python tests/benchmarks/quality --emr      # half an hour: only EMR-Merging, plain and purified
+    python tests/benchmarks/quality --emr      # an hour: only EMR-Merging, plain and purified
     python tests/benchmarks/quality --tokens   # two to three hours: only how many tokens a covariance takes
     python tests/benchmarks/quality --table    # run nothing, print the table of what is there so far
 
