@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from mergekit_pave import PaveError, load_task
 from mergekit_pave.cli import main
+from mergekit_pave.emr.restore import open_task, write
 from mergekit_pave.plugin.phases import plan_merge
 
 NAMES = ("tuned0", "tuned1", "tuned2")
@@ -75,15 +76,17 @@ def test_it_is_the_definition(families, tmp_path, kind):
     family = families[kind]
     merged = merge(config_of(family), tmp_path / "out")
     base, models = weights(family.base), [weights(model) for model in family.tuned]
-    base = {name: base[name] for name in merged}
+    heads = {"classifier.weight", "classifier.bias"} & merged.keys()
+    assert all(torch.equal(merged[name], base[name]) for name in heads) and bool(heads) is (kind == "bert")
+    base = {name: base[name] for name in merged.keys() - heads}
     shared, masks, scales = by_definition(base, models)
-    for name, tensor in merged.items():
-        assert (tensor.double() - base[name].double() - shared[name]).abs().max() < 1e-6, name
+    for name, tensor in base.items():
+        assert (merged[name].double() - tensor.double() - shared[name]).abs().max() < 1e-6, name
     report = json.loads((tmp_path / "out" / "pave_report.json").read_text())["emr"]
-    assert report["tensors"] == len(merged) and not report["base_only"]
+    assert report["tensors"] == len(base) and report["base_only"].keys() == heads
     for i, (name, model) in enumerate(zip(NAMES, family.tuned)):
         found, own, metadata = task_file(tmp_path / "out", name)
-        assert found.keys() == base.keys() and not own
+        assert found.keys() == base.keys() and own == heads
         assert all(torch.equal(bits(found[key], base[key].shape), masks[i][key]) for key in base)
         assert float(metadata["scale"]) == pytest.approx(scales[i], rel=1e-6)
         assert metadata["model"] == str(model) and metadata["base"] == str(family.base)
@@ -241,6 +244,22 @@ def test_heads_are_kept_for_each_model(classifiers, tmp_path):
     assert torch.equal(loaded, merged["roberta.encoder.layer.0.output.dense.weight"])
 
 
+def test_a_decoder_that_classifies_keeps_its_head_though_the_base_has_one_as_large(families, tmp_path):
+    """Two tasks with two labels each have nothing in common in their heads; a language model's head is shared."""
+    llama, tokenizer = families["llama"], transformers.AutoTokenizer.from_pretrained(families["llama"].base)
+    config = transformers.AutoConfig.from_pretrained(llama.base, num_labels=2)
+    base = make_model("LlamaForSequenceClassification", config)
+    models = [save(perturbed(base, seed=i + 1), tokenizer, tmp_path / f"task{i}") for i in range(2)]
+    merged = {"merge_method": "emr", "base_model": str(save(base, tokenizer, tmp_path / "base")), "dtype": "float32"}
+    merge(merged | {"models": [{"model": str(model)} for model in models]}, tmp_path / "out")
+    for model in models:
+        masks, own, _ = task_file(tmp_path / "out", model.name)
+        assert own == {"score.weight"} and "score.weight" not in masks and "model.embed_tokens.weight" in masks
+        assert torch.equal(load_task(tmp_path / "out", model.name).score.weight, weights(model)["score.weight"])
+    merge(config_of(llama), tmp_path / "language")
+    assert "lm_head.weight" in task_file(tmp_path / "language", "tuned0")[0]
+
+
 def test_a_larger_vocabulary_is_kept_or_brought_in_line(llama, tmp_path):
     """Without a `tokenizer` section the model keeps its own embedding; with one it gets the base's rows."""
     model = transformers.AutoModelForCausalLM.from_pretrained(llama.tuned[0])
@@ -254,11 +273,20 @@ def test_a_larger_vocabulary_is_kept_or_brought_in_line(llama, tmp_path):
     _, own, _ = task_file(tmp_path / "kept", "larger")
     assert "model.embed_tokens.weight" in own
     restored = load_task(tmp_path / "kept", "larger")
+    assert (
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "kept")("a [new] b").input_ids != tokenizer("a [new] b").input_ids
+    )
+    for name, larger in (("larger", True), ("tuned0", False)):
+        write(open_task(tmp_path / "kept", name), tmp_path / f"again-{name}", 10**9, quiet=True)
+        again = transformers.AutoTokenizer.from_pretrained(tmp_path / f"again-{name}")
+        assert len(again) == len(tokenizer) - (not larger)
+        assert (again("a [new] b").input_ids == tokenizer("a [new] b").input_ids) is larger
     assert torch.equal(restored.get_input_embeddings().weight, model.get_input_embeddings().weight)
     merge(config | {"tokenizer": {"source": "base"}}, tmp_path / "in_line")
     masks, own, _ = task_file(tmp_path / "in_line", "larger")
     assert "model.embed_tokens.weight" in masks and not own
     rows = weights(llama.base)["model.embed_tokens.weight"].shape[0]
+    assert not any(key.startswith("file.") for key in load_file(tmp_path / "in_line" / "emr" / "larger.safetensors"))
     assert load_task(tmp_path / "in_line", "larger").get_input_embeddings().weight.shape[0] == rows
 
 
@@ -292,6 +320,7 @@ REFUSED = {
     "union": (None, {"tokenizer": {"source": "union"}}, "source: base"),
     "padded": (None, {"tokenizer": {"source": "base", "pad_to_multiple_of": 64}}, "source: base"),
     "rounded base": (None, {"dtype": "bfloat16", "out_dtype": "float32"}, "set `dtype: float32`"),
+    "otherwise rounded base": (None, {"dtype": "float16", "out_dtype": "bfloat16"}, "set `dtype: float32`"),
     "no base": (None, {"base_model": None}, "base"),
     "parameter": (None, {"parameters": {"weight": 1}}, "unknown parameter 'weight'"),
 }
@@ -356,7 +385,7 @@ def test_what_a_plan_says(classifiers, tmp_path):
     result = CliRunner().invoke(main, ["plan", str(write_config(config, tmp_path / "emr.yml"))])
     assert result.exit_code == 0, result.output
     lines = result.output.splitlines()
-    left = 5 if "MaskedLM" in json.loads((base / "config.json").read_text())["architectures"][0] else 2
+    left = 5 if "MaskedLM" in json.loads((base / "config.json").read_text())["architectures"][0] else 4
     assert lines[0] == f"{len(weights(base)) - left} of {len(weights(base))} tensors will be shared by emr."
     assert lines[1].startswith(f"Of the base model alone: {left} ")
     for line, model in zip(lines[2:5], tuned):

@@ -105,6 +105,7 @@ def test_names_are_those_of_files_on_every_system():
             name and set(name) <= set("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-") and name[0] not in ".-"
         )
         assert len(name) < 120
+    assert file.file_names(["m+l", "m-l"]) == {"m+l": "m-l-2", "m-l": "m-l"}, "no NAME is what another model is called"
     assert file.file_names(["./a/math", "./a/code"]) == {"./a/math": "math", "./a/code": "code"}
 
 
@@ -150,6 +151,8 @@ def spoil(tmp_path, metadata: dict | None = None, tensors: dict | None = None) -
         ({"copied": "[1]"}, "copied"),
         ({"config": "{"}, "Expecting"),
         ({"config": '{"a":' + "[" * 10**5}, "nested too deeply"),
+        ({"config": '{"a":' + "[" * 100 + "]" * 100 + "}"}, "nested too deeply"),
+        ({"config": '{"architectures": ["Nobodys"], "auto_map": []}'}, "auto_map"),
         ({"generation_config": "[]"}, "generation_config"),
     ],
 )
@@ -347,14 +350,15 @@ def test_what_is_beside_the_weights(llama, tmp_path):
     config |= {"torch_dtype": config.pop("dtype", "float32"), "quantization_config": {"bits": 4}, "x": ["é"]}
     (expert / "config.json").write_text(json.dumps(config))
     out = write_merge(llama.base, [expert, llama.tuned[1]], tmp_path / "out", torch.bfloat16)
-    (out / "special.txt").write_text("of the tokenizer")
+    (out / "preprocessor_config.json").write_text("{}")
+    (out / "notes.txt").write_text("of somebody")
     (out / "chat_template.json").write_text('{"chat_template": "the old way"}')
     (out / "pave_report").mkdir()
     assert run(out, "expert", "-o", tmp_path / "again").exit_code == 0
-    wanted = {"config.json", "generation_config.json", "model.safetensors", "chat_template.jinja", "special.txt"}
+    wanted = {"config.json", "generation_config.json", "model.safetensors", "chat_template.jinja", "preprocessor_config.json"}
     tokenizer = {path.name for path in llama.base.glob("token*")}
     assert tokenizer and {path.name for path in (tmp_path / "again").iterdir()} == wanted | tokenizer
-    for name in (*tokenizer, "special.txt"):
+    for name in (*tokenizer, "preprocessor_config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
     for name in ("chat_template.jinja", "generation_config.json"):
         read = (lambda path: json.loads(path.read_text())) if name.endswith("json") else Path.read_text
@@ -365,6 +369,26 @@ def test_what_is_beside_the_weights(llama, tmp_path):
     assert found == config | {"dtype": "bfloat16"}
     model = load_task(out, "expert")
     assert model.generation_config.temperature == 0.3 and model.generation_config.do_sample
+
+
+def test_links_out_of_the_folder_are_not_followed(llama, tmp_path):
+    """Somebody who publishes what is restored would publish what they point to."""
+    out = write_merge(llama.base, llama.tuned[:2], tmp_path / "out")
+    (tmp_path / "secret").write_text("{}")
+    (out / "tokenizer_private.json").symlink_to(tmp_path / "secret")
+    result = run(out, "tuned0", "-o", tmp_path / "again")
+    assert result.exit_code == 1 and "is a link to" in result.output and not (tmp_path / "again").exists()
+
+
+def test_an_empty_folder_is_filled_where_it_is(llama, tmp_path, monkeypatch):
+    """It may be somebody's current folder."""
+    out = write_merge(llama.base, llama.tuned[:2], tmp_path / "out")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    before = Path().stat().st_ino
+    assert run(out, "tuned0", "-o", ".").exit_code == 0
+    assert Path().stat().st_ino == before and Path("config.json").exists() and Path("model.safetensors").exists()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 def test_an_expert_without_a_template_keeps_that_of_the_merge(llama, tmp_path):

@@ -96,6 +96,11 @@ class Architecture:
         converters = [change for change in self.conversions if isinstance(change, WeightConverter)]
         return self._find(stored, self.tensors) or self._find(apply_converters(self.renamed(stored), converters)[0], self.tensors)
 
+    def is_of_backbone(self, stored: str) -> bool:
+        """Whether a tensor with this name in a checkpoint is the backbone's. Models without a head are all backbone."""
+        is_bare = not any(weight.startswith(self.prefix) for weight in self.weights)  # their names have no prefix
+        return is_bare or (self.loaded_as(stored) or "").startswith(self.prefix)
+
     def _find(self, stored: str, names: Container[str]) -> str | None:
         return find_name(stored, names, self.renamed, self.prefix)
 

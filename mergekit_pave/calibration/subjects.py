@@ -58,8 +58,8 @@ class WithHead:
         return _TwoTensors(self.backbone.tensors(), self.head.tensors(), self.architecture)
 
     def all(self) -> dict[str, Tensor]:
-        heads = {name: tensor for name, tensor in self.head.all().items() if not _is_inside(name, self.architecture)}
-        return heads | {name: tensor for name, tensor in self.backbone.all().items() if _is_inside(name, self.architecture)}
+        heads = {name: tensor for name, tensor in self.head.all().items() if not self.architecture.is_of_backbone(name)}
+        return heads | {name: tensor for name, tensor in self.backbone.all().items() if self.architecture.is_of_backbone(name)}
 
 
 class _TwoTensors:
@@ -70,17 +70,11 @@ class _TwoTensors:
         self.names: Collection[str] = {*backbone.names, *head.names}
 
     def find(self, names: list[str]) -> Tensor | None:
-        return (self._backbone if _is_inside(names[0], self._architecture) else self._head).find(names)
+        return (self._backbone if self._architecture.is_of_backbone(names[0]) else self._head).find(names)
 
     def flush(self) -> None:
         self._backbone.flush()
         self._head.flush()
-
-
-def _is_inside(name: str, architecture: Architecture) -> bool:
-    """Whether a tensor is the backbone's. Models without a head are all backbone, and have no prefix before their names."""
-    is_bare = not any(weight.startswith(architecture.prefix) for weight in architecture.weights)
-    return is_bare or (architecture.loaded_as(name) or "").startswith(architecture.prefix)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ OUT/emr/NAME.safetensors is an ordinary safetensors file. Its metadata are `_Met
 
     mask.T   bytes, (⌈n / 8⌉,): where the model agrees with the merge, for OUT's tensor T of n entries; see `core.emr.pack`
     own.T    a tensor that only this model has, or has in another shape than the base model
+    file.F   bytes of the file F of the model's tokenizer, where it has other tokens than the merge's
     sha256   bytes, (1 + other tensors, 32): the hash of the metadata, as JSON with sorted keys; then of each other tensor's
              bytes, in the order of their names
 
@@ -38,9 +39,11 @@ from mergekit_pave.report.outputs import EMR_FOLDER as FOLDER
 from mergekit_pave.report.outputs import EMR_FORMAT as FORMAT
 from mergekit_pave.report.places import short_models
 
-MASK, OWN = "mask.", "own."
+MASK, OWN, FILE = "mask.", "own.", "file."
 
 _SUFFIX = ".safetensors"
+_TOKENIZER = re.compile("(tokenizer|special_tokens|added_tokens|vocab|merges|spiece|sentencepiece|source|target)[A-Za-z0-9._-]*")
+_DEEPEST = 30  # levels of a config
 _LONGEST = 100  # characters of a NAME; file systems allow 255
 TYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
@@ -48,14 +51,21 @@ TYPES = {
 }
 
 
+def is_of_tokenizer(name: str) -> bool:
+    """Whether a file of this name is a part of a tokenizer."""
+    return _TOKENIZER.fullmatch(name) is not None
+
+
 def file_names(models: Iterable[str]) -> dict[str, str]:
-    """The NAME of each model's file."""
+    """The NAME of each model's file. It is not what the config calls another model."""
     names: dict[str, str] = {}
     taken: set[str] = set()
-    for model, short in short_models(models).items():
+    short_names = short_models(models)
+    for model, short in short_names.items():
+        others = {other.lower() for other in short_names if other != model}
         stem = re.sub(r"[^A-Za-z0-9._-]", "-", short).lstrip(".-")[:_LONGEST] or "model"
         name, number = stem, 2
-        while name.lower() in taken:
+        while name.lower() in taken | others:
             name, number = f"{stem}-{number}", number + 1
         taken.add(name.lower())
         names[model] = name
@@ -91,6 +101,20 @@ class _Metadata(BaseModel):
     generation_config: dict[str, Any] | None = None
     chat_template: str | None = None
 
+    @field_validator("config", "generation_config")
+    @classmethod
+    def _is_sound(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        """What transformers and we go through by recursion is not nested deeply."""
+        level: list[Any] = [value]
+        for _ in range(_DEEPEST):
+            mappings = [inner for of in level if isinstance(of, dict) for inner in of.values()]
+            level = mappings + [inner for of in level if isinstance(of, list) for inner in of]
+        if level:
+            raise ValueError("it is nested too deeply")
+        if value and not isinstance(value.get("auto_map", {}), dict):
+            raise ValueError("its auto_map is no mapping")
+        return value
+
     @field_validator("model", "base")
     @classmethod
     def _is_a_model(cls, name: str) -> str:
@@ -111,6 +135,7 @@ class TaskFile:
     Attributes:
         name: NAME.
         masks: by OUT's tensor the number of bytes of its mask.
+        files: names of the files of its own tokenizer; none where that of the merge has the same tokens.
         own: by name the type and the shape of each tensor that only this model has.
         (others): see `_Metadata`.
     """
@@ -129,6 +154,7 @@ class TaskFile:
     chat_template: str | None
     masks: dict[str, int]
     own: dict[str, Stored]
+    files: list[str]
     _hashes: dict[str, bytes] = field(repr=False)
     _file: Any = field(repr=False)
 
@@ -146,12 +172,13 @@ class TaskFile:
             of_tensors = hashes.taken_from(stored, file)
             if of_tensors.pop("") != hashes.of_metadata(file.metadata()):
                 raise ValueError("its metadata are not what was written")
-            masks, own = _sort(stored, metadata)
+            masks, own, files = _sort(stored, metadata)
         except (OSError, SafetensorError, ValueError) as error:
             if is_pointer(path):
                 raise PaveError(f"{path} is a pointer of Git LFS, not the file itself; run `git lfs pull` there") from error
             raise PaveError(f"{path} cannot be used: {error}. Fetch it again, or merge again") from error
-        return cls(path, path.name.removesuffix(_SUFFIX), **dict(metadata), masks=masks, own=own, _hashes=of_tensors, _file=file)
+        about = dict(metadata) | {"masks": masks, "own": own, "files": files}
+        return cls(path, path.name.removesuffix(_SUFFIX), **about, _hashes=of_tensors, _file=file)
 
     def mask(self, tensor: str) -> Tensor:
         """The packed mask of one of OUT's tensors, bytes.
@@ -167,6 +194,14 @@ class TaskFile:
             PaveError: it is damaged.
         """
         return self._read(OWN + name)
+
+    def content(self, name: str) -> bytes:
+        """Of one of `files`.
+
+        Raises:
+            PaveError: it is damaged.
+        """
+        return hashes.bytes_of(self._read(FILE + name)).tobytes()
 
     def _read(self, key: str) -> Tensor:
         tensor = self._file.get_tensor(key)
@@ -196,13 +231,13 @@ def _parse(metadata: dict[str, str]) -> _Metadata:
         raise ValueError(f"{'.'.join(map(str, first['loc']))[:100]}: {first['msg']}") from None
 
 
-def _sort(stored: dict[str, Stored], metadata: _Metadata) -> tuple[dict[str, int], dict[str, Stored]]:
-    """Masks and own tensors, by the names of the model's tensors.
+def _sort(stored: dict[str, Stored], metadata: _Metadata) -> tuple[dict[str, int], dict[str, Stored], list[str]]:
+    """Masks and own tensors, by the names of the model's tensors, and names of files.
 
     Raises:
         ValueError: a tensor is neither, or a name stands for several things.
     """
-    masks, own = {}, {}
+    masks, own, files = {}, {}, []
     for name, found in stored.items():
         if name.startswith(MASK) and name != MASK:
             if found.dtype != "U8" or len(found.shape) != 1:
@@ -210,6 +245,8 @@ def _sort(stored: dict[str, Stored], metadata: _Metadata) -> tuple[dict[str, int
             masks[name.removeprefix(MASK)] = found.shape[0]
         elif name.startswith(OWN) and name != OWN and found.dtype in TYPES:
             own[name.removeprefix(OWN)] = found
+        elif name.startswith(FILE) and is_of_tokenizer(name.removeprefix(FILE)) and (found.dtype, len(found.shape)) == ("U8", 1):
+            files.append(name.removeprefix(FILE))
         else:
             raise ValueError(f"{name!r:.200} ({found.dtype}) is no tensor that such a file has")
     counts = Counter([*masks, *own, *metadata.copied])
@@ -217,7 +254,7 @@ def _sort(stored: dict[str, Stored], metadata: _Metadata) -> tuple[dict[str, int
         raise ValueError(f"{twice!r:.200} is given twice")
     if other := next((name for name in metadata.names if name not in masks), None):
         raise ValueError(f"names: {other!r:.200} has no mask")
-    return masks, own
+    return masks, own, files
 
 
 def tasks_of(folder: Path) -> list[TaskFile]:

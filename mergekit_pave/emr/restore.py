@@ -6,7 +6,6 @@ The file, the merge and the base model may come from three places. So everything
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from mergekit_pave.cache.checkpoint import Stored
 from mergekit_pave.core import emr
-from mergekit_pave.emr.file import TaskFile, find
+from mergekit_pave.emr.file import TaskFile, find, is_of_tokenizer
 from mergekit_pave.emr.weights import Search, Weights, find_base, find_merge
 from mergekit_pave.emr.writing import writable
 from mergekit_pave.errors import PaveError
@@ -30,8 +29,7 @@ from mergekit_pave.progress import bar
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _DTYPE = ("dtype", "torch_dtype")  # the same setting, by its name now and before
-_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
-_NOT_COPIED = {"config.json", "generation_config.json", "README.md", "mergekit_config.yml"}
+_OTHERS = ("preprocessor_config", "processor_config", "video_preprocessor_config", "chat_template")  # that are copied
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +160,7 @@ def _config(task: TaskFile, folder: Path) -> dict[str, Any]:
             raise ValueError("it holds no JSON object")
     except (OSError, ValueError, RecursionError) as error:
         raise PaveError(f"{path} cannot be read: {error}; fetch it again, or merge again") from error
-    config = copy.deepcopy(task.config)
+    config = json.loads(json.dumps(task.config))
     config.pop("quantization_config", None)  # it would be quantised as it is loaded
     _take(config, merged)
     # Code that comes with the expert is still there.
@@ -209,26 +207,40 @@ def write(restored: Restored, target: Path, max_shard_size: int, quiet: bool = F
         with writable(target):
             writer.finalize()
             _write_others(restored, temporary)
-            if target.exists():
-                target.rmdir()
-            temporary.rename(target)
+            if target.exists():  # perhaps as somebody's current folder
+                for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
+                    path.rename(target / path.name)
+            else:
+                temporary.rename(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_others(restored: Restored, target: Path) -> None:
-    """The files beside the weights: those of the merge, and over them the expert's."""
+    """The files beside the weights: those of the merge, and over them the model's."""
     for path in sorted(restored.folder.iterdir()):
-        is_ours = path.name.startswith(("pave_", ".")) or path.name in _NOT_COPIED
-        is_weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
-        if path.is_file() and not is_ours and not is_weights:
+        needed = is_of_tokenizer(path.name) and not restored.task.files
+        if (needed or path.name.startswith(_OTHERS)) and path.is_file():
+            _check_link(path, restored.folder)
             shutil.copyfile(path, target / path.name)
+    for name in restored.task.files:
+        (target / name).write_bytes(restored.task.content(name))
     _write_json(restored.config, target / "config.json")
     if restored.task.generation_config is not None:
         _write_json(restored.task.generation_config, target / "generation_config.json")
     if restored.task.chat_template is not None:
         (target / "chat_template.json").unlink(missing_ok=True)
         (target / "chat_template.jinja").write_text(restored.task.chat_template, encoding="utf-8")
+
+
+def _check_link(path: Path, folder: Path) -> None:
+    """
+    Raises:
+        PaveError: a file is a link that leaves the folder. The Hub's cache keeps files in a folder `blobs` two levels above.
+    """
+    file, inside = path.resolve(), folder.resolve()
+    if not file.is_relative_to(inside) and not file.is_relative_to(inside.parent.parent / "blobs"):
+        raise PaveError(f"{path} is a link to {file}, out of the merge's folder; put the file itself there")
 
 
 def _write_json(content: dict[str, Any], path: Path) -> None:

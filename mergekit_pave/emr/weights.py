@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,9 +119,11 @@ def find_merge(out: str | Path, task: str, cache_dir: str | None) -> Path:
         if looks_local(str(out)):
             raise ValueError("no such folder")
         repository = ModelPath.model_validate(str(out))
-        fetch = functools.partial(snapshot_download, repository.path, revision=repository.revision, cache_dir=cache_dir)
-        fetch(ignore_patterns=f"{FOLDER}/*")
-        return Path(fetch(allow_patterns=f"{FOLDER}/{'*' if '/' in task else task}.safetensors"))
+        fetch = functools.partial(snapshot_download, repository.path, cache_dir=cache_dir)
+        folder = Path(fetch(revision=repository.revision, ignore_patterns=f"{FOLDER}/*"))
+        files = f"{task if re.fullmatch('[A-Za-z0-9._-]+', task) else '*'}.safetensors"  # the model may have another NAME
+        fetch(revision=folder.name, allow_patterns=f"{FOLDER}/{files}")
+        return folder
     except Exception as error:  # of the Hub, or of the network
         raise PaveError(
             f"there is no merge at {out} (looked in {Path.cwd()}), and none of that name can be fetched from the Hub: "

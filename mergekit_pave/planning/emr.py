@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mergekit.common import ModelReference
 
 from mergekit_pave.cache import weights_fingerprint
 from mergekit_pave.calibration.architecture import describe
 from mergekit_pave.config import PaveConfig
-from mergekit_pave.emr.file import file_names
+from mergekit_pave.emr.file import TYPES, file_names, is_of_tokenizer
 from mergekit_pave.errors import PaveError
 from mergekit_pave.names import EMR
 from mergekit_pave.planning.merge import Merge, PlannedTensor
@@ -74,6 +76,10 @@ def _file(merge: Merge, model: ModelReference, name: str, shared: list[PlannedTe
     covered = {architecture.loaded_as(read) for planned in shared for read in planned.names}
     own = [stored for stored in sorted(checkpoint.files) if (made := architecture.loaded_as(stored)) and made not in covered]
     entries = {stored: math.prod(checkpoint.stored[stored].shape) for stored in own if stored in checkpoint.stored}
+    for stored in entries:
+        dtype = checkpoint.stored[stored].dtype
+        if dtype not in TYPES and not (merge.out_dtype and dtype.startswith("F")):
+            raise PaveError(f"emr: {stored} of {model} is {dtype}, which a task's file cannot hold; convert it first")
     num_shared = sum(math.prod(architecture.weights.get(made, (0,))) for made in covered if made)
     if sum(entries.values()) > num_shared:
         raise PaveError(
@@ -84,9 +90,13 @@ def _file(merge: Merge, model: ModelReference, name: str, shared: list[PlannedTe
     generation = Path(checkpoint.folder, "generation_config.json")
     if generation.is_file():
         metadata["generation_config"] = generation.read_text(encoding="utf-8")
-    if template := _chat_template_of(model, merge):
-        metadata["chat_template"] = template
-    return TaskFile(model, name, metadata, tuple(own), num_shared // 8 + 4 * sum(entries.values()))
+    tokenizer, files = _tokenizer_of(model, merge), {}
+    if isinstance(getattr(tokenizer, "chat_template", None), str):
+        metadata["chat_template"] = tokenizer.chat_template
+    if tokenizer is not None and all(planned.gather for planned in shared):  # else the vocabulary is that of the merge
+        files = _files_of(tokenizer, _tokenizer_of(shared[0].base, merge))
+    size = num_shared // 8 + 4 * sum(entries.values()) + sum(map(len, files.values()))
+    return TaskFile(model, name, metadata, tuple(own), files, size)
 
 
 def _config_of(merge: Merge, model: ModelReference) -> str:
@@ -98,12 +108,20 @@ def _config_of(merge: Merge, model: ModelReference) -> str:
     return json.dumps(config)
 
 
-def _chat_template_of(model: ModelReference, merge: Merge) -> str | None:
+def _tokenizer_of(model: ModelReference, merge: Merge) -> Any:
     try:
-        template = load_tokenizer(model, merge, "").chat_template
-    except PaveError:  # it has no tokenizer, and needs none here
+        return load_tokenizer(model, merge, "emr keeps its chat template")
+    except PaveError:  # it has none, and needs none here
         return None
-    return template if isinstance(template, str) else None
+
+
+def _files_of(tokenizer: Any, of_base: Any) -> dict[str, bytes]:
+    """The files of a tokenizer by name; none if it has the same tokens as the base's, which the merge gets."""
+    if of_base is not None and tokenizer.get_vocab() == of_base.get_vocab():
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if is_of_tokenizer(path.name)}
 
 
 def _stored_name(merge: Merge, planned: PlannedTensor) -> str:

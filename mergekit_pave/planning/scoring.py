@@ -22,7 +22,7 @@ from mergekit_pave.config import PaveConfig
 from mergekit_pave.emr.file import tasks_of
 from mergekit_pave.emr.restore import open_task
 from mergekit_pave.emr.subject import RestoredWeights
-from mergekit_pave.emr.weights import Search
+from mergekit_pave.emr.weights import Search, Weights
 from mergekit_pave.errors import PaveError
 from mergekit_pave.planning.merge import Reading
 from mergekit_pave.planning.samples import as_reported, read_held_out, read_samples
@@ -186,7 +186,11 @@ def open_merged(scoring: Scoring, folder: Path, reading: Reading) -> Model:
     if task_files := tasks_of(folder):
         prints = [cache.weights_fingerprint(str(task.path.parent), [task.path.name]) for task in task_files]
         identity = cache.digest("emr", weights_identity(checkpoint), *prints)
-        restored = {expert.name: _restored(folder, expert, reading) for expert in scoring.experts}
+        # The base that scores count from is the merge's, but where another one is named.
+        of_base = Weights(Path(scoring.base.weights.folder), scoring.base.name)
+        same = all(task.base_weights == of_base.fingerprint for task in task_files)
+        search = Search(of_base.checkpoint.folder if same else None, reading.transformers_cache)
+        restored = {expert.name: _restored(folder, expert, search) for expert in scoring.experts}
         return Model(str(folder), architecture.cls, config, Stored(checkpoint.folder), identity, restored)
     first = scoring.experts[0]
     if first.rows.form.is_language_model:
@@ -196,9 +200,9 @@ def open_merged(scoring: Scoring, folder: Path, reading: Reading) -> Model:
     return Model(str(folder), architecture.cls, config, Stored(checkpoint.folder), weights_identity(checkpoint))
 
 
-def _restored(folder: Path, expert: Expert, reading: Reading) -> Model:
+def _restored(folder: Path, expert: Expert, search: Search) -> Model:
     """What an expert's model is restored to from a merge by `emr`."""
-    found = open_task(folder, expert.name, Search(cache_dir=reading.transformers_cache))
+    found = open_task(folder, expert.name, search)
     config = type(expert.config).from_dict(found.config)
     return Model(f"{found.task.name} of {folder}", expert.architecture.cls, config, RestoredWeights(found), "")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from mergekit.architecture import ModelArchitecture, WeightInfo, arch_info_for_config
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
@@ -14,6 +13,7 @@ from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 
+from mergekit_pave.calibration.architecture import Architecture, describe
 from mergekit_pave.errors import PaveError
 from mergekit_pave.names import EMR
 from mergekit_pave.planning.names import all_names
@@ -84,14 +84,33 @@ def restrict(planner: MergePlanner, bound: dict[str, Any]) -> bool:
     resized = weight.vocabulary_axis is not None and (planner._tokenizer_task or planner.options.unsafe_truncate_embeddings)
     shape = None if resized else _shape(base, inputs[base])
     for model, info in inputs.items():
-        there = _is_there(planner, model, info)
-        if there and (shape is None or (own := _shape(model, info)) is None or own == shape):
-            continue
-        reasons = planner.__dict__.setdefault("_pave_base_only", {})
-        reasons[weight.name] = f"of another shape in {model}" if there else f"not in {model}"
-        bound["models"], bound["weights_in"] = [base], [inputs[base]]
-        break
+        if model != base and (reason := _why_not_shared(planner, model, info, shape)):
+            planner.__dict__.setdefault("_pave_base_only", {})[weight.name] = reason
+            bound["models"], bound["weights_in"] = [base], [inputs[base]]
+            break
     return True
+
+
+def _why_not_shared(planner: MergePlanner, model: ModelReference, info: WeightInfo, shape: tuple[int, ...] | None) -> str | None:
+    """
+    Args:
+        shape: of the base's tensor; None where mergekit brings all shapes in line, or nobody knows it.
+    """
+    if not _is_there(planner, model, info):
+        return f"not in {model}"
+    if shape is not None and (own := _shape(model, info)) is not None and own != shape:
+        return f"of another shape in {model}"
+    architecture = _architecture(planner, model)
+    if not architecture.cls.can_generate() and not any(map(architecture.is_of_backbone, all_names(info))):
+        return "heads, of which each model keeps its own"  # even if tasks have as many classes, these are others
+    return None
+
+
+def _architecture(planner: MergePlanner, model: ModelReference) -> Architecture:
+    known, trust = planner.__dict__.setdefault("_pave_architectures", {}), planner.options.trust_remote_code
+    if model not in known:
+        known[model] = describe(model.config(trust_remote_code=trust), model.model.path, trust, model.model.revision)
+    return known[model]
 
 
 def _is_there(planner: MergePlanner, model: ModelReference, info: WeightInfo) -> bool:
@@ -111,10 +130,10 @@ def by_emr(planner: MergePlanner) -> Masks:
     """
     config = planner.config
     dtype, out_dtype = dtype_from_name(config.dtype), dtype_from_name(config.out_dtype)
-    if dtype and out_dtype and torch.finfo(out_dtype).eps < torch.finfo(dtype).eps:
+    if dtype and out_dtype and dtype != out_dtype and dtype.itemsize < 4:
         raise PaveError(
             f"emr: with `dtype: {config.dtype}` the base model would be rounded before it is written in {config.out_dtype}, but "
-            f"models are restored from it as it is; set `dtype: {config.out_dtype}`, or leave out_dtype out"
+            "models are restored from it as it is; set `dtype: float32`, or leave out_dtype out"
         )
     models = dict.fromkeys(model for _, task in planner._tensors for model in task.model_order if model != task.base_model)
     masks = Masks(list(models))

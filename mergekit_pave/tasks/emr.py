@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -21,7 +21,7 @@ from mergekit_pave.cache import weights_fingerprint
 from mergekit_pave.core.emr import Sums, unify
 from mergekit_pave.core.failures import advising
 from mergekit_pave.emr.file import FOLDER, FORMAT
-from mergekit_pave.emr.writing import write
+from mergekit_pave.emr.writing import Entry, write
 from mergekit_pave.errors import PaveError
 from mergekit_pave.tasks.base import files_of
 from mergekit_pave.tasks.store import TensorStore
@@ -34,6 +34,7 @@ class TaskFile:
     Attributes:
         name: of the file, without its ending.
         metadata: all but what only the merge knows: the scale, the merged weights, and which tensors are copied.
+        files: the content of the files of its own tokenizer.
         own: tensors that only this model has, or has in another shape, by the names of its checkpoint.
         size: bytes of the file, about.
     """
@@ -42,6 +43,7 @@ class TaskFile:
     name: str
     metadata: dict[str, str]
     own: tuple[str, ...]
+    files: dict[str, bytes]
     size: int
 
 
@@ -78,7 +80,7 @@ class Masks:
         i = self._models.index(model)
         return sum((self._sums[number][i] for number in sorted(self._sums)), Sums())
 
-    def stored(self, model: ModelReference) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], Callable[[], Tensor]]]:
+    def stored(self, model: ModelReference) -> Iterator[Entry]:
         """The tensors of a model's file, each of which is read when it is asked for."""
         i = self._models.index(model)
         for number in sorted(self._names):
@@ -193,7 +195,7 @@ class WriteTasks(Task[dict[str, Any]]):
             known = {"scale": repr(sums.scale), "merged_weights": weights, "copied": json.dumps(sorted(self.masks.copied))}
             config = _with_vocabulary(json.loads(file.metadata["config"]), self.masks.vocabulary)
             metadata = {"format": FORMAT} | known | file.metadata | {"config": json.dumps(config)}
-            write(path, metadata, [*self.masks.stored(file.model), *self._own(file)])
+            write(path, metadata, [*self.masks.stored(file.model), *self._own(file), *_files(file)])
             section["models"][str(file.model)] = {
                 "file": path.relative_to(folder).as_posix(),
                 "bytes": path.stat().st_size,
@@ -205,7 +207,7 @@ class WriteTasks(Task[dict[str, Any]]):
         self.masks.close()
         return section
 
-    def _own(self, file: TaskFile) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], Callable[[], Tensor]]]:
+    def _own(self, file: TaskFile) -> Iterator[Entry]:
         loader = LoaderCache().get(file.model)
         for name in file.own:
 
@@ -223,3 +225,9 @@ def _with_vocabulary(config: dict[str, Any], rows: int | None) -> dict[str, Any]
         if rows is not None and "vocab_size" in part:
             part["vocab_size"] = rows
     return config
+
+
+def _files(file: TaskFile) -> Iterator[Entry]:
+    for name, content in file.files.items():
+        tensor = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        yield f"file.{name}", torch.uint8, tuple(tensor.shape), lambda tensor=tensor: tensor
