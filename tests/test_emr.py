@@ -273,9 +273,8 @@ def test_a_larger_vocabulary_is_kept_or_brought_in_line(llama, tmp_path):
     _, own, _ = task_file(tmp_path / "kept", "larger")
     assert "model.embed_tokens.weight" in own
     restored = load_task(tmp_path / "kept", "larger")
-    assert (
-        transformers.AutoTokenizer.from_pretrained(tmp_path / "kept")("a [new] b").input_ids != tokenizer("a [new] b").input_ids
-    )
+    of_merge = transformers.AutoTokenizer.from_pretrained(tmp_path / "kept")
+    assert of_merge("a [new] b").input_ids != tokenizer("a [new] b").input_ids
     for name, larger in (("larger", True), ("tuned0", False)):
         write(open_task(tmp_path / "kept", name), tmp_path / f"again-{name}", 10**9, quiet=True)
         again = transformers.AutoTokenizer.from_pretrained(tmp_path / f"again-{name}")
