@@ -320,6 +320,9 @@ def regmean_with(llama: Family, pave: dict, **more) -> dict:
     return config_for(llama, unpurified(llama) | pave, merge_method="regmean", dtype="float64", parameters={}, **more)
 
 
+PADDED = {"source": "base", "pad_to_multiple_of": 7}  # two rows more than there are tokens
+
+
 def left(config: dict, out: Path) -> dict[str, str]:
     """The reasons of a merge whose vocabulary is all as the method gives it."""
     name = EMBEDDING["llama"]
@@ -332,9 +335,18 @@ def left(config: dict, out: Path) -> dict[str, str]:
 
 
 def test_a_vocabulary_that_mergekit_rearranges(llama, tmp_path):
-    reasons = left(regmean_with(llama, {}, tokenizer={"source": "base"}), tmp_path / "out")
+    reasons = left(regmean_with(llama, {}, tokenizer=PADDED), tmp_path / "out")
     assert reasons.keys() == {EMBEDDING["llama"], HEAD}
     assert set(reasons.values()) == {"rearranged by mergekit to fit another vocabulary"}
+
+
+def test_a_tokenizer_section_that_changes_nothing(llama, tmp_path):
+    """All models have the same tokens: the vocabulary is fitted as it is without the section."""
+    written = merge(regmean_with(llama, {}, tokenizer={"source": "base"}), tmp_path / "with")
+    plain = merge(regmean_with(llama, {}), tmp_path / "without")
+    assert written.keys() == plain.keys() and all(torch.equal(tensor, plain[name]) for name, tensor in written.items())
+    assert report_of(tmp_path / "with")["vocabulary"] == report_of(tmp_path / "without")["vocabulary"]
+    assert {row["tensor"] for row in report_of(tmp_path / "with")["vocabulary"]["merged"]} == {EMBEDDING["llama"], HEAD}
 
 
 def measured_elsewhere(llama: Family, cache: Path) -> dict:
@@ -458,7 +470,7 @@ REFUSED = {
     "negative-weight": (lambda c: c["models"][1]["parameters"].update(weight=-0.2), "a weight is below 0"),
     "no-weight": (lambda c: [model["parameters"].update(weight=0) for model in c["models"]], "every weight is 0"),
     "no-data": (lambda c: c["pave"]["models"][1].pop("data"), "no tokens were counted for one of the models"),
-    "tokenizer": (lambda c: c.update(tokenizer={"source": "base"}), "rearranged by mergekit"),
+    "tokenizer": (lambda c: c.update(tokenizer=PADDED), "rearranged by mergekit"),
     "between-two": (
         lambda c: (c.update(merge_method="slerp", parameters={"t": 0.5}), c["models"].pop(), c["pave"]["models"].pop()),
         "the base model is one of the two that slerp merges",
@@ -568,7 +580,7 @@ def test_plan_report_card_and_log(llama, tmp_path, cache, caplog, undrawn):
 
 
 def test_people_are_told_of_what_is_left(llama, tmp_path, cache, caplog, undrawn):
-    config = regmean_with(llama, {}, tokenizer={"source": "base"})
+    config = regmean_with(llama, {}, tokenizer=PADDED)
     told = "2 rearranged by mergekit to fit another vocabulary"
     with caplog.at_level(logging.INFO, "mergekit_pave"):
         assert invoke(config, tmp_path / "out").exit_code == 0

@@ -78,8 +78,9 @@ PARTS = {
     "mergekit.plan:MergePlanner": (
         "config arch_info options _method _tensors _tokenizer_task _model_arch _plan plan_tensor plan_to_disk"
     ),
-    "mergekit.tokenizer": "BuildTokenizer PermutedVocabulary",
-    "mergekit.tokenizer:PermutedVocabulary": "gather_tensors vocabulary_axis execute",
+    "mergekit.tokenizer": "BuildTokenizer PermutedVocabulary TokenizerInfo",
+    "mergekit.tokenizer:PermutedVocabulary": "gather_tensors vocabulary_axis tokens pad_to_multiple_of execute",
+    "mergekit.tokenizer:TokenizerInfo": "tokenizer permutations",
 }
 
 # What is wrapped or called, and the arguments that we know. It has to take all of them, and may not need any other.

@@ -13,7 +13,7 @@ from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.plan import MergePlanner
-from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary
+from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary, TokenizerInfo
 
 from mergekit_pave.errors import PaveError, in_a_line
 from mergekit_pave.planning.names import all_names
@@ -26,6 +26,8 @@ _SIDE = 128  # of a matrix: small, but large enough that a low density does not 
 def try_out(planner: MergePlanner) -> None:
     """Try each setting of a merge that mergekit has planned.
 
+    Where a `tokenizer` section turns out to change nothing, vocabularies are gathered as other tensors are.
+
     Raises:
         PaveError: mergekit would fail with one of them.
     """
@@ -35,7 +37,10 @@ def try_out(planner: MergePlanner) -> None:
         _try_chat_template(config)
     if planner._tokenizer_task:
         gathers = (task.gather_tensors for _, task in planner._tensors)
-        _try_tokenizer(planner._tokenizer_task, [task for task in gathers if isinstance(task, PermutedVocabulary)])
+        vocabularies = [task for task in gathers if isinstance(task, PermutedVocabulary)]
+        built = _try_tokenizer(planner._tokenizer_task, vocabularies)
+        if all(_is_unchanged(vocabulary, built) for vocabulary in vocabularies):
+            _gather_plainly(planner)
     if not is_regmean(planner) and not is_emr(planner):  # their parameters, if any, are checked elsewhere
         _try_method(task for _, task in planner._tensors)
 
@@ -68,7 +73,23 @@ def _try_chat_template(config: MergeConfiguration) -> None:
         ) from error
 
 
-def _try_tokenizer(task: BuildTokenizer, vocabularies: list[PermutedVocabulary]) -> None:
+def _is_unchanged(vocabulary: PermutedVocabulary, built: TokenizerInfo) -> bool:
+    """Whether all models' tensors have just the rows that the output will have, in the same order."""
+    if vocabulary.tokens or vocabulary.pad_to_multiple_of:
+        return False
+    size, rows = len(built.tokenizer.get_vocab()), _rows(vocabulary)
+    same = [built.permutations[model] == dict(zip(range(size), range(size))) for model in vocabulary.gather_tensors.weight_info]
+    return all(same) and list(rows.values()) == [size] * len(same)
+
+
+def _gather_plainly(planner: MergePlanner) -> None:
+    for number, (weight, task) in enumerate(planner._tensors):
+        if isinstance(task.gather_tensors, PermutedVocabulary):
+            plain = task.gather_tensors.gather_tensors
+            planner._tensors[number] = weight, task.model_copy(update={"gather_tensors": plain})
+
+
+def _try_tokenizer(task: BuildTokenizer, vocabularies: list[PermutedVocabulary]) -> TokenizerInfo:
     """Build the output's tokenizer, and bring vocabularies in line with it: once those that many tensors have."""
     tried = set()
     with _silent_logs(), contextlib.redirect_stderr(io.StringIO()):  # the merge will log it all again, and draw its bar
@@ -85,6 +106,7 @@ def _try_tokenizer(task: BuildTokenizer, vocabularies: list[PermutedVocabulary])
                     shape[vocabulary.vocabulary_axis] = rows[model]
                 tensors = {model: torch.zeros(shape) for model, shape in shapes.items()}
                 vocabulary.execute(tokenizer_info=built, tensors=tensors)
+            return built
         except PaveError:
             raise
         except Exception as error:  # transformers, the Hub and mergekit raise a dozen kinds

@@ -157,14 +157,13 @@ def _with_purification(plan):
         self.arch_info = with_stored_names(self)
         check_layers(self)
         plan(self)
-        merge = merge_of(self)
         if self.config.pave is None:
-            closed_forms = plan_without_data(merge)
+            closed_forms = plan_without_data(merge_of(self))
         else:
             check_present(inputs_of(self), functools.partial(missing_from, self))
             with no_bars_of_others(self.options.quiet):
                 try_out(self)
-                self._pave_plan = make_plan(self.config.pave, merge)
+                self._pave_plan = make_plan(self.config.pave, merge_of(self))
             for number, gather in self._pave_plan.gathers.items():
                 weight, task = self._tensors[number]
                 self._tensors[number] = weight, task.model_copy(update={"gather_tensors": gather})
