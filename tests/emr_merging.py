@@ -71,6 +71,7 @@ def write_merge(base: Path, experts: list[Path], out: Path, dtype: torch.dtype =
         i = [str(path) for path in experts].index(expert)
         metadata = {
             "format": file.FORMAT,
+            "name": name,
             "model": expert,
             "scale": repr(sums[i].scale),
             "base": str(base),

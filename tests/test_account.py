@@ -73,7 +73,7 @@ def test_a_merge_by_emr():
         "              model-0  restored, it differs by 0.4 x its change",
         "              model-1  restored, it differs by 0.41 x its change; 2 tensors of its own kept",
         "              model-2  equals the base model",
-        "  restore     mergekit-pave restore './my merge' model-0; likewise model-1, model-2",
+        "  restore     mergekit-pave restore './my merge' model-0 -o ./model-0-again; likewise model-1, model-2",
         "  report      ./my merge/pave_report.json; as a page: mergekit-pave report './my merge'",
         "  next        next",
     ]
@@ -91,7 +91,7 @@ def test_never_more_than_ten_lines_by_emr(models, purified):
             "30 files of 45 MB in ./merged/emr; restored, they differ by 0.4 x (model-0) to 0.69 x (model-29) their change; "
             "2 tensors of their own kept\n"
         ) in told
-        assert "restore ./merged model-0; likewise 29 others\n" in told
+        assert "restore ./merged model-0 -o ./model-0-again; likewise 29 others\n" in told
 
 
 def test_models_that_are_restored_badly_are_warned_of():

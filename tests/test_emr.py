@@ -321,7 +321,7 @@ REFUSED = {
     "rounded base": (None, {"dtype": "bfloat16", "out_dtype": "float32"}, "set `dtype: float32`"),
     "otherwise rounded base": (None, {"dtype": "float16", "out_dtype": "bfloat16"}, "set `dtype: float32`"),
     "no base": (None, {"base_model": None}, "base"),
-    "parameter": (None, {"parameters": {"weight": 1}}, "unknown parameter 'weight'"),
+    "parameter": (None, {"parameters": {"weight": 1}}, "emr has no parameters; remove 'weight'"),
 }
 
 

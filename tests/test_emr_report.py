@@ -31,7 +31,9 @@ def merged_and_restored(config, folder, caplog):
     result = invoke(config, folder / "out", "--quiet")
     assert result.exit_code == 0, (result.output, result.exception)
     told = caplog.messages[-1]
-    first, others = re.search(r"^  restore     mergekit-pave restore \S*/out (\S+); likewise (.*)$", told, re.MULTILINE).groups()
+    first, others = re.search(
+        r"^  restore     mergekit-pave restore \S*/out (\S+) -o \S+; likewise (.*)$", told, re.MULTILINE
+    ).groups()
     restored = {}
     for name in (first, *others.split(", ")):
         command("restore", folder / "out", name, "-o", folder / name)

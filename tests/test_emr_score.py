@@ -108,3 +108,17 @@ def test_tune_compares_it_with_merges_into_one(families, tmp_path):
     assert alone["mean"]["kept"] in kept
     only_itself = run("tune", path, "--rows", ROWS, "--json")  # by default it tries lambdas and refining, which emr does not have
     assert [each["set"] for each in only_itself["settings"]] == [{}]
+
+
+def test_a_score_says_that_models_are_restored(families, tmp_path):
+    """In the terminal and in the card; and a config without data is told what it lacks."""
+    config = scored_config(families["llama"], tmp_path / "cache")
+    merge(config, tmp_path / "out")
+    path = write_config(config, tmp_path / "config.yml")
+    result = CliRunner().invoke(main, ["score", str(path), str(tmp_path / "out"), "--rows", str(ROWS), "--card", "--quiet"])
+    assert result.exit_code == 0, result.output
+    told = "Of a merge by emr each model is compared with what it is restored to."
+    assert told in result.output and told in (tmp_path / "out" / "README.md").read_text()
+    del config["pave"]
+    result = CliRunner().invoke(main, ["score", str(write_config(config, tmp_path / "bare.yml")), str(tmp_path / "out")])
+    assert result.exit_code == 1 and "block, which with `purify: false` changes nothing of the merge" in result.output

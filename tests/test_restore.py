@@ -29,6 +29,7 @@ from mergekit_pave.errors import PaveError
 
 METADATA = {
     "format": file.FORMAT,
+    "name": "math",
     "model": "./math",
     "scale": "1.25",
     "base": "./base",
@@ -111,7 +112,7 @@ def test_names_are_those_of_files_on_every_system():
 
 def test_a_task_is_found_by_its_name_or_its_model(tmp_path):
     for name, model in (("math", "./models/math"), ("code", "someone/code")):
-        writing.write(tmp_path / "emr" / f"{name}.safetensors", METADATA | {"model": model}, entries(**SOUND))
+        writing.write(tmp_path / "emr" / f"{name}.safetensors", METADATA | {"name": name, "model": model}, entries(**SOUND))
     (tmp_path / "emr" / ".math.safetensors.1-2").write_bytes(b"left by a run that was killed")
     (tmp_path / "emr" / ".math.safetensors").write_bytes(b"hidden")
     assert [task.name for task in file.tasks_of(tmp_path)] == ["code", "math"]
@@ -240,6 +241,14 @@ def test_damage_is_seen_by_who_reads_it(tmp_path, key):
     assert torch.equal(
         *((task.own_tensor("head"), SOUND["own__head"]) if key == "mask.x" else (task.mask("x"), SOUND["mask__x"]))
     )
+
+
+def test_a_file_with_the_name_of_another_is_refused(llama, tmp_path):
+    """Who asks for one model would get the other."""
+    out = write_merge(llama.base, llama.tuned[:2], tmp_path / "out")
+    shutil.copy(out / "emr" / "tuned1.safetensors", out / "emr" / "tuned0.safetensors")
+    with pytest.raises(PaveError, match=r"tuned0.safetensors cannot be used: it holds .*tuned1, and its name was tuned1"):
+        load_task(out, "tuned0")
 
 
 def test_changed_metadata_are_seen(tmp_path):

@@ -557,7 +557,7 @@ def test_plan_report_card_and_log(llama, tmp_path, cache, caplog, undrawn):
     config = regmean_with(llama, {})
     shown = len(set(torch.cat(tokens).tolist()))
     line = f"{shown} of 320 rows of {name} are merged by token counts ("
-    counts = [f"{len(ids)} of {model}" for ids, model in zip(tokens, llama.tuned)]
+    counts = [f"{len(ids)} tokens of {model}" for ids, model in zip(tokens, llama.tuned)]
     path = write_config(config, tmp_path / "config.yml")
     forget_checkpoints()
     told = CliRunner().invoke(main, ["plan", str(path)]).stdout

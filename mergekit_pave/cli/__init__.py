@@ -35,7 +35,7 @@ class _Commands(click.Group):
 @click.version_option(package_name="mergekit-pave")
 @click.pass_context
 def main(context: click.Context) -> None:
-    """PAVE for mergekit: purify task vectors before they are merged."""
+    """Merges that keep what their models know: plan, score, tune and report what a `pave:` block does to a merge of mergekit."""
     if context.invoked_subcommand not in ("doctor", "cache"):
         from mergekit_pave.hook import host
         from mergekit_pave.progress import no_bars_of_others

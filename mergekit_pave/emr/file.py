@@ -76,6 +76,7 @@ class _Metadata(BaseModel):
     """What the metadata say, once what is JSON is read.
 
     Attributes:
+        name: NAME.
         model: the expert, as the config of the merge names it.
         scale: λ.
         base: the base model, as the config names it.
@@ -90,6 +91,7 @@ class _Metadata(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="ignore", protected_namespaces=())
 
+    name: str
     model: Annotated[str, Field(min_length=1)]
     scale: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     base: Annotated[str, Field(min_length=1)]
@@ -172,13 +174,15 @@ class TaskFile:
             of_tensors = hashes.taken_from(stored, file)
             if of_tensors.pop("") != hashes.of_metadata(file.metadata()):
                 raise ValueError("its metadata are not what was written")
+            if metadata.name != path.name.removesuffix(_SUFFIX):  # somebody would get another model than they ask for
+                raise ValueError(f"it holds {metadata.model:.200}, and its name was {metadata.name:.100}{_SUFFIX}")
             masks, own, files = _sort(stored, metadata)
         except (OSError, SafetensorError, ValueError) as error:
             if is_pointer(path):
                 raise PaveError(f"{path} is a pointer of Git LFS, not the file itself; run `git lfs pull` there") from error
             raise PaveError(f"{path} cannot be used: {error}. Fetch it again, or merge again") from error
         about = dict(metadata) | {"masks": masks, "own": own, "files": files}
-        return cls(path, path.name.removesuffix(_SUFFIX), **about, _hashes=of_tensors, _file=file)
+        return cls(path, **about, _hashes=of_tensors, _file=file)
 
     def mask(self, tensor: str) -> Tensor:
         """The packed mask of one of OUT's tensors, bytes.

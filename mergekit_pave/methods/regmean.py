@@ -198,6 +198,8 @@ def check_names(method: MergeMethodSpec, given: Iterable[str]) -> None:
     """
     names = [parameter.name for parameter in method.parameters]
     for name in given:
+        if not names:
+            raise PaveError(f"{method.name} has no parameters; remove {name!r}")
         if name not in names:
             raise PaveError(f"{method.name}: {unknown('parameter', name, names)}")
 

@@ -50,7 +50,10 @@ def plan_scoring(config: PaveConfig, base: ModelReference, reading: Reading, row
     entries = [entry for entry in config.models if entry.model != base]
     for entry in entries:
         if not entry.data:
-            raise PaveError(f"pave.models[{entry.model}]: a score needs `data`, of which rows are held out; give it some")
+            raise PaveError(
+                f"pave.models[{entry.model}]: a score needs `data`, of which rows are held out. Give it some in a `pave:` block, "
+                "which with `purify: false` changes nothing of the merge"
+            )
     if not entries:
         raise PaveError(f"pave.models: no model but {base}, which counts as 0 %; name another one with --base")
     with_data = [entry.model for entry in config.models if entry.data]  # also the base model, which may be merged itself

@@ -11,7 +11,7 @@ from typing import Any
 
 from mergekit_pave.core.reasons import FEW_TOKENS, NEVER_CALLED, UNCHANGED
 from mergekit_pave.report.closed_form import mean_alignments, share
-from mergekit_pave.report.emr import restore_names, size
+from mergekit_pave.report.emr import restore_command, restore_names, size
 from mergekit_pave.report.outputs import EMR_FOLDER, REPORT_NAME
 from mergekit_pave.report.places import short_models
 from mergekit_pave.report.summary import by_model, kind, mean_errors, num_purified, reasons_in_a_line
@@ -44,7 +44,9 @@ def account(report: dict[str, Any], out_path: str, following: str) -> str:
     if count := len(report["warnings"]):
         lines.append(("warnings", f"{count}: see above, and the report"))
     page = shlex.join(["mergekit-pave", "report", out_path])
-    lines += [("report", f"{os.path.join(out_path, REPORT_NAME)}; as a page: {page}"), ("next", following)]
+    lines += [("report", f"{os.path.join(out_path, REPORT_NAME)}; as a page: {page}")]
+    if following != page:
+        lines += [("next", following)]
     emr = _emr(report, out_path, room=_MOST - 1 - len(lines) - bool(report["purified"]))
     lines = emr + lines
     purified = _purified(report, room=_MOST - 1 - len(lines))
@@ -118,7 +120,7 @@ def _restored(of_model: dict[str, Any]) -> str:
 def _restore(emr: dict[str, Any], out_path: str) -> str:
     """How to get a model back."""
     name, *others = restore_names(emr).values()
-    text = shlex.join(["mergekit-pave", "restore", out_path, name])
+    text = restore_command(out_path, name)
     if not others:
         return text
     return f"{text}; likewise {', '.join(others) if len(others) <= 3 else f'{len(others)} others'}"

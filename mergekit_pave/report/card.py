@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from huggingface_hub import ModelCard
 
-from mergekit_pave.report.emr import FORMULAS, meaning, restore_names, restored_table
+from mergekit_pave.report.emr import FORMULAS, meaning, restore_command, restore_names, restored_table
 from mergekit_pave.report.emr import PAPER as EMR_PAPER
 from mergekit_pave.report.markdown import escape, table
 from mergekit_pave.report.outputs import REPORT_NAME
@@ -111,7 +111,7 @@ def _emr(report: dict) -> list[str]:
         "**This checkpoint is `W_base + τ`, which all models share. It is no model to use by itself.** Each model is restored "
         "from it, the base model and the model's own file:",
         "",
-        *("```sh", f"mergekit-pave restore . {name}", "```", ""),
+        *("```sh", restore_command(".", name), "```", ""),
         *("```python", "import mergekit_pave", "", f'model = mergekit_pave.load_task(".", "{name}")', "```", ""),
         *table(*restored_table(emr)),
         "",

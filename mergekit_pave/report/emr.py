@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any
@@ -26,6 +27,11 @@ _LARGE = 2.0  # a scale above it is warned of
 def restore_names(emr: dict[str, Any]) -> dict[str, str]:
     """For each model the NAME by which `mergekit-pave restore` knows it."""
     return {model: PurePosixPath(of_model["file"]).stem for model, of_model in emr["models"].items()}
+
+
+def restore_command(out_path: str, name: str) -> str:
+    """What to type to restore one model. `./NAME` may be the model that was merged."""
+    return shlex.join(["mergekit-pave", "restore", out_path, name, "-o", f"./{name}-again"])
 
 
 def size(emr: dict[str, Any]) -> str:

@@ -183,6 +183,7 @@ class _Scores(_Strict):
     models: Annotated[dict[str, _ScoredModel], Field(min_length=1)]
     mean: Optional[_Kept]
     worst: Optional[_Worst]
+    restored: bool = False  # the models are compared with what they are restored to
     weights: dict[str, Optional[str]]
 
 

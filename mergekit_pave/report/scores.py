@@ -24,6 +24,7 @@ LIMITS = (
 NOTHING_TO_KEEP = (
     "A dash for the share kept: on these rows the base model gives what the model gives, so there is nothing to keep."
 )
+RESTORED = "Of a merge by emr each model is compared with what it is restored to."
 _WIDTH = 120  # of the lines below the table in the terminal
 
 
@@ -154,7 +155,8 @@ def mean_bits(score: Score) -> float | None:
 def notes(scores: Sequence[Score]) -> list[str]:
     """What a reader should know besides the meaning of each column."""
     empty = any(model["kept"] is None for score in scores for model in score["models"].values())
-    return [NOTHING_TO_KEEP, LIMITS] if empty else [LIMITS]
+    restored = any(score.get("restored") for score in scores)
+    return [RESTORED] * restored + [NOTHING_TO_KEEP] * empty + [LIMITS]
 
 
 def _side_by_side(scores: dict[str, Score]) -> list[str]:

@@ -102,7 +102,7 @@ def vocabulary_lines(vocabulary: dict[str, Any]) -> list[str]:
             by = MERGED_BY[row["by"]]
             lines.append(f"Rows of {row['tensor']} will be merged by {by}, those of tokens that the models write")
             continue
-        tokens = ", ".join(f"{count} of {model}" for model, count in row["tokens"].items())
+        tokens = ", ".join(f"{count} tokens of {model}" for model, count in row["tokens"].items())
         lines.append(f"{row['shown']} of {row['rows']} rows of {row['tensor']} are merged by {MERGED_BY[row['by']]} ({tokens})")
     if reasons := reasons_in_a_line(vocabulary["left"]):
         lines.append(f"Vocabulary left to the merge method: {reasons}")

@@ -192,7 +192,8 @@ class WriteTasks(Task[dict[str, Any]]):
         section: dict[str, Any] = {"tensors": len(self.masks), "base_only": self.base_only, "models": {}}
         for file in self.files:
             sums, path = self.masks.sums(file.model), folder / FOLDER / f"{file.name}.safetensors"
-            known = {"scale": repr(sums.scale), "merged_weights": weights, "copied": json.dumps(sorted(self.masks.copied))}
+            known = {"name": file.name, "scale": repr(sums.scale), "merged_weights": weights}
+            known["copied"] = json.dumps(sorted(self.masks.copied))
             config = _with_vocabulary(json.loads(file.metadata["config"]), self.masks.vocabulary)
             metadata = {"format": FORMAT} | known | file.metadata | {"config": json.dumps(config)}
             write(path, metadata, [*self.masks.stored(file.model), *self._own(file), *_files(file)])

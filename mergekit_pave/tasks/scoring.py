@@ -128,7 +128,7 @@ class Scoring:
             return {name: values for name, values in found.items() if not merged.restored or not name.endswith(".drift")}
 
         tensors = self._recorded("score", self._score_key(merged.identity), merged.name, rows, run)
-        return self._summarise(tensors, references)
+        return self._summarise(tensors, references) | ({"restored": True} if merged.restored else {})
 
     def stored(self, identity: str) -> dict[str, Any] | None:
         """The score of the model with this identity, if the cache has it."""
