@@ -150,6 +150,7 @@ def test_parameters_have_no_meaning_for_a_method_without_them():
         ("lamda=1", "unknown key 'lamda'"),
         ("density=0.5", "has a density of its own; set models.0.parameters.density, models.1.parameters.density"),
         ("models.0.rank_ratio=0.5", "unknown key 'rank_ratio'.* in models.0"),
+        ("lamda=1", "unknown key 'lamda'; did you mean 'lambda'"),
         ("paramters.lambda=1", "unknown key 'paramters'; did you mean 'parameters'"),
         ("parameters.lamda=1", "unknown parameter 'lamda'; did you mean 'lambda'"),
         ("models.0.parameters.wieght=1", "did you mean 'weight'"),

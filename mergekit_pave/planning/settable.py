@@ -71,7 +71,8 @@ def check_key(key: str, content: dict[str, Any], parameters: set[str]) -> None:
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             if part not in kind.model_fields:
                 place = f" in {'.'.join(parts[:depth])}" if depth else ""
-                raise PaveError(f"--set {key}: {unknown('key', part, kind.model_fields)}{place}")
+                short = () if depth else (*parameters, *PaveConfig.model_fields)  # which stand alone, too
+                raise PaveError(f"--set {key}: {unknown('key', part, dict.fromkeys((*kind.model_fields, *short)))}{place}")
             if kind is MergeConfiguration and part == "pave":
                 return _check_block_key(key, content)
             if part == "parameters":
