@@ -66,11 +66,25 @@ def plan_emr(config: PaveConfig, merge: Merge) -> PlannedEmr | None:
         "base_weights": _fingerprint(merge, base),
         "names": json.dumps({planned.name: name for planned in shared if (name := _stored_name(merge, planned)) != planned.name}),
     }
-    files = tuple(_file(merge, model, names[str(model)], shared, common) for model in models)
+    tokens = _tokens(_tokenizer_of(base, merge)) if all(planned.gather for planned in shared) else None
+    files = tuple(_file(merge, model, names[str(model)], shared, common, tokens) for model in models)
     return PlannedEmr(files, merge.base_only)
 
 
-def _file(merge: Merge, model: ModelReference, name: str, shared: list[PlannedTensor], common: dict[str, str]) -> TaskFile:
+def _file(
+    merge: Merge,
+    model: ModelReference,
+    name: str,
+    shared: list[PlannedTensor],
+    common: dict[str, str],
+    tokens: dict[str, int] | None,
+) -> TaskFile:
+    """
+    Args:
+        name: NAME.
+        common: metadata that are the same for all models.
+        tokens: of the merge; None where mergekit rearranges vocabularies, so that only the merge's tokenizer fits.
+    """
     trust, checkpoint = merge.runtime.trust_remote_code, merge.checkpoint(model)
     architecture = describe(model.config(trust_remote_code=trust), model.model.path, trust, model.model.revision)
     covered = {architecture.loaded_as(read) for planned in shared for read in planned.names}
@@ -90,11 +104,10 @@ def _file(merge: Merge, model: ModelReference, name: str, shared: list[PlannedTe
     generation = Path(checkpoint.folder, "generation_config.json")
     if generation.is_file():
         metadata["generation_config"] = generation.read_text(encoding="utf-8")
-    tokenizer, files = _tokenizer_of(model, merge), {}
+    tokenizer = _tokenizer_of(model, merge)
     if isinstance(getattr(tokenizer, "chat_template", None), str):
         metadata["chat_template"] = tokenizer.chat_template
-    if tokenizer is not None and all(planned.gather for planned in shared):  # else the vocabulary is that of the merge
-        files = _files_of(tokenizer, _tokenizer_of(shared[0].base, merge))
+    files = {} if tokens is None or _tokens(tokenizer) in ({}, tokens) else _files_of(tokenizer)
     size = num_shared // 8 + 4 * sum(entries.values()) + sum(map(len, files.values()))
     return TaskFile(model, name, metadata, tuple(own), files, size)
 
@@ -115,10 +128,12 @@ def _tokenizer_of(model: ModelReference, merge: Merge) -> Any:
         return None
 
 
-def _files_of(tokenizer: Any, of_base: Any) -> dict[str, bytes]:
-    """The files of a tokenizer by name; none if it has the same tokens as the base's, which the merge gets."""
-    if of_base is not None and tokenizer.get_vocab() == of_base.get_vocab():
-        return {}
+def _tokens(tokenizer: Any) -> dict[str, int]:
+    return {} if tokenizer is None else tokenizer.get_vocab()
+
+
+def _files_of(tokenizer: Any) -> dict[str, bytes]:
+    """The files of a tokenizer by name."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if is_of_tokenizer(path.name)}

@@ -48,16 +48,21 @@ class TaskFile:
 
 
 class Masks:
-    """The masks of all models, in a file without a name, and their sums, until the weights are complete."""
+    """The masks of all models, in a file without a name, and their sums, until the weights are complete.
+
+    Attributes:
+        copied: the output tensors that are no floats, which all models have alike.
+        vocabulary: rows of the vocabulary, where it is shared.
+    """
 
     def __init__(self, models: list[ModelReference]):
         self._models = models
         self._store: TensorStore | None = None
         self._sums: dict[int, list[Sums]] = {}  # by the output tensor's number
         self._names: dict[int, str] = {}
-        self.vocabulary: int | None = None  # rows of the vocabulary
         self._lock = threading.Lock()
         self.copied: list[str] = []
+        self.vocabulary: int | None = None
 
     def open(self, folder: Path) -> None:
         """Be ready for a merge into a folder."""
