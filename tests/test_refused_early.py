@@ -166,7 +166,7 @@ def test_trying_the_tokenizer_logs_nothing_and_takes_each_vocabulary_once(llama,
         return execute(self, **inputs)
 
     monkeypatch.setattr(PermutedVocabulary, "execute", logging_execute)
-    config = config_for(llama, {}) | {"tokenizer": {"source": "union"}}
+    config = config_for(llama, {}) | {"tokenizer": {"source": "union", "pad_to_multiple_of": 7}}  # else nothing changes
     forget_checkpoints()
     planned = CliRunner().invoke(main, ["plan", str(write_config(config, tmp_path / "config.yml"))])
     assert planned.exit_code == 0, planned.output

@@ -69,6 +69,7 @@ PARTS = {
         "method_name gather_tensors model_order base_model output_weight parameters input_parameters out_dtype"
     ),
     "mergekit.multigpu_executor": "MultiGPUExecutor",
+    "mergekit.multigpu_executor:MultiGPUExecutor": "_device_worker task_completion_queue done_event serial_schedule",
     "mergekit.options": "MergeOptions OPTION_HELP PrettyPrintHelp add_merge_options",
     "mergekit.options:MergeOptions": (
         "device trust_remote_code quiet transformers_cache lora_merge_cache low_cpu_memory multi_gpu write_model_card "
@@ -114,6 +115,7 @@ CALLS = {
     "mergekit.merge_methods:register": "method",
     "mergekit.merge_methods.task_adapter:ExecuteMergeMethodTask.execute": "self tensors",
     "mergekit.multigpu_executor:MultiGPUExecutor": "targets storage_device",
+    "mergekit.multigpu_executor:MultiGPUExecutor._device_worker": "self task_list cached_values device quiet",
     "mergekit.multigpu_executor:MultiGPUExecutor.run": "self quiet",
     "mergekit.plan:MergePlanner": "config arch_info options out_model_config",
     "mergekit.plan:MergePlanner._model_arch": "self model",

@@ -26,13 +26,15 @@ import inspect
 import json
 import logging
 import sys
+import time
 import traceback
 from pathlib import Path
 
 from mergekit.architecture import get_architecture_info
-from mergekit.graph import Executor
+from mergekit.graph import Executor, Task
 from mergekit.io.tasks import FinalizeModel, LoaderCache
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from mergekit.multigpu_executor import MultiGPUExecutor
 from mergekit.plan import MergePlanner
 
 from mergekit_pave.cache import require_space
@@ -79,6 +81,7 @@ def wrap() -> None:
         for module in filter(None, map(sys.modules.get, ("mergekit.architecture", "mergekit.merge"))):
             module.get_architecture_info = _with_checks(get_architecture_info)
         Executor._run = _with_advice(Executor._run)
+        MultiGPUExecutor._device_worker = _until_taken(MultiGPUExecutor._device_worker)
         log = logging.getLogger("mergekit_pave")
         if log.level == logging.NOTSET:
             log.setLevel(logging.INFO)  # the block that says what was done shows at default verbosity
@@ -90,7 +93,7 @@ def _with_advice(run):
     @functools.wraps(run)
     def wrapper(self, *args, **kwargs):
         running = run(self, *args, **kwargs)
-        ours = any(type(handle.task()).__module__.startswith("mergekit_pave.") for handle in self.schedule.tasks)
+        ours = any(_is_of_ours(handle.task()) for handle in self.schedule.tasks)
         return advised(running, self.math_device) if ours else running
 
     def advised(running, device):
@@ -106,6 +109,27 @@ def _with_advice(run):
             raise ran_out(f"{model}working on {tensor}", device) from error
 
     return wrapper
+
+
+def _until_taken(worker):
+    """A worker of --multi-gpu waits until its last results are taken.
+
+    mergekit stops taking them once all workers are done. It would run a task whose result was lost once more, without the values
+    that the task needs.
+    """
+
+    @functools.wraps(worker)
+    def wrapper(self, *args, **kwargs):
+        worker(self, *args, **kwargs)
+        ours = any(_is_of_ours(handle.task()) for handle in self.serial_schedule.tasks)
+        while ours and not self.task_completion_queue.empty() and not self.done_event.is_set():
+            time.sleep(0.001)
+
+    return wrapper
+
+
+def _is_of_ours(task: Task) -> bool:
+    return type(task).__module__.startswith("mergekit_pave.")
 
 
 def _with_checks(get_architecture_info):

@@ -1,9 +1,12 @@
 """Merges on the pretend device: what is written is what the CPU writes, however a merge is told to use the device."""
 
 import json
+import queue
+import time
 
 import pytest
 import torch
+from mergekit import multigpu_executor
 from merging import config_for, invoke, merge
 from pretend_device import memory
 from reference import weights
@@ -88,6 +91,22 @@ def test_emr(llama, tmp_path, measured, options):
             assert float(a.metadata()["scale"]) == pytest.approx(float(b.metadata()["scale"]), rel=1e-12)
             assert a.keys() == b.keys()
             assert all(torch.equal(a.get_tensor(key), b.get_tensor(key)) for key in a.keys())  # noqa: SIM118
+
+
+def test_no_result_of_several_devices_is_lost(llama, tmp_path, measured, monkeypatch):
+    """Though they are taken more slowly than they come."""
+
+    class SlowQueue(queue.Queue):
+        def get(self, *args, **kwargs):
+            item = super().get(*args, **kwargs)
+            time.sleep(0.005)
+            return item
+
+    monkeypatch.setattr(multigpu_executor.queue, "Queue", SlowQueue)
+    written = merge(config_for(llama, measured), tmp_path / "several", device="npu", multi_gpu=True)
+    monkeypatch.undo()
+    expected = merge(config_for(llama, measured), tmp_path / "one", device="npu")
+    assert all(torch.equal(tensor, written[name]) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("options", [{}, {"low_cpu_memory": True, "read_to_gpu": True}, {"multi_gpu": True}], ids=str)
