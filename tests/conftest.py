@@ -1,5 +1,6 @@
 """Where tests keep their files, the models they merge, and the two ways to run a merge: in process and as a command."""
 
+import importlib
 import os
 import shutil
 import tempfile
@@ -25,6 +26,8 @@ from mergekit_pave.plugin import wrap  # noqa: E402
 from mergekit_pave.report.page.picture import draw_ranks  # noqa: E402
 
 torch.set_num_threads(1)
+for _module in ("cache", "doctor", "plan", "restore", "score", "tune"):  # before a test pretends that mergekit lacks something
+    importlib.import_module(f"mergekit_pave.cli.{_module}")
 if os.environ.get("PRETEND_DEVICE"):  # any test can be run on it; tests/test_device.py does so with some
     import pretend_device
 
