@@ -79,7 +79,7 @@ def unify(
         W in `dtype`; for each model its mask as `pack` makes it, and its sums.
     """
     merged = torch.empty(base.shape, dtype=dtype, device=base.device)
-    masks = [torch.empty(-(-base.numel() // _BITS), dtype=torch.uint8, device=base.device) for _ in models]
+    masks = [torch.empty(packed_size(base.numel()), dtype=torch.uint8, device=base.device) for _ in models]
     sums = [in_float64(torch.zeros(6, device=base.device)) for _ in models]
     for part in _parts(base):
         start = in_float64(base.reshape(-1)[part])
@@ -147,6 +147,11 @@ _GATHER = 0x0102040810204080
 _COPY, _EACH = 0x0101010101010101, 0x8040201008040201 - 2**64
 
 
+def packed_size(entries: int) -> int:
+    """Bytes of a packed mask of so many entries."""
+    return -(-entries // _BITS)
+
+
 def pack(mask: Tensor) -> Tensor:
     """Eight entries of a mask in a byte, the first in its lowest bit.
 
@@ -175,4 +180,4 @@ def _parts(tensor: Tensor, times: int = 1) -> Iterator[slice]:
 
 def _packed(part: slice) -> slice:
     """The bytes that hold the masks of some entries."""
-    return slice(part.start // _BITS, -(-part.stop // _BITS))
+    return slice(part.start // _BITS, packed_size(part.stop))

@@ -124,7 +124,7 @@ def _stored(task: TaskFile, merged: Weights, base: Weights) -> dict[str, Stored]
             raise PaveError(f"{task.path}: {name!r:.200} is not in {merged.name}; merge again")
     for name, num_bytes in task.masks.items():
         dtype, shape = stored[name]
-        if dtype not in _FLOATS or num_bytes != -(-math.prod(shape) // 8):
+        if dtype not in _FLOATS or num_bytes != emr.packed_size(math.prod(shape)):
             raise PaveError(
                 f"{task.path}: the mask of {name!r:.200} has {num_bytes} bytes, which does not fit a tensor of {dtype} and shape "
                 f"{shape}; merge again"
@@ -165,8 +165,8 @@ def _config(task: TaskFile, folder: Path) -> dict[str, Any]:
     _take(config, merged)
     # Code that comes with the expert is still there.
     home = ModelReference.parse(task.model).model.path
-    places = config.get("auto_map")
-    for name, place in places.items() if isinstance(places, dict) else ():
+    places = config.get("auto_map", {})
+    for name, place in places.items():
         if isinstance(place, str) and "--" not in place:
             places[name] = f"{home}--{place}"
     return config

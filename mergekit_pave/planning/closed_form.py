@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from mergekit.common import ModelReference
 
-from mergekit_pave.calibration.architecture import describe
 from mergekit_pave.config import PaveConfig
 from mergekit_pave.core.linear import Linear
 from mergekit_pave.errors import PaveError
@@ -73,9 +72,7 @@ def find_layers(merge: Merge, sources: dict[ModelReference, Source]) -> RegMeanL
             continue
         model = planned.fine_tuned[0]
         if model not in architectures:
-            trust = merge.runtime.trust_remote_code
-            config = model.config(trust_remote_code=trust)
-            architectures[model] = describe(config, model.model.path, trust, model.model.revision)
+            architectures[model] = merge.architecture(model)
         layer, reason = linear_of(architectures[model], planned.gather.weight_info[model] if planned.gather else None)
         if layer:
             layers[number] = layer

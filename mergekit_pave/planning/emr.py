@@ -12,7 +12,6 @@ from typing import Any
 from mergekit.common import ModelReference
 
 from mergekit_pave.cache import weights_fingerprint
-from mergekit_pave.calibration.architecture import describe
 from mergekit_pave.config import PaveConfig
 from mergekit_pave.emr.file import TYPES, file_names, is_of_tokenizer
 from mergekit_pave.errors import PaveError
@@ -85,8 +84,7 @@ def _file(
         common: metadata that are the same for all models.
         tokens: of the merge; None where mergekit rearranges vocabularies, so that only the merge's tokenizer fits.
     """
-    trust, checkpoint = merge.runtime.trust_remote_code, merge.checkpoint(model)
-    architecture = describe(model.config(trust_remote_code=trust), model.model.path, trust, model.model.revision)
+    checkpoint, architecture = merge.checkpoint(model), merge.architecture(model)
     covered = {architecture.loaded_as(read) for planned in shared for read in planned.names}
     own = [stored for stored in sorted(checkpoint.files) if (made := architecture.loaded_as(stored)) and made not in covered]
     entries = {stored: math.prod(checkpoint.stored[stored].shape) for stored in own if stored in checkpoint.stored}

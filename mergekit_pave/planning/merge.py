@@ -11,6 +11,7 @@ from mergekit.io.tasks import GatherTensors
 from transformers import PretrainedConfig
 
 from mergekit_pave.cache.checkpoint import Checkpoint
+from mergekit_pave.calibration.architecture import Architecture
 from mergekit_pave.calibration.job import Runtime
 
 
@@ -76,6 +77,7 @@ class Merge(Reading):
         tokenizer: the model whose tokenizer the merged model gets; None where it gets a new one, whose token ids may be others.
         tensors: all output tensors. A tensor's number, in this list, identifies it everywhere in the plan.
         names_read: gives, for each tensor of a model that a merge of whole models reads, all names that it may have.
+        architecture: gives the architecture of a model.
         out_dtype: the precision that the merged model is written in; None where it is that of the inputs.
         base_only: the output tensors that `emr` takes from the base alone, with the reason.
         compares: weights may be read to find those that equal the base model's. Otherwise only the cache is asked.
@@ -87,6 +89,7 @@ class Merge(Reading):
     tokenizer: Optional[ModelReference]
     tensors: list[PlannedTensor]
     names_read: Callable[[ModelReference], list[list[str]]]
+    architecture: Callable[[ModelReference], Architecture]
     out_dtype: Optional[str]
     base_only: dict[str, str]
     compares: bool

@@ -13,11 +13,11 @@ from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 
-from mergekit_pave.calibration.architecture import Architecture, describe
 from mergekit_pave.errors import PaveError
 from mergekit_pave.names import EMR
 from mergekit_pave.planning.names import all_names
 from mergekit_pave.plugin.checkpoints import checkpoint_of, has, missing_from
+from mergekit_pave.plugin.planner import architecture_of
 from mergekit_pave.tasks.emr import Masks, MergeByEmr
 from mergekit_pave.tasks.purify import GatherPurified
 
@@ -100,17 +100,10 @@ def _why_not_shared(planner: MergePlanner, model: ModelReference, info: WeightIn
         return f"not in {model}"
     if shape is not None and (own := _shape(model, info)) is not None and own != shape:
         return f"of another shape in {model}"
-    architecture = _architecture(planner, model)
+    architecture = architecture_of(planner, model)
     if not architecture.cls.can_generate() and not any(map(architecture.is_of_backbone, all_names(info))):
         return "heads, of which each model keeps its own"  # even if tasks have as many classes, these are others
     return None
-
-
-def _architecture(planner: MergePlanner, model: ModelReference) -> Architecture:
-    known, trust = planner.__dict__.setdefault("_pave_architectures", {}), planner.options.trust_remote_code
-    if model not in known:
-        known[model] = describe(model.config(trust_remote_code=trust), model.model.path, trust, model.model.revision)
-    return known[model]
 
 
 def _is_there(planner: MergePlanner, model: ModelReference, info: WeightInfo) -> bool:

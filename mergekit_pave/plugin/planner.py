@@ -11,6 +11,7 @@ from mergekit.io.tasks import GatherTensors
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.plan import MergePlanner
 
+from mergekit_pave.calibration.architecture import Architecture, describe
 from mergekit_pave.calibration.job import Runtime
 from mergekit_pave.methods.emr import Emr
 from mergekit_pave.methods.regmean import RegMean, data_share
@@ -59,12 +60,21 @@ def merge_of(planner: MergePlanner) -> Merge:
         transformers_cache=options.transformers_cache,
         checkpoint=checkpoint_of,
         names_read=functools.partial(names_read, planner),
+        architecture=functools.partial(architecture_of, planner),
         out_dtype=planner.config.out_dtype or planner.config.dtype,
         base_only=planner.__dict__.get("_pave_base_only", {}),
         compares=planner.__dict__.get("_pave_compares", True),
         generates=planner.__dict__.get("_pave_generates", True),
         warnings=unread_parameters(planner),
     )
+
+
+def architecture_of(planner: MergePlanner, model: ModelReference) -> Architecture:
+    """A model's architecture. It takes a while to find, and is found once."""
+    known, trust = planner.__dict__.setdefault("_pave_architectures", {}), planner.options.trust_remote_code
+    if model not in known:
+        known[model] = describe(model.config(trust_remote_code=trust), model.model.path, trust, model.model.revision)
+    return known[model]
 
 
 def _tokenizer_of(planner: MergePlanner) -> ModelReference | None:

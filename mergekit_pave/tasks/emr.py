@@ -18,9 +18,9 @@ from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from torch import Tensor
 
 from mergekit_pave.cache import weights_fingerprint
-from mergekit_pave.core.emr import Sums, unify
+from mergekit_pave.core.emr import Sums, packed_size, unify
 from mergekit_pave.core.failures import advising
-from mergekit_pave.emr.file import FOLDER, FORMAT
+from mergekit_pave.emr.file import FILE, FOLDER, FORMAT, MASK, OWN
 from mergekit_pave.emr.writing import Entry, write
 from mergekit_pave.errors import PaveError
 from mergekit_pave.tasks.base import files_of
@@ -90,7 +90,7 @@ class Masks:
         i = self._models.index(model)
         for number in sorted(self._names):
             place, entries = number * len(self._models) + i, self._sums[number][i].entries
-            yield f"mask.{self._names[number]}", torch.uint8, (-(-entries // 8),), lambda place=place: self._store.get(place)
+            yield MASK + self._names[number], torch.uint8, (packed_size(entries),), lambda place=place: self._store.get(place)
 
     def __len__(self) -> int:
         return len(self._names)
@@ -136,14 +136,12 @@ class MergeByEmr(ExecuteMergeMethodTask):
             return super().execute(tensors)  # a buffer, which mergekit copies if all have the same
         models = [model for model in self.model_order if model != self.base_model]
         base = tensors[self.base_model]
-        for model in models:
+        for model in (*models, self.base_model):
             if model not in tensors or tensors[model].shape != base.shape:
                 shape = tuple(tensors[model].shape) if model in tensors else "missing"
                 raise PaveError(f"emr: {name} is {shape} in {model}, and {tuple(base.shape)} in {self.base_model}")
             if not tensors[model].isfinite().all():
                 raise PaveError(f"emr: {name} of {model} is not finite; look for NaN or infinity in its weights")
-        if not base.isfinite().all():
-            raise PaveError(f"emr: {name} of {self.base_model} is not finite; look for NaN or infinity in its weights")
         if stored_base is not None and not _begins_with(stored_base, base):
             raise PaveError(
                 f"emr: the `tokenizer` section gives {self.base_model} other rows of {name} than it has, so that models could "
@@ -222,7 +220,7 @@ class WriteTasks(Task[dict[str, Any]]):
                 return tensor.to(dtype_from_name(self.dtype)) if self.dtype and tensor.is_floating_point() else tensor
 
             tensor = read()
-            yield f"own.{name}", tensor.dtype, tuple(tensor.shape), read
+            yield OWN + name, tensor.dtype, tuple(tensor.shape), read
 
 
 def _with_vocabulary(config: dict[str, Any], rows: int | None) -> dict[str, Any]:
@@ -236,4 +234,4 @@ def _with_vocabulary(config: dict[str, Any], rows: int | None) -> dict[str, Any]
 def _files(file: TaskFile) -> Iterator[Entry]:
     for name, content in file.files.items():
         tensor = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        yield f"file.{name}", torch.uint8, tuple(tensor.shape), lambda tensor=tensor: tensor
+        yield FILE + name, torch.uint8, tuple(tensor.shape), lambda tensor=tensor: tensor
